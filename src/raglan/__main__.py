@@ -1,0 +1,3 @@
+from raglan.cli import main
+
+main()

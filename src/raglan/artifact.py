@@ -1,0 +1,127 @@
+"""Directories that are either whole or not there.
+
+Every artefact (knowledge base, checkpoint, evaluation) is a directory whose `manifest.json` is written last; a directory
+without one does not count. Publishing is an atomic rename, a pointer is a one-line file replaced with `os.replace`. So a
+kill at any moment leaves the last good version readable and the half-made one recognisable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import raglan
+from raglan.errors import CheckpointError
+
+__all__ = [
+    "MANIFEST",
+    "directory_fingerprint",
+    "file_fingerprint",
+    "fingerprint",
+    "point",
+    "pointed",
+    "publish",
+    "read_manifest",
+    "write_json",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that name a JSON value: equal values, in any key order, have equal names."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """16 hex digits of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def directory_fingerprint(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
+    """16 hex digits of the names and contents of a folder's files."""
+    files = sorted({path for pattern in patterns for path in Path(folder).rglob(pattern) if path.is_file()})
+    return fingerprint([[str(path.relative_to(folder)), file_fingerprint(path)] for path in files])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    _sync(half)
+    os.replace(half, path)
+
+
+def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Declare `folder` complete. Call it last: sizes of all files are recorded, and from here on the artefact exists."""
+    folder = Path(folder)
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.endswith(".part")
+    }
+    write_json(folder / MANIFEST, {"kind": kind, "raglan": raglan.__version__, **content, "files": files})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a complete artefact of this kind.
+
+    Raises:
+        CheckpointError: no manifest, one of another kind, or a file that has gone or changed its size.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no finished {kind}: there is no {MANIFEST}",
+            hint="the command that makes it was interrupted or never run; run it again and it goes on where it stopped",
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as fault:
+        raise CheckpointError(f"{path} is not JSON: {fault}") from None
+    if manifest.get("kind") != kind:
+        raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}")
+    for name, size in manifest.get("files", {}).items():
+        file = Path(folder) / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} is missing or damaged: {MANIFEST} says {size} bytes", hint="make it again")
+    return manifest
+
+
+def publish(working: Path, final: Path) -> Path:
+    """Rename a finished working directory to its final name. If that name is taken by a finished one, keep the latter."""
+    if (final / MANIFEST).is_file():
+        shutil.rmtree(working)
+        return final
+    if final.exists():
+        shutil.rmtree(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(working, final)
+    return final
+
+
+def point(pointer: Path, name: str) -> None:
+    """Make a one-line pointer file name something else, atomically."""
+    half = pointer.with_name(pointer.name + ".part")
+    half.write_text(name + "\n", encoding="utf-8")
+    _sync(half)
+    os.replace(half, pointer)
+
+
+def pointed(pointer: Path) -> str | None:
+    """What a pointer file names, or None where there is none."""
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

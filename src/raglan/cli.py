@@ -1,0 +1,238 @@
+"""The command line. Data goes to stdout, talk to stderr; faults that the person can mend exit with 2 and no traceback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.logging import RichHandler
+from rich.table import Table
+
+from raglan import __version__
+from raglan.errors import RaglanError, RecipeError
+from raglan.progress import console
+from raglan.recipe import load_recipe, recipe_schema
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="raglan", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Train the retriever and the generator of a retrieval-augmented system as one piece.",
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, as in train.learning_rate=2e-4.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def _begin(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"raglan {__version__}")
+        raise typer.Exit
+    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("raglan").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@app.command()
+def build(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Read documents and build the knowledge base, or find it built already."""
+    from raglan.knowledge import build_knowledge
+
+    base = build_knowledge(load_recipe(recipe, overrides or []).knowledge)
+    made = base.manifest
+    for name, reason in made["skipped"]:
+        console.print(f"skipped {name}: {reason}")
+    figures = {name: value for name, value in made["index_figures"].items() if value}
+    typer.echo(
+        f"{made['input_files']} files read, {len(made['skipped'])} skipped, {made['documents']} documents, "
+        f"{made['passages']} passages\nknowledge base {base.folder.parent.parent}, version {base.version}\n"
+        f"encoder {made['encoder']['model']} ({made['encoder']['dtype']}), indexes "
+        f"{', '.join(f'{n} {figures[n]}' if n in figures else n for n in base.settings.indexes)}"
+    )
+    if made["passages_per_second"]:
+        console.print(
+            f"{made['seconds']} s, {made['passages_per_second']} passages/s, peak memory {made['peak_memory_mb']} MB"
+        )
+
+
+@app.command()
+def retrieve(
+    kb: Annotated[Path, typer.Argument(help="A knowledge base folder, or a recipe.")],
+    question: Annotated[str, typer.Argument(help="What to look for.")],
+    index: Annotated[str | None, typer.Option(help="Which index; default hybrid.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many passages.")] = 5,
+    query_encoder: Annotated[Path | None, typer.Option(help="A tuned query encoder's folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the passages that a question finds, with their scores."""
+    from raglan.encoder import Encoder
+    from raglan.knowledge import KnowledgeBase
+    from raglan.retriever import Retriever, check_query
+
+    check_query(question)
+    path = load_recipe(kb).knowledge.path if kb.suffix in (".yaml", ".yml") else kb
+    base = KnowledgeBase.open(path)
+    names = list(base.settings.indexes)
+    name = index or ("hybrid" if "hybrid" in names else names[0])
+    encoder = Encoder.open(base.settings.encoder, query_encoder=query_encoder)
+    hits = Retriever(base, encoder, index=name).retrieve([question], k)[0]
+    if as_json:
+        typer.echo(json.dumps([_hit(hit) for hit in hits], ensure_ascii=False, indent=2))
+        return
+    for hit in hits:
+        typer.echo(f"{hit.rank:3d}  {hit.score:8.4f}  {hit.passage.id}\n     {_brief(hit.passage.title, hit.passage.text)}")
+
+
+@app.command()
+def answer(
+    recipe: RecipePath,
+    questions: Annotated[list[str], typer.Argument(help="Questions; words with `=` and no space override settings.")],
+    untuned: Annotated[bool, typer.Option("--untuned", help="Ask the system as it was before training.")] = False,
+    k: Annotated[int | None, typer.Option("-k", help="Passages a question; default the recipe's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.retriever import check_query
+    from raglan.train import Parts, finished_parts
+
+    overrides = [word for word in questions if _is_override(word)]
+    asked = [word for word in questions if not _is_override(word)]
+    if not asked:
+        raise RecipeError("there is no question", hint="raglan answer recipe.yaml 'Who …?'")
+    for question in asked:
+        check_query(question)
+    loaded = load_recipe(recipe, overrides)
+    stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
+    answers = parts.open(loaded).answer(asked, k=k)
+    if as_json:
+        typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
+        return
+    console.print(f"[dim]system: {stage}[/dim]")
+    for found in answers:
+        typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for hit in found.hits:
+            mark = "*" if found.text and found.text in hit.passage.text else " "
+            typer.echo(f" {mark}[{hit.rank}] {hit.score:.4f} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Only this stage; those before it must be done.")] = None,
+) -> None:
+    """Train the recipe's stages that are not done yet; an interrupted one goes on where it stopped."""
+    from raglan.train import train as train_stages
+
+    parts = train_stages(load_recipe(recipe, overrides or []), only=stage)
+    if parts.generator:
+        typer.echo(f"generator      {parts.generator}")
+    if parts.query_encoder:
+        typer.echo(f"query encoder  {parts.query_encoder}")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    every_stage: Annotated[bool, typer.Option("--every-stage", help="Also the systems between.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the system before and after training, with 95 % intervals."""
+    from raglan.evaluate import compare, evaluate_recipe
+
+    evaluations = evaluate_recipe(load_recipe(recipe, overrides or []), every_stage=every_stage)
+    if as_json:
+        typer.echo(json.dumps({e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}, indent=2))
+        return
+    differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
+    table = Table("figure", *(e.system for e in evaluations), *(["difference"] if differences else []), box=None)
+    for name in evaluations[-1].figures:
+        cells = [_percent(e.figures[name]) if name in e.figures else "" for e in evaluations]
+        table.add_row(name, *cells, *([_percent(differences[name], sign=True)] if differences else []))
+    from rich.console import Console
+
+    Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
+    console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by bootstrap over questions")
+    for evaluation in evaluations:
+        console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Recipes, or run folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page: before and after, curves, examples."""
+    from raglan.report import write_report
+
+    write_report(runs, output)
+    typer.echo(str(output))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, with which editors complete and check them."""
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the command `raglan`."""
+    try:
+        app(standalone_mode=True)
+    except RaglanError as fault:
+        text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
+        print(text, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again and it goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _is_override(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and all(part.isidentifier() for part in key.split("."))
+
+
+def _brief(title: str, text: str) -> str:
+    line = " ".join(text.split())
+    return f"{title}: {line[:160]}{'…' if len(line) > 160 else ''}" if title else line[:200]
+
+
+def _hit(hit: Any) -> dict[str, Any]:
+    passage = hit.passage
+    return {
+        "rank": hit.rank, "score": hit.score, "id": passage.id, "title": passage.title, "text": passage.text,
+        "document": passage.document, "start": passage.start, "end": passage.end,
+    }  # fmt: skip
+
+
+def _answer(found: Any) -> dict[str, Any]:
+    return {
+        "query": found.query, "answer": found.text, "logprob": found.logprob, "finished": found.finished,
+        "knowledge": found.knowledge, "passages": [_hit(hit) for hit in found.hits],
+    }  # fmt: skip
+
+
+def _interval(value: Any) -> dict[str, float]:
+    return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+
+
+def _percent(value: Any, *, sign: bool = False) -> str:
+    form = "{:+.1f}" if sign else "{:.1f}"
+    return f"{form.format(100 * value.mean)} [{form.format(100 * value.low)}, {form.format(100 * value.high)}]"

@@ -1,0 +1,155 @@
+"""From questions to training rows: relevant ids resolved, passages chosen, prompts rendered.
+
+Passages are retrieved once, before training, never inside a collator. The same seed gives the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raglan.corpus import Corpus
+from raglan.documents import read_examples
+from raglan.errors import CorpusError
+from raglan.generator import HFGenerator
+from raglan.lessons import lessons
+from raglan.metrics import answer_recall
+from raglan.progress import track
+from raglan.recipe import LessonData, QuestionData
+from raglan.records import Example, Passage
+from raglan.retriever import Retriever
+
+__all__ = ["answer_rows", "load_examples", "resolve", "stage_examples"]
+
+log = logging.getLogger(__name__)
+
+
+def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0) -> list[Example]:
+    """Questions whose relevant passages are ids of this corpus.
+
+    Args:
+        limit: keep so many, drawn with `seed`, in file order.
+
+    Raises:
+        CorpusError: a relevant id that is not in the corpus, evidence that is not in its document.
+    """
+    examples = read_examples(path)
+    if limit is not None and limit < len(examples):
+        kept = set(random.Random(seed).sample(range(len(examples)), limit))
+        examples = [example for place, example in enumerate(examples) if place in kept]
+    return [resolve(example, corpus, str(path)) for example in examples]
+
+
+def resolve(example: Example, corpus: Corpus, source: str) -> Example:
+    """The example with passage ids as `relevant`.
+
+    A passage id stands for itself; a document id for those of its passages that hold a gold answer (all, if none does);
+    evidence {document, quote} for the passages that overlap the quote.
+    """
+    found: list[str] = []
+    for identity in example.relevant:
+        found += _passages_of(identity, example, corpus, source)
+    for item in example.metadata.get("evidence", ()):
+        found += _passages_with(item, example, corpus, source)
+    grades = {name: grade for name, grade in example.grades.items() if corpus.row(name) is not None}
+    return replace(example, relevant=tuple(dict.fromkeys(found)), grades=grades)
+
+
+def _passages_of(identity: str, example: Example, corpus: Corpus, source: str) -> list[str]:
+    if corpus.row(identity) is not None:
+        return [identity]
+    passages = [corpus[row] for row in corpus.rows_of_document(identity)]
+    if not passages:
+        raise CorpusError(
+            f"{source}: question {example.id!r} names {identity!r} as relevant, which is not in the corpus",
+            hint="ids are those of knowledge.documents; check that questions and documents belong together",
+        )
+    return [p.id for p in passages if answer_recall([p.text], example.answers)] or [p.id for p in passages]
+
+
+def _passages_with(item: dict[str, Any], example: Example, corpus: Corpus, source: str) -> list[str]:
+    quote = "".join(str(item.get("quote", "")).split())
+    passages = [corpus[row] for row in corpus.rows_of_document(str(item["document"]))]
+    if not passages:
+        raise CorpusError(
+            f"{source}: question {example.id!r} names document {item['document']!r}, which is not in the corpus"
+        )
+    if not quote:
+        return [passage.id for passage in passages]
+    bare = ["".join(passage.text.split()) for passage in passages]
+    text = "".join(bare)
+    begin = text.find(quote)
+    if begin < 0:
+        raise CorpusError(
+            f"{source}: question {example.id!r} quotes words that are not in {item['document']!r}: {item['quote']!r}",
+            hint="quotes are compared without white space, everything else must agree",
+        )
+    found, at = [], 0
+    for passage, letters in zip(passages, bare, strict=True):
+        if at < begin + len(quote) and begin < at + len(letters):
+            found.append(passage.id)
+        at += len(letters)
+    holding = [identity for identity in found if answer_recall([corpus[corpus.row(identity) or 0].text], example.answers)]
+    return holding or found
+
+
+def stage_examples(data: QuestionData | LessonData, corpus: Corpus, seed: int) -> list[Example]:
+    """The examples a stage learns from. Raises CorpusError where none has an answer."""
+    if isinstance(data, LessonData):
+        return lessons(corpus, data.count, seed=seed)
+    examples = load_examples(data.path, corpus, limit=data.limit, seed=seed)
+    answered = [example for example in examples if example.answers]
+    if len(answered) < len(examples):
+        log.warning("%s: %d questions without an answer are left out of training", data.path, len(examples) - len(answered))
+    if not answered:
+        raise CorpusError(f"{data.path} holds no question with an answer", hint="training needs `answers`")
+    return answered
+
+
+def answer_rows(
+    examples: Sequence[Example], data: QuestionData | LessonData, retriever: Retriever, generator: HFGenerator, seed: int
+) -> list[dict[str, list[int]]]:
+    """Rows for the `answer` objective: each question with its passages, or one row a passage."""
+    source = data.source if isinstance(data, QuestionData) else "mixed"
+    chosen = choose_passages(examples, source, data.passages, retriever, seed)
+    a_row = (data.passages_a_row if isinstance(data, QuestionData) else None) or data.passages
+    each = isinstance(data, QuestionData) and data.answers == "each"
+    rows, cut = [], 0
+    for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
+        for start in range(0, max(len(passages), 1), a_row):
+            prompt = generator.prompt.render(example.query, passages[start : start + a_row])
+            cut += prompt.truncated
+            rows += [generator.row(prompt, answer) for answer in (example.answers if each else example.answers[:1])]
+    if cut:
+        log.info("%d of %d prompts had a passage cut to fit %d tokens", cut, len(rows), generator.prompt.budget)
+    return rows
+
+
+def choose_passages(
+    examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int
+) -> list[list[Passage]]:
+    """K passages for each example: `gold` its relevant ones, `retrieved` the search's, `mixed` one gold among the search's.
+
+    `gold` and `mixed` are shuffled with the seed, so that place tells nothing; an example without relevant passages falls
+    back to retrieved ones.
+    """
+    corpus, generator = retriever.base.corpus, random.Random(seed)
+    relevant = [[row for identity in example.relevant if (row := corpus.row(identity)) is not None] for example in examples]
+    searched: list[list[int]] = [[] for _ in examples]
+    if (source == "mixed" and k > 1) or source == "retrieved" or not all(relevant):
+        depth = min(len(corpus), k + max(map(len, relevant), default=0))
+        searched = [[row for row in rows if row >= 0] for rows in retriever.search([e.query for e in examples], depth)[1].tolist()]
+    chosen = []
+    for gold, found in zip(relevant, searched, strict=True):
+        if source == "retrieved" or not gold:
+            rows = found[:k]
+        else:
+            rows = generator.sample(gold, min(len(gold), k if source == "gold" else 1))
+            rows += [row for row in found if row not in gold][: k - len(rows)] if source == "mixed" else []
+            generator.shuffle(rows)
+        chosen.append([corpus[row] for row in rows])
+    return chosen

@@ -1,0 +1,30 @@
+"""`concat`: all passages of a question in one prompt, one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raglan.generator import Generator
+from raglan.recipe import ConcatDecode
+from raglan.records import Answer, Hit
+
+__all__ = ["concat"]
+
+
+def concat(
+    generator: Generator, queries: Sequence[str], hits: Sequence[Sequence[Hit]], settings: ConcatDecode
+) -> list[Answer]:
+    """One answer a query from its hits, in order; a query without hits is asked closed book."""
+    prompts = [
+        generator.prompt.render(query, [hit.passage for hit in found]) for query, found in zip(queries, hits, strict=True)
+    ]
+    completions = generator.generate(
+        prompts, max_new_tokens=settings.max_new_tokens, beams=settings.beams, length_penalty=settings.length_penalty
+    )
+    return [
+        Answer(
+            query=query, text=written.text, logprob=written.logprob, finished=written.finished, hits=tuple(found),
+            truncated=prompt.truncated, settings=settings.model_dump(),
+        )  # fmt: skip
+        for query, found, prompt, written in zip(queries, hits, prompts, completions, strict=True)
+    ]

@@ -1,0 +1,284 @@
+"""Documents and questions read from files: .md .txt .html .pdf .docx .jsonl(.gz) .csv .parquet, and BEIR folders.
+
+Nothing vanishes silently: a file that cannot be read stops the reading and is named, or with `on_error: skip` is put on
+the list of what was skipped and why. Files of other kinds in a folder are listed too.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from raglan.errors import CorpusError, MissingExtra, require
+from raglan.records import Document, Example
+
+__all__ = ["Reading", "read_documents", "read_examples"]
+
+TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+TEXTS = (".md", ".markdown", ".txt")
+CONVERTED = (".html", ".htm", ".pdf", ".docx")
+
+
+@dataclass
+class Reading:
+    """What came of reading: the documents, and every file that gave none, with the reason."""
+
+    documents: list[Document] = field(default_factory=list)
+    files: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_documents(
+    paths: Iterable[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+    on_error: str = "stop",
+    whole: bool = False,
+    progress: Callable[[Iterable[Path], str], Iterable[Path]] = lambda items, _: items,
+) -> Reading:
+    """Read files and folders into documents, in path order, with ids relative to the folder given.
+
+    Args:
+        paths: files and folders; a folder with `corpus.jsonl` is BEIR's and only that file is read.
+        columns: names of the id, title and text columns of tables.
+        encoding: of text files.
+        on_error: `stop` raises at the first file that cannot be read, `skip` notes it and goes on.
+        whole: table rows are passages already (`Document.whole`).
+
+    Raises:
+        CorpusError: nothing to read, an unreadable file, or an id that occurs twice.
+    """
+    names = {"id": "id", "title": "title", "text": "text", **(columns or {})}
+    reading = Reading()
+    for path, base in progress(list(_files(paths)), "reading"):  # type: ignore[arg-type]
+        ending = _ending(path)
+        if ending not in (*TABLES, *TEXTS, *CONVERTED):
+            reading.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
+            continue
+        reading.files += 1
+        try:
+            reading.documents += _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
+        except MissingExtra:
+            raise
+        except CorpusError as fault:
+            if on_error == "stop":
+                raise
+            reading.skipped.append((str(path), fault.message))
+    _check(reading, paths)
+    return reading
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Questions from a .jsonl(.gz) file of {id, query, answers, relevant, …}, or from a BEIR folder (its test split).
+
+    `relevant` holds passage ids, or objects {document, quote} that name the words which hold the answer; the latter are
+    kept in `metadata["evidence"]` and become passage ids once there is a corpus.
+
+    Raises:
+        CorpusError: a missing file, a line that is not such an object, an empty query or an id that occurs twice.
+    """
+    if path.is_dir():
+        examples = list(_beir_examples(path))
+    elif path.is_file():
+        examples = [_example(row, path, line) for line, row in enumerate(_json_lines(path, "utf-8"), 1)]
+    else:
+        raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file or a BEIR folder")
+    if not examples:
+        raise CorpusError(f"{path} holds no question")
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise CorpusError(f"{path}: question id {example.id!r} occurs twice", hint="give each question its own id")
+        seen.add(example.id)
+    return examples
+
+
+def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    for path in paths:
+        if path.is_dir():
+            beir = [name for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()]
+            found = [path / beir[0]] if beir else sorted(p for p in path.rglob("*") if p.is_file())
+            yield from ((file, path) for file in found if not file.name.startswith("."))
+        elif path.is_file():
+            yield path, path.parent
+        else:
+            raise CorpusError(f"there is no file or folder {path}", hint="check knowledge.documents in the recipe")
+
+
+def _ending(path: Path) -> str:
+    return ".jsonl.gz" if path.name.lower().endswith(".jsonl.gz") else path.suffix.lower()
+
+
+def _read_file(
+    path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool
+) -> list[Document]:
+    if ending in TABLES:
+        return [
+            _row_document(row, path, number, columns, whole)
+            for number, row in enumerate(_rows(path, ending, encoding), 1)
+        ]
+    text = _text(path, encoding) if ending in TEXTS else _converted(path)
+    if not text.strip():
+        raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
+    return [Document(name, text, "" if ending not in (".txt",) else path.stem.replace("-", " "), str(path))]
+
+
+def _text(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as fault:
+        raise CorpusError(
+            f"{path} is not {encoding}: byte {fault.object[fault.start]:#04x} at position {fault.start}",
+            hint="set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip",
+        ) from None
+    except LookupError:
+        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python") from None
+    except OSError as fault:
+        raise CorpusError(f"{path} cannot be read: {fault.strerror}") from None
+
+
+def _converted(path: Path) -> str:
+    markitdown = require("markitdown", f"to read {path.suffix} files")
+    logging.getLogger("pdfminer").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return str(_converter(markitdown).convert(str(path)).text_content)
+    except Exception as fault:  # noqa: BLE001 - any of a dozen parsers may fail in its own way; all mean "unreadable"
+        reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+        raise CorpusError(
+            f"{path} cannot be read as {path.suffix}: {reason}", hint="repair or remove it, or set on_error: skip"
+        ) from None
+
+
+_CONVERTERS: dict[str, Any] = {}
+
+
+def _converter(markitdown: Any) -> Any:
+    if "one" not in _CONVERTERS:
+        _CONVERTERS["one"] = markitdown.MarkItDown(enable_plugins=False)
+    return _CONVERTERS["one"]
+
+
+def _rows(path: Path, ending: str, encoding: str) -> Iterator[dict[str, Any]]:
+    if ending in (".jsonl", ".jsonl.gz"):
+        yield from _json_lines(path, encoding)
+    elif ending == ".csv":
+        csv.field_size_limit(2**30)
+        yield from csv.DictReader(_text(path, encoding).splitlines(keepends=True))
+    else:
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, pyarrow.ArrowException) as fault:
+            raise CorpusError(f"{path} cannot be read as .parquet: {fault}") from None
+        yield from table.to_pylist()
+
+
+def _json_lines(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding=encoding) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _json_object(line, path, number)
+    except UnicodeDecodeError as fault:
+        raise CorpusError(f"{path} is not {encoding}: {fault.reason}", hint="set knowledge.encoding") from None
+    except (OSError, EOFError) as fault:
+        raise CorpusError(f"{path} cannot be read: {fault}") from None
+
+
+def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as fault:
+        raise CorpusError(f"{path}, line {number} is not JSON: {fault}") from None
+    if not isinstance(value, dict):
+        raise CorpusError(f"{path}, line {number} is {type(value).__name__}, not an object")
+    return value
+
+
+def _row_document(
+    row: Mapping[str, Any], path: Path, number: int, columns: Mapping[str, str], whole: bool
+) -> Document:
+    if columns["text"] not in row:
+        raise CorpusError(
+            f"{path}, row {number} has no column {columns['text']!r}; it has {', '.join(map(str, row))}",
+            hint="name the columns under knowledge.columns: {id: …, title: …, text: …}",
+        )
+    given = row.get(columns["id"], row.get("_id"))
+    identity = f"{path.stem}:{number}" if given is None else str(given)
+    title = str(row.get(columns["title"]) or "")
+    return Document(identity, str(row[columns["text"]] or ""), title, str(path), whole)
+
+
+def _check(reading: Reading, paths: Iterable[Path]) -> None:
+    if not reading.documents:
+        places = ", ".join(str(path) for path in paths)
+        tried = "; ".join(f"{name}: {reason}" for name, reason in reading.skipped[:5])
+        raise CorpusError(
+            f"no document was found in {places}" + (f" ({tried})" if tried else ""),
+            hint=f"files ending in {' '.join((*TEXTS, *CONVERTED, *TABLES))} are read",
+        )
+    seen: dict[str, str] = {}
+    for document in reading.documents:
+        if document.id in seen:
+            raise CorpusError(
+                f"document id {document.id!r} occurs twice: in {seen[document.id]} and {document.source}",
+                hint="give each document or passage its own id",
+            )
+        seen[document.id] = document.source
+
+
+def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
+    place = f"{path}, line {line}"
+    query = row.get("query", row.get("question"))
+    if not isinstance(query, str) or not query.strip():
+        raise CorpusError(f"{place}: `query` is {query!r}; it must be a question in words")
+    answers, relevant = row.get("answers", []), row.get("relevant", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise CorpusError(f"{place}: `answers` is {answers!r}; it must be a list of texts")
+    if not isinstance(relevant, list):
+        raise CorpusError(f"{place}: `relevant` is {relevant!r}; it must be a list of passage ids")
+    evidence = [item for item in relevant if isinstance(item, dict)]
+    if any("document" not in item for item in evidence):
+        raise CorpusError(f"{place}: `relevant` holds an object without `document`")
+    known = {"id", "query", "question", "answers", "relevant", "grades", "history"}
+    metadata = {key: value for key, value in row.items() if key not in known}
+    return Example(
+        id=str(row.get("id", line)), query=query, answers=tuple(answers),
+        relevant=tuple(str(item) for item in relevant if not isinstance(item, dict)),
+        grades={str(key): int(value) for key, value in (row.get("grades") or {}).items()},
+        history=tuple(row.get("history") or ()), metadata={**metadata, **({"evidence": evidence} if evidence else {})},
+    )
+
+
+def _beir_examples(folder: Path) -> Iterator[Example]:
+    queries = next((folder / name for name in ("queries.jsonl", "queries.jsonl.gz") if (folder / name).is_file()), None)
+    splits = sorted((folder / "qrels").glob("*.tsv"))
+    if queries is None or not splits:
+        raise CorpusError(f"{folder} is no BEIR folder: it needs queries.jsonl and qrels/*.tsv")
+    split = next((path for path in splits if path.stem == "test"), splits[0])
+    grades: dict[str, dict[str, int]] = {}
+    for number, line in enumerate(_text(split, "utf-8").splitlines(), 1):
+        cells = line.split("\t")
+        if number == 1 and not cells[-1].lstrip("-").isdigit():
+            continue
+        if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
+            raise CorpusError(f"{split}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {line!r}")
+        grades.setdefault(cells[0], {})[cells[1]] = int(cells[2])
+    for row in _json_lines(queries, "utf-8"):
+        identity = str(row.get("_id", row.get("id")))
+        if identity in grades:
+            graded = grades[identity]
+            answers = tuple(row.get("answers") or ())
+            yield Example(identity, str(row["text"]), answers, tuple(p for p, g in graded.items() if g > 0), graded)

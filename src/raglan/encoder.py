@@ -1,0 +1,199 @@
+"""Text → vectors, by any sentence-transformers model, with one tower or two.
+
+Two names for two acts: `embed_*` has no gradient and is batched, `forward` has gradient and is for training. Prompts,
+pooling, normalisation and similarity are the model's own. With cosine similarity vectors leave here with length 1, so that
+everywhere else similarity is an inner product.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from raglan.artifact import directory_fingerprint, read_manifest, write_manifest
+from raglan.embedded import embedded_model
+from raglan.errors import CheckpointError, IndexMismatch, RecipeError
+from raglan.recipe import EncoderSettings
+
+__all__ = ["Encoder", "bfloat16_is_faster", "compute_device"]
+
+log = logging.getLogger(__name__)
+Side = Literal["query", "passage"]
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware: a GPU that supports it, or a CPU with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def compute_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Encoder:
+    """A query tower and a passage tower, which may be one and the same.
+
+    Attributes:
+        similarity: "cosine" or "dot".
+        dimension: D.
+        query_tower, passage_tower: sentence-transformers models; identical objects for a one-tower encoder.
+    """
+
+    def __init__(self, passage_tower: SentenceTransformer, query_tower: SentenceTransformer, settings: EncoderSettings):
+        self.passage_tower, self.query_tower, self.settings = passage_tower, query_tower, settings
+        if passage_tower.similarity_fn_name not in ("cosine", "dot"):
+            raise RecipeError(
+                f"encoder {settings.model!r} compares by {passage_tower.similarity_fn_name}; raglan needs cosine or dot"
+            )
+        self.similarity: str = str(passage_tower.similarity_fn_name)
+        self.dimension = int(passage_tower.get_embedding_dimension() or 0)
+        if query_tower.get_embedding_dimension() != self.dimension:
+            raise RecipeError(
+                f"query tower has {query_tower.get_embedding_dimension()} dimensions, passage tower {self.dimension}"
+            )
+        fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
+        self.dtype = torch.bfloat16 if fast else torch.float32
+        self._passage_fingerprint: str | None = None
+
+    @classmethod
+    def open(cls, settings: EncoderSettings, *, query_encoder: Path | None = None) -> Encoder:
+        """Load the towers. `query_encoder` is a folder that `save_query_tower` wrote.
+
+        Raises:
+            CheckpointError: a model that cannot be loaded.
+            IndexMismatch: a query tower that was tuned against another passage tower.
+        """
+        passage = _load(settings.model, settings)
+        query = passage if settings.query_model is None else _load(settings.query_model, settings)
+        encoder = cls(passage, query, settings)
+        if query_encoder is not None:
+            encoder._adopt(query_encoder)
+        return encoder
+
+    def embed_queries(self, texts: Sequence[str], *, batch_size: int | None = None) -> np.ndarray:
+        """(n,) texts → (n,D) float32, no gradient."""
+        return self._embed("query", texts, batch_size)
+
+    def embed_passages(self, texts: Sequence[str], *, batch_size: int | None = None) -> np.ndarray:
+        """(n,) texts → (n,D) float32, no gradient."""
+        return self._embed("passage", texts, batch_size)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Query features (see `features`) → (B,D), with gradient into the query tower."""
+        vectors: Tensor = self.query_tower(dict(features), **self._task("query"))["sentence_embedding"]
+        return self._normalised(vectors.float())
+
+    def features(self, queries: Sequence[str]) -> dict[str, Tensor]:
+        """What `forward` takes, on the CPU."""
+        prompt = self._prompt("query")
+        features: dict[str, Tensor] = self.query_tower.preprocess(list(queries), prompt=prompt, **self._task("query"))
+        return {name: value for name, value in features.items() if isinstance(value, Tensor)}
+
+    def split(self) -> SentenceTransformer:
+        """Give the query side a tower of its own, with storage of its own, and return it. Passage vectors stay valid."""
+        if self.query_tower is self.passage_tower:
+            self.passage_fingerprint  # noqa: B018 - taken before anything can move
+            self.query_tower = copy.deepcopy(self.passage_tower)
+        self.passage_tower.requires_grad_(False)
+        return self.query_tower
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """Names what passage vectors depend on: the passage tower's weights, its prompt, its limit."""
+        if self._passage_fingerprint is None:
+            digest = hashlib.sha256(_weights(self.passage_tower))
+            digest.update(repr((self._prompt("passage"), self.passage_tower.max_seq_length, self.similarity)).encode())
+            self._passage_fingerprint = digest.hexdigest()[:16]
+        return self._passage_fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the knowledge base's manifest keeps of its encoder."""
+        return {
+            "model": self.settings.model, "passage_fingerprint": self.passage_fingerprint,
+            "similarity": self.similarity, "dimension": self.dimension, "dtype": str(self.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+    def save_query_tower(self, folder: Path, **figures: Any) -> None:
+        """Write the query tower as a sentence-transformers model that remembers its passage tower."""
+        self.query_tower.save(str(folder), create_model_card=False)
+        write_manifest(folder, "query encoder", {**self.identity, **figures, "weights": directory_fingerprint(folder)})
+
+    def _adopt(self, folder: Path) -> None:
+        manifest = read_manifest(folder, "query encoder")
+        if manifest["passage_fingerprint"] != self.passage_fingerprint:
+            raise IndexMismatch(
+                f"{folder} was tuned against passage encoder {manifest['model']!r} ({manifest['passage_fingerprint']}), "
+                f"not against {self.settings.model!r} ({self.passage_fingerprint})",
+                hint="use the knowledge base it was tuned on, or train the query encoder again",
+            )
+        self.query_tower = _load(str(folder), self.settings)
+
+    def _embed(self, side: Side, texts: Sequence[str], batch_size: int | None) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        tower = self.query_tower if side == "query" else self.passage_tower
+        encode = tower.encode_query if side == "query" else tower.encode_document
+        with self._autocast():
+            vectors = encode(
+                list(texts), batch_size=batch_size or self.settings.batch_size, prompt=self._prompt(side),
+                convert_to_tensor=True, show_progress_bar=False, normalize_embeddings=self.similarity == "cosine",
+            )  # fmt: skip
+        return np.asarray(self._normalised(vectors.float()).cpu().numpy(), dtype=np.float32)
+
+    def _normalised(self, vectors: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.passage_tower.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _prompt(self, side: Side) -> str | None:
+        given = self.settings.query_prompt if side == "query" else self.settings.passage_prompt
+        if given is not None:
+            return given
+        prompts = (self.query_tower if side == "query" else self.passage_tower).prompts
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")
+        return next((prompts[name] for name in names if prompts.get(name)), None)
+
+    def _task(self, side: Side) -> dict[str, str]:
+        """Routers (two towers in one model) are told which side it is; other models are told nothing."""
+        routed = any(type(module).__name__ == "Router" for module in self.query_tower)
+        return {"task": side} if routed else {}
+
+
+def _load(name: str, settings: EncoderSettings) -> SentenceTransformer:
+    folder = str(embedded_model()) if name == "embedded" else name
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    try:
+        tower = SentenceTransformer(folder, device=str(compute_device()))
+    except (OSError, ValueError, KeyError) as fault:
+        raise CheckpointError(
+            f"encoder {name!r} cannot be loaded: {str(fault).splitlines()[0]}",
+            hint="give `embedded`, a folder with a sentence-transformers model, or a hub name and a network",
+        ) from None
+    if settings.max_tokens is not None:
+        tower.max_seq_length = settings.max_tokens
+    return tower
+
+
+def _weights(tower: SentenceTransformer) -> bytes:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.dim() else b"")
+    return digest.digest()

@@ -1,0 +1,170 @@
+"""Evaluation: the same questions, before and after, closed book, with gold passages and with retrieved ones.
+
+    runs/<name>/evaluations/<system>-<fingerprint>/
+        predictions.jsonl   one line a question: hits, answers in every mode, every figure
+        manifest.json       means with 95 % intervals
+
+Nothing is averaged over batches. A figure that does not apply to a question (no gold answer, no relevant passage) is left
+out of that figure's mean, and n says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.data import load_examples
+from raglan.errors import RecipeError
+from raglan.knowledge import KnowledgeBase
+from raglan.metrics import Interval, answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
+from raglan.rag import RAG
+from raglan.recipe import EvaluateSettings, Recipe
+from raglan.records import Answer, Example, Hit
+from raglan.train import Parts, finished_parts
+
+__all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "open_evaluation"]
+
+log = logging.getLogger(__name__)
+KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one system: `rows` one dict a question, in order; `figures` name → mean with interval."""
+
+    system: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    figures: dict[str, Interval]
+
+    def values(self, name: str) -> list[float]:
+        """A figure question by question; NaN where it does not apply."""
+        return [math.nan if row["figures"].get(name) is None else row["figures"][name] for row in self.rows]
+
+
+def evaluate_recipe(recipe: Recipe, *, every_stage: bool = False) -> list[Evaluation]:
+    """The untuned system and the tuned one (or every stage between), measured or found measured already."""
+    settings = recipe.evaluate
+    if settings is None:
+        raise RecipeError(f"recipe {recipe.name!r} evaluates nothing", hint="give it `evaluate: {questions: …}`")
+    systems = finished_parts(recipe)
+    wanted = systems if every_stage else [systems[0], *systems[1:][-1:]]
+    return [evaluate(recipe, settings, name, parts) for name, parts in wanted]
+
+
+def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
+    """Measure one system; a measurement with the same settings, questions and parts is not made twice."""
+    folder = recipe.run / "evaluations" / f"{name}-{_fingerprint(recipe, settings, parts)[:8]}"
+    if not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        began = time.monotonic()
+        system = parts.open(recipe)
+        examples = load_examples(settings.questions, system.retriever.base.corpus, limit=settings.limit, seed=recipe.seed)
+        rows = measure(system, examples, settings)
+        with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_manifest(folder, KIND, {
+            "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
+            "source": str(settings.questions), "k": system.k, "index": recipe.index,
+            "figures": {key: asdict(value) for key, value in summarise(rows).items()},
+            "seconds": round(time.monotonic() - began, 1),
+        })  # fmt: skip
+    return open_evaluation(folder)
+
+
+def open_evaluation(folder: Path) -> Evaluation:
+    """An evaluation from its folder."""
+    manifest = read_manifest(folder, KIND)
+    with open(folder / "predictions.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    figures = {name: Interval(**value) for name, value in manifest["figures"].items()}
+    return Evaluation(manifest["system"], folder, rows, figures)
+
+
+def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings) -> list[dict[str, Any]]:
+    """One row a question: its hits, its answers and all its figures."""
+    corpus = system.retriever.base.corpus
+    deepest = min(len(corpus), max(*settings.k, system.k, 10))
+    hits = system.retriever.retrieve([example.query for example in examples], deepest)
+    rows = [_retrieval_row(example, found, settings) for example, found in zip(examples, hits, strict=True)]
+    answered = [place for place, example in enumerate(examples) if example.answers]
+    for mode in settings.modes if answered else ():
+        given = [_given(mode, system, examples[place], hits[place]) for place in answered]
+        log.info("reading: %s, %d questions", mode, len(answered))
+        answers = system.read([examples[place].query for place in answered], given)
+        for place, answer, found in zip(answered, answers, given, strict=True):
+            _add_reading(rows[place], mode, examples[place], answer, found)
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Interval]:
+    """Mean and 95 % interval of every figure that any row has."""
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    return {
+        name: bootstrap([math.nan if row["figures"].get(name) is None else row["figures"][name] for row in rows])
+        for name in names
+    }
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
+    """after − before for every figure both have, paired by question."""
+    if [row["id"] for row in before.rows] != [row["id"] for row in after.rows]:
+        raise RecipeError(f"{before.folder} and {after.folder} answer different questions")
+    names = [name for name in before.figures if name in after.figures]
+    return {name: paired_bootstrap(before.values(name), after.values(name)) for name in names}
+
+
+def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings) -> dict[str, Any]:
+    ranking = [hit.passage.id for hit in hits]
+    grades = dict(example.grades) or dict.fromkeys(example.relevant, 1)
+    texts = [f"{hit.passage.title}\n{hit.passage.text}" for hit in hits]
+    figures = {f"recall@{k}": recall(ranking, example.relevant, k) for k in settings.k}
+    figures |= {"mrr@10": mrr(ranking, example.relevant, 10), "ndcg@10": ndcg(ranking, grades, 10)}
+    if example.answers:
+        figures |= {f"answer_recall@{k}": answer_recall(texts[:k], example.answers) for k in settings.k}
+    return {
+        "id": example.id, "query": example.query, "answers": list(example.answers), "relevant": list(example.relevant),
+        "hits": [
+            {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
+            for h in hits[:10]
+        ],
+        "predictions": {},
+        "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
+    }  # fmt: skip
+
+
+def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> list[Hit]:
+    if mode == "closed_book":
+        return []
+    if mode == "retrieved":
+        return list(hits[: system.k])
+    corpus = system.retriever.base.corpus
+    rows = [row for identity in example.relevant if (row := corpus.row(identity)) is not None][: system.k]
+    return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
+
+
+def _add_reading(row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit]) -> None:
+    row["predictions"][mode] = {
+        "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
+        "passages": [hit.passage.id for hit in given],
+    }  # fmt: skip
+    row["figures"] |= {
+        f"{mode}/em": exact_match(answer.text, example.answers), f"{mode}/f1": f1(answer.text, example.answers),
+        f"{mode}/truncated": float(answer.truncated), f"{mode}/unfinished": float(not answer.finished),
+    }  # fmt: skip
+
+
+def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
+    base = KnowledgeBase.open(recipe.knowledge.path).version
+    shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
+    questions = file_fingerprint(settings.questions) if settings.questions.is_file() else str(settings.questions)
+    return fingerprint([base, shared, settings.model_dump(mode="json"), questions, asdict(parts)])

@@ -1,0 +1,395 @@
+"""Any transformers seq2seq or causal model as a generator, with LoRA as a setting.
+
+One layout for training, scoring and decoding: `[forced prefix] | w1 … wT EOS`. Left of the bar nothing is scored, right of
+it everything, the end token included. The answer is tokenised by itself, never together with the prompt. Causal prompts
+are padded right for scoring and left for generation, with the same numbers.
+
+`forward` applies the LM head to answer positions only and in chunks (`likelihood.chunked_token_logprobs`); what reaches the
+head is caught by a hook, so any architecture will do, and the first batch is compared with the model's own logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from raglan.artifact import fingerprint, write_manifest
+from raglan.embedded import embedded_model
+from raglan.encoder import bfloat16_is_faster, compute_device
+from raglan.errors import CheckpointError, GeneratorError, RecipeError
+from raglan.generator.base import Generator
+from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
+from raglan.likelihood import chunked_token_logprobs
+from raglan.prompt import Prompt, Rendered
+from raglan.recipe import GeneratorSettings, PromptSettings
+from raglan.records import Completion
+from raglan.text import restore_surface
+
+__all__ = ["HFGenerator", "open_generator"]
+
+log = logging.getLogger(__name__)
+UNSCORED = -100
+MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
+
+
+class HFGenerator(Generator):
+    """A transformers model, its tokenizer and its prompt.
+
+    Attributes:
+        model: the (peft-wrapped) model. `is_seq2seq`: whether it encodes the prompt apart.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: GeneratorSettings, prompt: PromptSettings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        config = model.config
+        self.is_seq2seq = bool(config.is_encoder_decoder)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.reader = base if isinstance(base, ReaderForConditionalGeneration) else None
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad = int(tokenizer.pad_token_id)
+        self.eos = int(config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id)
+        self.prefix = self._prefix()
+        layout = prompt.layout if prompt.layout != "auto" else self._layout()
+        self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit())
+        fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
+        self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
+        self._head_is_checked = False
+
+    def generate(
+        self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
+    ) -> list[Completion]:
+        completions: dict[int, Completion] = {}
+        was_training = self.model.training
+        self.model.eval()
+        for places in self._by_length([len(prompt.ids) for prompt in prompts]):
+            part = [prompts[place] for place in places]
+            completions.update(zip(places, self._generate(part, max_new_tokens, beams, length_penalty), strict=True))
+        self.model.train(was_training)
+        return [completions[place] for place in range(len(prompts))]
+
+    def token_logprobs(
+        self, prompts: Sequence[Rendered], answers: Sequence[str], *, score_eos: bool = True
+    ) -> list[np.ndarray]:
+        rows = [self.row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        found: dict[int, np.ndarray] = {}
+        was_training = self.model.training
+        self.model.eval()
+        for places in self._by_length([len(row["input_ids"]) + len(row["labels"]) for row in rows]):
+            batch = self.collate([rows[place] for place in places])
+            with torch.no_grad(), self.autocast():
+                logprobs = self.forward(batch).float().cpu().numpy()
+            for place, values in zip(places, logprobs, strict=True):
+                found[place] = values[: len(rows[place]["labels"]) - (not score_eos)]
+        self.model.train(was_training)
+        return [found[place] for place in range(len(prompts))]
+
+    def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
+        """One training row: prompt ids, and the answer's own ids with the end token, tokenised apart.
+
+        Raises:
+            GeneratorError: the answer has no token.
+        """
+        text = (prompt.answer_space + answer) if not self.is_seq2seq else answer
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise GeneratorError(f"answer {answer!r} has no token in this model's vocabulary")
+        return {"input_ids": list(prompt.ids), "labels": [*ids, self.eos]}
+
+    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
+        inputs, mask = _padded([row["input_ids"] for row in rows], self.pad)
+        labels, _ = _padded([row["labels"] for row in rows], UNSCORED)
+        return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+    def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100.
+
+        `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
+        """
+        model = model or self.model
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        labels = batch["labels"]
+        if self.reader is not None:
+            return self._reader_logprobs(batch, model)
+        hidden = self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
+        real = labels >= 0
+        values = chunked_token_logprobs(hidden[real], self._head, labels[real], chunk=self.settings.head_chunk)
+        return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32 or next(self.model.parameters()).dtype == self.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        vocabulary = fingerprint(sorted(self.tokenizer.get_vocab().items()))
+        prompt = self.prompt.settings.model_dump(mode="json")
+        return fingerprint([digest.hexdigest(), vocabulary, prompt, self.prompt.layout, str(self.dtype)])
+
+    def save(self, folder: Path, **figures: Any) -> None:
+        """Write weights (or the adapter) and tokenizer in the transformers (peft) layout, then the manifest."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+        write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
+
+    def _layout(self) -> str:
+        if self.reader is not None:
+            return "fused"
+        return "chat" if not self.is_seq2seq and getattr(self.tokenizer, "chat_template", None) else "joined"
+
+    def _limit(self) -> int | None:
+        config = self.model.config
+        if self.reader is not None:
+            return int(self.reader.encoder.bert.config.max_position_embeddings)
+        longest = getattr(config, "max_position_embeddings", None)
+        return int(longest) if longest else None
+
+    def _prefix(self) -> list[int]:
+        """What the decoder is given before the answer: T5 <pad>, BART </s> <s>, the reader [CLS]; nothing for causal."""
+        if not self.is_seq2seq:
+            return []
+        start = self.model.config.decoder_start_token_id
+        start = self.model.generation_config.decoder_start_token_id if start is None else start
+        begins = self.tokenizer("x")["input_ids"][0]
+        bos = self.tokenizer.bos_token_id
+        return [int(start), *([bos] if bos is not None and begins == bos and bos != start else [])]
+
+    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Batches of places, longest first, each of at most `batch_tokens` padded tokens."""
+        batch: list[int] = []
+        for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            full = len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[batch[0] if batch else place] > self.settings.batch_tokens
+            if batch and full:
+                yield batch
+                batch = []
+            batch.append(place)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: Sequence[Rendered], max_new_tokens: int, beams: int, length_penalty: float
+    ) -> list[Completion]:
+        ids, mask = _padded([list(prompt.ids) for prompt in prompts], self.pad, left=not self.is_seq2seq)
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if self.is_seq2seq:
+            inputs["decoder_input_ids"] = torch.tensor([self.prefix] * len(prompts), device=self.device)
+        with self.autocast(), _quiet():
+            output = self.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty, do_sample=False,
+                pad_token_id=self.pad, eos_token_id=self.eos, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        start = len(self.prefix) if self.is_seq2seq else ids.shape[1]
+        logprobs = self._generated_logprobs(output, start)
+        return [
+            self._completion(prompt, written.tolist(), values)
+            for prompt, written, values in zip(prompts, output.sequences[:, start:], logprobs, strict=True)
+        ]
+
+    def _generated_logprobs(self, output: Any, start: int) -> list[list[float]]:
+        """Raw log-probability of every written token, (B,T)."""
+        beams = getattr(output, "beam_indices", None)
+        written = output.sequences[:, start:]
+        columns = []
+        for step, logits in enumerate(output.logits[: written.shape[1]]):
+            rows = torch.arange(len(written), device=logits.device) if beams is None else beams[:, step].clamp_min(0)
+            columns.append(logits.float().log_softmax(-1)[rows, written[:, step]])
+        values: list[list[float]] = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in written]
+        return values
+
+    def _completion(self, prompt: Rendered, ids: list[int], logprobs: list[float]) -> Completion:
+        finished = self.eos in ids
+        length = ids.index(self.eos) + 1 if finished else len(ids)
+        text = self.tokenizer.decode(ids[: length - finished], skip_special_tokens=True).strip()
+        if self.reader is not None:
+            text = restore_surface(text, list(prompt.sources))
+        return Completion(text, tuple(ids[:length]), float(sum(logprobs[:length])), finished)
+
+    def _reader_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        output = model(**batch)
+        return output.target_logprobs  # type: ignore[no-any-return]
+
+    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+        prefix = torch.tensor(self.prefix, device=labels.device).expand(len(labels), -1)
+        return torch.cat([prefix, labels[:, :-1].masked_fill(labels[:, :-1] < 0, self.pad)], dim=1)
+
+    def _seq2seq_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        inputs["decoder_input_ids"] = self._decoder_inputs(batch["labels"])
+        return self._caught(model, inputs)[:, len(self.prefix) - 1 :]
+
+    def _causal_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        """States that predict the answer's tokens, (B,T,D): prompt and answer in one row, padded right."""
+        labels, mask = batch["labels"], batch["attention_mask"].bool()
+        rows = [torch.cat([ids[m], y[y >= 0]]) for ids, m, y in zip(batch["input_ids"], mask, labels, strict=True)]
+        length = max(len(row) for row in rows)
+        ids = torch.stack([nn.functional.pad(row, (0, length - len(row)), value=self.pad) for row in rows])
+        whole = torch.stack([torch.arange(length, device=ids.device) < len(row) for row in rows]).long()
+        hidden = self._caught(model, {"input_ids": ids, "attention_mask": whole})
+        at = mask.sum(1)[:, None] - 1 + torch.arange(labels.shape[1], device=ids.device)[None]
+        at = at.clamp_max(length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, at)
+
+    def _caught(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """What the LM head is given in a forward pass, while the head itself is given nothing to do."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise GeneratorError(f"{type(self.model).__name__} has no LM head")
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(given[0])
+            return (given[0][:, :0], *given[1:])
+
+        handle = head.register_forward_pre_hook(catch)
+        try:
+            model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise GeneratorError(f"{type(self.model).__name__} used its LM head {len(caught)} times in one pass")
+        if not self._head_is_checked:
+            self._check_head(inputs, caught[0])
+        return caught[0]
+
+    def _head(self, rows: Tensor) -> Tensor:
+        """The model's logits from the head's input, (n,D) → (n,V)."""
+        logits: Tensor = self.model.get_output_embeddings()(rows)
+        config = self.model.config
+        bias = getattr(self.model, "final_logits_bias", None)
+        if bias is not None:
+            logits = logits + bias.to(logits)
+        cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+        logits = logits * scale if isinstance(scale, float) else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def _check_head(self, inputs: dict[str, Tensor], hidden: Tensor) -> None:
+        self._head_is_checked = True
+        was_training = self.model.training
+        self.model.eval()
+        first = {name: value[:1] for name, value in inputs.items()}
+        theirs = self.model(**first, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        ours = self._head(self._caught(self.model, first)[0, -1:])[0].float().log_softmax(-1)
+        self.model.train(was_training)
+        if not torch.allclose(ours, theirs, atol=2e-2, rtol=1e-2):
+            raise GeneratorError(
+                f"{type(self.model).__name__} changes its logits after the LM head in a way that raglan does not know",
+                hint="report the architecture; its head cannot be applied in chunks yet",
+            )
+
+
+def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:
+    """Load a model folder or hub name (with a peft adapter if it is one), or make the embedded reader.
+
+    Raises:
+        CheckpointError: a folder without config or weights.
+        RecipeError: LoRA settings that peft refuses.
+    """
+    model, tokenizer = _load(settings.model, settings)
+    if settings.lora is not None and not hasattr(model, "peft_config"):
+        model = _with_lora(model, settings)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in settings.freeze):
+            parameter.requires_grad_(False)
+    return HFGenerator(model.to(compute_device()).eval(), tokenizer, settings, prompt)
+
+
+def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
+    if name == "embedded":
+        return reader_from_encoder(str(embedded_model()))
+    if (Path(name) / "adapter_config.json").is_file():
+        return _load_adapter(name, settings)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with _quiet():
+            model: PreTrainedModel = kind.from_pretrained(name, dtype=_weights_dtype(settings))
+            return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as fault:
+        raise CheckpointError(
+            f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
+            hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",
+        ) from None
+
+
+def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+
+    base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    model, tokenizer = _load(base, settings)
+    return PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None), tokenizer
+
+
+def _with_lora(model: PreTrainedModel, settings: GeneratorSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        config = LoraConfig(**{"task_type": kind, **(settings.lora or {})})
+        config.base_model_name_or_path = settings.model
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError) as fault:
+        raise RecipeError(f"generator.lora: {fault}", hint="fields are those of peft.LoraConfig") from None
+    wrapped.peft_config["default"].base_model_name_or_path = settings.model
+    return wrapped
+
+
+def _weights_dtype(settings: GeneratorSettings) -> torch.dtype:
+    """Full training keeps float32 weights and computes in autocast; LoRA and plain use may keep the weights small."""
+    if settings.dtype in ("bfloat16", "float16"):
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    small = settings.dtype == "auto" and settings.lora is not None and torch.cuda.is_available() and bfloat16_is_faster()
+    return torch.bfloat16 if small else torch.float32
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(longest - len(row), None) if left else slice(0, len(row))
+        ids[place, where], mask[place, where] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers prints loading reports and generation hints; the ones that matter are raised as errors here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,58 @@
+"""BM25 by `bm25s`, memory-mapped, over raglan's own terms (words; characters and pairs in Chinese and Japanese)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import bm25s
+import numpy as np
+
+from raglan.artifact import directory_fingerprint
+from raglan.index.base import Index, Queries
+from raglan.recipe import BM25Index as BM25Settings
+from raglan.text import terms
+
+__all__ = ["BM25Index", "build_bm25"]
+
+
+class BM25Index(Index):
+    """Scores are Okapi BM25 (Robertson & Zaragoza 2009, Lucene's idf) as the library computes them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._model = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
+        self._size = int(self._model.scores["num_docs"])
+
+    def __len__(self) -> int:
+        return self._size
+
+    def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        for number, text in enumerate(queries.texts):
+            found = self.scores(text)
+            best = np.argsort(-found, kind="stable")[:k]
+            best = best[found[best] > 0]
+            scores[number, : len(best)], rows[number, : len(best)] = found[best], best
+        return scores, rows
+
+    def scores(self, query: str) -> np.ndarray:
+        """The query's score with every passage, (N,)."""
+        known = [term for term in terms(query) if term in self._model.vocab_dict]
+        if not known:
+            return np.zeros(self._size, dtype=np.float32)
+        return np.asarray(self._model.get_scores(known))
+
+    @property
+    def fingerprint(self) -> str:
+        return directory_fingerprint(self.folder)
+
+
+def build_bm25(texts: Sequence[str], settings: BM25Settings, folder: Path) -> dict[str, float]:
+    """Index texts (row = position)."""
+    model = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
+    tokens = [terms(text) or [""] for text in texts]
+    model.index(tokens, show_progress=False)
+    model.save(str(folder), show_progress=False)
+    return {"terms": len(model.vocab_dict)}

@@ -1,0 +1,244 @@
+"""The knowledge base: corpus + vectors + indexes + the encoder's identity, versioned; the thing that is swapped.
+
+    kb/
+      current                    one line: the version that answers
+      versions/<id>/             whole, immutable: corpus/ vectors/ indexes/<name>/ manifest.json
+      building/<fingerprint>/    half made; a rerun with the same settings and documents goes on here
+
+The fingerprint of what goes in (documents' text, chunking, encoder, index settings) names the version, so building twice
+does nothing the second time. Vectors are written shard by shard: a kill costs at most one shard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raglan.artifact import fingerprint, point, pointed, publish, read_manifest, write_manifest
+from raglan.chunk import Chunker
+from raglan.corpus import Corpus, write_corpus
+from raglan.documents import Reading, read_documents
+from raglan.encoder import Encoder
+from raglan.errors import CheckpointError, CorpusError, IndexMismatch
+from raglan.index import BM25Index, HybridIndex, Index
+from raglan.index.bm25 import build_bm25
+from raglan.index.dense import DenseIndex, build_dense, open_dense
+from raglan.progress import track
+from raglan.recipe import BM25Index as BM25Settings
+from raglan.recipe import DenseIndex as DenseSettings
+from raglan.recipe import EncoderSettings, KnowledgeSettings
+from raglan.recipe import HybridIndex as HybridSettings
+from raglan.records import Passage
+
+__all__ = ["KnowledgeBase", "build_knowledge"]
+
+log = logging.getLogger(__name__)
+KIND = "knowledge base"
+SHARD = 4096
+
+
+class KnowledgeBase:
+    """One finished version, opened. Cheap to open: everything large is memory-mapped.
+
+    Attributes:
+        version: its id. manifest: what was written at the end of building.
+        corpus: its passages. indexes: by name.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.version: str = folder.name
+        self.settings = KnowledgeSettings.model_validate(manifest["settings"])
+        self.corpus = Corpus(folder / "corpus")
+
+    @classmethod
+    def open(cls, path: Path, *, version: str | None = None) -> KnowledgeBase:
+        """Open the current version, or the one named.
+
+        Raises:
+            CheckpointError: nothing has been built there, or the version is damaged.
+        """
+        path = Path(path)
+        name = version or pointed(path / "current")
+        if name is None:
+            raise CheckpointError(f"{path} holds no knowledge base", hint="make it: raglan build recipe.yaml")
+        return cls(path / "versions" / name, read_manifest(path / "versions" / name, KIND))
+
+    @staticmethod
+    def versions(path: Path) -> list[str]:
+        """All finished versions, oldest first."""
+        found = [f for f in (Path(path) / "versions").glob("*") if (f / "manifest.json").is_file()]
+        return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime)]
+
+    @cached_property
+    def indexes(self) -> dict[str, Index]:
+        return {name: self._index(name) for name in self.settings.indexes}
+
+    def index(self, name: str) -> Index:
+        """The index of that name. Raises CheckpointError with the names there are."""
+        if name not in self.settings.indexes:
+            raise CheckpointError(f"{self.folder} has no index {name!r}; it has {', '.join(self.settings.indexes)}")
+        return self.indexes[name]
+
+    @cached_property
+    def vectors(self) -> DenseIndex:
+        """The stored passage vectors, by whatever dense index holds them."""
+        return open_dense_vectors(self)
+
+    def check(self, encoder: Encoder) -> None:
+        """Refuse an encoder whose passage tower did not make these vectors."""
+        built = self.manifest["encoder"]
+        same = ("passage_fingerprint", "similarity", "dimension")
+        if any(built[key] != encoder.identity[key] for key in same):
+            raise IndexMismatch(
+                f"{self.folder.parent.parent} was built by encoder {built['model']!r} ({built['passage_fingerprint']}), "
+                f"not by {encoder.settings.model!r} ({encoder.passage_fingerprint})",
+                hint="build it again with this encoder: raglan build recipe.yaml, or name the other one in the recipe",
+            )
+
+    def _index(self, name: str) -> Index:
+        settings = self.settings.indexes[name]
+        if isinstance(settings, HybridSettings):
+            return HybridIndex([self.indexes_part(part) for part in settings.of], settings)
+        return self.indexes_part(name)
+
+    def indexes_part(self, name: str) -> Index:
+        settings = self.settings.indexes[name]
+        folder = self.folder / "indexes" / name
+        if isinstance(settings, DenseSettings):
+            return open_dense(folder, self.folder / "vectors", settings)
+        return BM25Index(folder)
+
+
+def open_dense_vectors(base: KnowledgeBase) -> DenseIndex:
+    shards = sorted((base.folder / "vectors").glob("*.npy"))
+    return DenseIndex(shards, DenseSettings(kind="dense"), base.folder)
+
+
+@dataclass
+class _Build:
+    """One building in progress."""
+
+    settings: KnowledgeSettings
+    encoder: Encoder
+    reading: Reading
+    folder: Path
+
+    def run(self) -> dict[str, Any]:
+        began = time.monotonic()
+        passages = self._corpus()
+        encoded, seconds = self._vectors(passages)
+        figures = {name: self._index(name, passages) for name in self.settings.indexes}
+        write_manifest(self.folder, KIND, {
+            "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity,
+            "input_files": self.reading.files, "documents": len(self.reading.documents), "skipped": self.reading.skipped,
+            "passages": len(passages), "dimension": self.encoder.dimension, "index_figures": figures,
+            "corpus": Corpus(self.folder / "corpus").fingerprint, "seconds": round(time.monotonic() - began, 2),
+            "passages_per_second": round(encoded / seconds, 1) if encoded else None,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        })  # fmt: skip
+        return read_manifest(self.folder, KIND)
+
+    def _corpus(self) -> Sequence[Passage]:
+        done = self.folder / "corpus" / "done"
+        if not done.is_file():
+            shutil.rmtree(self.folder / "corpus", ignore_errors=True)
+            if not write_corpus(self.folder / "corpus", self._passages()):
+                raise CorpusError("the documents hold no text to make passages of")
+            done.write_text("")
+        return Corpus(self.folder / "corpus")
+
+    def _passages(self) -> Iterator[Passage]:
+        chunk = self.settings.chunk
+        whole = chunk is None
+        tokenizer = self.encoder.passage_tower.tokenizer.backend_tokenizer
+        chunker = Chunker(tokenizer, chunk.max_tokens, chunk.overlap) if chunk else Chunker(tokenizer)
+        for document in track(self.reading.documents, "cutting"):
+            if whole and not document.whole:
+                yield Passage(document.id, document.text, document.title, document.id, 0, len(document.text))
+            else:
+                yield from chunker.passages(document)
+
+    def _vectors(self, passages: Sequence[Passage]) -> tuple[int, float]:
+        folder = self.folder / "vectors"
+        folder.mkdir(exist_ok=True)
+        starts = list(range(0, len(passages), SHARD))
+        missing = [start for start in starts if not (folder / f"{start:09d}.npy").is_file()]
+        began = time.monotonic()
+        encoded = 0
+        for start in track(missing, "encoding", done=len(starts) - len(missing)):
+            texts = [passage_text(p) for p in passages[start : start + SHARD]]
+            half = folder / f"{start:09d}.part"
+            with open(half, "wb") as file:
+                np.save(file, self.encoder.embed_passages(texts))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(half, folder / f"{start:09d}.npy")
+            encoded += len(texts)
+        return encoded, max(time.monotonic() - began, 1e-9)
+
+    def _index(self, name: str, passages: Sequence[Passage]) -> dict[str, float]:
+        settings = self.settings.indexes[name]
+        folder = self.folder / "indexes" / name
+        if isinstance(settings, HybridSettings):
+            return {}
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(settings, BM25Settings):
+            return build_bm25([passage_text(passage) for passage in passages], settings, folder)
+        return build_dense(sorted((self.folder / "vectors").glob("*.npy")), settings, folder)
+
+
+def passage_text(passage: Passage) -> str:
+    """What indexes see of a passage: its title and its text."""
+    return f"{passage.title}\n{passage.text}" if passage.title else passage.text
+
+
+def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
+    """Read, cut, encode and index documents; publish the result as the current version.
+
+    Building what is built already only moves the pointer. After an interruption it goes on where it stopped.
+
+    Raises:
+        CorpusError: documents that cannot be read (see `documents`).
+    """
+    reading = read_documents(
+        settings.documents, columns=settings.columns.model_dump(), encoding=settings.encoding,
+        on_error=settings.on_error, whole=settings.chunk is None, progress=track,
+    )  # fmt: skip
+    encoder = Encoder.open(settings.encoder)
+    version = _version(settings, encoder, reading)
+    final = settings.path / "versions" / version
+    if not (final / "manifest.json").is_file():
+        working = settings.path / "building" / version
+        working.mkdir(parents=True, exist_ok=True)
+        _Build(settings, encoder, reading, working).run()
+        publish(working, final)
+    point(settings.path / "current", version)
+    _sweep(settings.path / "building")
+    return KnowledgeBase.open(settings.path)
+
+
+def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) -> str:
+    made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
+    documents = [[d.id, d.title, d.text] for d in reading.documents]
+    return fingerprint([made_of, encoder.identity, documents])
+
+
+def _sweep(building: Path) -> None:
+    """Drop half-made versions of older settings; they are of no use once a version stands."""
+    shutil.rmtree(building, ignore_errors=True)
+
+
+def encoder_settings(base: KnowledgeBase) -> EncoderSettings:
+    """The settings with which the base's encoder is opened again."""
+    return base.settings.encoder

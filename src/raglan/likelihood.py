@@ -1,0 +1,212 @@
+"""THE EQUATIONS. Pure functions of tensors: no model, no file, no setting hidden elsewhere.
+
+Everything that raglan trains or decodes reads two quantities (ARCHITECTURE: the one idea):
+
+    doc_logprobs   (B,K)    log p(z_k | x), from the retriever
+    token_logprobs (B,K,T)  log p(y_t | x, z_k, y_<t), from the generator, for the answer's own tokens only
+
+All arithmetic is float32 or wider, whatever the models' dtype. −inf in `doc_logprobs` is the only mark of an absent
+passage, and what stands in its `token_logprobs` is never read: values are selected with `where`, never multiplied by a
+mask, because 0·(−inf) is NaN and so is its gradient.
+
+Sources: RAG, Lewis et al. 2020 (arXiv 2005.11401) §2; RA-DIT, Lin et al. 2023 (arXiv 2310.01352) equations 2, 4 and 5;
+REPLUG, Shi et al. 2023 (arXiv 2301.12652) §4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from raglan.errors import RecipeError
+
+__all__ = [
+    "answer_nll",
+    "chunked_token_logprobs",
+    "lsr_divergence",
+    "lsr_target",
+    "normalised_entropy",
+    "passage_logprobs",
+    "passage_posterior",
+    "sequence_logprob",
+    "token_logprob",
+]
+
+Direction = Literal["student_first", "target_first"]
+Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob"]
+
+
+def passage_logprobs(doc_scores: Tensor, *, present: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
+    """log p(z|x) = log_softmax over K of s/τ, −inf where absent. (B,K) → (B,K).
+
+    A row with no passage is −inf throughout and its gradient is zero.
+    """
+    scores = _wide(doc_scores) / temperature
+    if present is None:
+        return scores.log_softmax(-1)
+    some = present.any(-1, keepdim=True)
+    usable = present | ~some  # a row of nothing but −inf has a NaN gradient, so it is computed on anything finite
+    scores = torch.where(present, scores, torch.zeros_like(scores))
+    logprobs = torch.where(usable, scores, -torch.inf).log_softmax(-1)
+    return torch.where(present, logprobs, -torch.inf)
+
+
+def sequence_logprob(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """RAG-Sequence: log Σ_k p(z_k|x) Π_t p(y_t | x, z_k, y_<t). (B,K), (B,K,T), (B,T) → (B,)."""
+    return _logsumexp(_joint(doc_logprobs, token_logprobs, answer_mask), dim=-1)
+
+
+def token_logprob(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """RAG-Token: Σ_t log Σ_k p(z_k|x) p(y_t | x, z_k, y_<t). (B,K), (B,K,T), (B,T) → (B,)."""
+    mask = answer_mask.bool()
+    each = _clean(doc_logprobs, token_logprobs, mask)
+    mixed = _logsumexp(_wide(doc_logprobs)[:, :, None] + each, dim=1)  # (B,T)
+    return torch.where(mask, mixed, torch.zeros_like(mixed)).sum(-1)
+
+
+def passage_posterior(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """p(z_k | x, y) under RAG-Sequence, rows sum to 1. (B,K), (B,K,T), (B,T) → (B,K)."""
+    joint = _joint(doc_logprobs, token_logprobs, answer_mask)
+    total = _logsumexp(joint, dim=-1)[:, None]
+    return torch.where(torch.isneginf(joint), torch.zeros_like(joint), (joint - total).exp())
+
+
+def answer_nll(token_logprobs: Tensor, answer_mask: Tensor, *, reduction: Literal["token", "example", "none"]) -> Tensor:
+    """Masked answer likelihood, RA-DIT's LM loss (its equation 3 without the sum over passages). (B,T), (B,T) → () or (B,).
+
+    `token` divides by the number of answer tokens, so splitting a batch changes nothing as long as the division is made
+    over the whole accumulated batch; `example` averages rows; `none` gives each row's sum.
+    """
+    mask = answer_mask.bool()
+    rows = -torch.where(mask, _wide(token_logprobs), 0.0).sum(-1)
+    if reduction == "none":
+        return rows
+    return rows.sum() / mask.sum() if reduction == "token" else rows.mean()
+
+
+def lsr_target(
+    answer_logprobs: Tensor,
+    *,
+    target: Target,
+    tau: float | None = None,
+    answer_lengths: Tensor | None = None,
+    passage_mask: Tensor | None = None,
+) -> Tensor:
+    """log q_k = log_softmax over K of u_k/τ: which passage the language model found useful. (B,K) → (B,K), detached.
+
+    RA-DIT's equation 4 puts the *probability* itself in the exponent (`prob`, u = exp Σ_t log p). For long answers all
+    such u are 0 and q is flat; `mean_prob` (u = exp of the mean), `mean_logprob` and `sum_logprob` are the ways out.
+
+    Args:
+        answer_logprobs: Σ_t log p(y_t | x, z_k, y_<t).
+        target: what u is.
+        tau: τ > 0. 0.01 (the paper's) is the default for the two probabilities; a log target has none.
+        answer_lengths: (B,) answer tokens T, needed by the two means.
+        passage_mask: (B,K) bool, False where there is no passage.
+    """
+    if target not in get_args(Target):
+        raise RecipeError(f"objective.target is {target!r}; allowed are {', '.join(get_args(Target))}")
+    if tau is None:
+        if "logprob" in target:
+            raise RecipeError(
+                f"objective.tau is missing: target {target} has no default temperature",
+                hint="usual values are 0.1 for mean_logprob and 1 to 10 for sum_logprob",
+            )
+        tau = 0.01
+    if target.startswith("mean") and answer_lengths is None:
+        raise RecipeError(f"target {target} needs the answers' lengths")
+    value = _wide(answer_logprobs.detach())
+    if target.startswith("mean"):
+        value = value / answer_lengths.to(value)[:, None]  # type: ignore[union-attr]
+    if target.endswith("prob") and "logprob" not in target:
+        value = value.exp()
+    return passage_logprobs(value, present=passage_mask, temperature=tau)
+
+
+def lsr_divergence(
+    doc_scores: Tensor,
+    answer_logprobs: Tensor,
+    *,
+    direction: Direction = "student_first",
+    target: Target = "prob",
+    tau: float | None = None,
+    gamma: float = 1.0,
+    answer_lengths: Tensor | None = None,
+    passage_mask: Tensor | None = None,
+) -> Tensor:
+    """LM-supervised retrieval, RA-DIT's equation 5: KL(p‖q) per query, p = softmax(s/γ), q = `lsr_target`. → (B,).
+
+    Gradients by hand (the tests use them): ∂KL(p‖q)/∂s_k = p_k (ln p_k − ln q_k − KL)/γ, ∂KL(q‖p)/∂s_k = (p_k − q_k)/γ.
+    The target is detached here and nowhere else. The mean over B is the objective's.
+
+    Args:
+        doc_scores: (B,K) raw E_q(x)·E_p(z_k), with gradient.
+        answer_logprobs: (B,K) the language model's Σ_t log p(y_t | x, z_k, y_<t).
+        direction: `student_first` is KL(p‖q), the paper's; `target_first` is KL(q‖p), distillation's.
+        target, tau, answer_lengths: see `lsr_target`.
+        gamma: γ > 0, the retriever's own temperature.
+        passage_mask: (B,K) bool; both softmaxes run over a query's real passages only.
+    """
+    log_q = lsr_target(
+        answer_logprobs, target=target, tau=tau, answer_lengths=answer_lengths, passage_mask=passage_mask
+    )
+    log_p = passage_logprobs(doc_scores, present=passage_mask, temperature=gamma)
+    first, second = (log_p, log_q) if direction == "student_first" else (log_q, log_p)
+    present = torch.ones_like(log_p, dtype=torch.bool) if passage_mask is None else passage_mask
+    zeros = torch.zeros_like(first)
+    bracket = torch.where(present, first, zeros) - torch.where(present, second, zeros)  # zeroed before multiplying:
+    weight = torch.where(present, first, zeros).exp()  # a pad's gradient is then 0, not NaN
+    return (weight * bracket).sum(-1)
+
+
+def normalised_entropy(logprobs: Tensor) -> Tensor:
+    """H(p)/ln K over the present passages, 1 for flat, 0 for certain. (B,K) → (B,)."""
+    present = ~torch.isneginf(logprobs)
+    finite = torch.where(present, logprobs, torch.zeros_like(logprobs))
+    entropy = -(finite.exp() * finite * present).sum(-1)
+    return entropy / present.sum(-1).clamp_min(2).to(entropy).log()
+
+
+def chunked_token_logprobs(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = 128
+) -> Tensor:
+    """log softmax(head(h)) at the targets, without ever holding more than `chunk` rows of V. (N,D), (N,) → (N,).
+
+    Each chunk's logits are thrown away after the forward pass and made again in the backward pass, so the memory is that
+    of `chunk`·V numbers however many answer tokens there are.
+    """
+
+    def score(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = _wide(head(rows))
+        return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(score, rows, wanted, use_reentrant=False) for rows, wanted in parts])
+    return torch.cat([score(rows, wanted) for rows, wanted in parts])
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _clean(doc_logprobs: Tensor, token_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """`token_logprobs` with everything that must not be read set to 0: masked tokens and absent passages."""
+    read = mask[:, None, :] & ~torch.isneginf(doc_logprobs)[:, :, None]
+    return torch.where(read, _wide(token_logprobs), 0.0)
+
+
+def _joint(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """log p(z_k|x) + log p(y|x,z_k), (B,K)."""
+    return _wide(doc_logprobs) + _clean(doc_logprobs, token_logprobs, answer_mask.bool()).sum(-1)
+
+
+def _logsumexp(values: Tensor, *, dim: int) -> Tensor:
+    """logsumexp whose value is −inf, and whose gradient is 0, where there is nothing to sum."""
+    nothing = torch.isneginf(values).all(dim, keepdim=True)
+    total = torch.where(nothing, torch.zeros_like(values), values).logsumexp(dim)
+    return torch.where(nothing.squeeze(dim), -torch.inf, total)

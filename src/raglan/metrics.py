@@ -1,0 +1,127 @@
+"""Figures: exact match, F1, ranking measures, and intervals that say how much to believe them.
+
+Answers: EM and F1 are SQuAD's, best over the gold answers. Rankings: recall@k, nDCG@k (gain = grade, discount log2, as in
+trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000 resamples with a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raglan.text import answer_words
+
+__all__ = [
+    "Interval",
+    "answer_recall",
+    "bootstrap",
+    "exact_match",
+    "f1",
+    "mrr",
+    "ndcg",
+    "paired_bootstrap",
+    "recall",
+]
+
+RESAMPLES = 10_000
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the normalised prediction equals a normalised gold answer. No gold answer: 1.0 for an empty prediction."""
+    words = answer_words(prediction)
+    return float(any(words == answer_words(answer) for answer in answers or ("",)))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Word-overlap F1 with the best gold answer, in [0, 1]."""
+    return max(_f1(answer_words(prediction), answer_words(answer)) for answer in answers or ("",))
+
+
+def _f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = (Counter(prediction) & Counter(answer)).total()
+    if not common:
+        return 0.0
+    precision, recalled = common / len(prediction), common / len(answer)
+    return 2 * precision * recalled / (precision + recalled)
+
+
+def answer_recall(texts: Sequence[str], answers: Sequence[str]) -> float:
+    """1.0 if a gold answer occurs, as whole words, in any of the texts."""
+    padded = [f" {' '.join(answer_words(text))} " for text in texts]
+    wanted = [f" {' '.join(words)} " for answer in answers if (words := answer_words(answer))]
+    return float(any(answer in text for answer in wanted for text in padded))
+
+
+def recall(ranking: Sequence[str], relevant: Sequence[str], k: int) -> float:
+    """Share of the relevant ids among the first k. With one relevant passage this is "hit at k"."""
+    wanted = set(relevant)
+    return len(wanted & set(ranking[:k])) / len(wanted) if wanted else math.nan
+
+
+def mrr(ranking: Sequence[str], relevant: Sequence[str], k: int) -> float:
+    """1/rank of the first relevant id among the first k, else 0."""
+    wanted = set(relevant)
+    if not wanted:
+        return math.nan
+    return next((1 / rank for rank, found in enumerate(ranking[:k], 1) if found in wanted), 0.0)
+
+
+def ndcg(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    """Σ grade/log2(rank+1) over the first k, divided by its best possible value (Järvelin & Kekäläinen 2002)."""
+    best = _dcg(sorted((grade for grade in grades.values() if grade > 0), reverse=True)[:k])
+    if not best:
+        return math.nan
+    return _dcg([max(grades.get(found, 0), 0) for found in ranking[:k]]) / best
+
+
+def _dcg(gains: Sequence[int]) -> float:
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its 95 % interval over n questions."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def overlaps(self, other: Interval) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Mean and 95 % percentile interval over questions; NaN values (not applicable) are left out."""
+    kept = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
+    if not len(kept):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    means = _resampled_means(kept, seed, resamples)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(kept.mean()), float(low), float(high), len(kept))
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """after − before, question by question: its mean and 95 % interval. Both must list the same questions in order."""
+    if len(before) != len(after):
+        raise ValueError(f"paired values must be of one length, not {len(before)} and {len(after)}")
+    return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed, resamples=resamples)
+
+
+def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Means of `resamples` draws with replacement, as counts times values: one matrix product for each thousand."""
+    generator = np.random.default_rng(seed)
+    n = len(values)
+    means = []
+    for start in range(0, resamples, 1000):
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=min(1000, resamples - start))
+        means.append(counts @ values / n)
+    return np.concatenate(means)

@@ -1,0 +1,62 @@
+"""`answer`: masked answer likelihood. The generator learns to use, and to ignore, passages (RA-DIT's LM-ft, equation 3).
+
+Loss on answer + end token only. With one passage a row it is RA-DIT's, with several it is RAG-Tuning's; the objective does
+not know. Full weights or LoRA is a setting of the generator; the objective does not know that either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raglan.generator import HFGenerator
+from raglan.likelihood import answer_nll
+from raglan.objective.base import Objective
+
+__all__ = ["AnswerObjective"]
+
+
+class AnswerObjective(Objective):
+    """Rows are `HFGenerator.row`'s; batches its `collate`'s."""
+
+    def __init__(self, generator: HFGenerator, *, reduction: Literal["token", "example"] = "token"):
+        self.generator, self.reduction = generator, reduction
+        self.module = generator.model
+
+    def loss(
+        self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batch["labels"] >= 0
+        token_logprobs = self.generator.forward(batch, module)
+        mask = mask.to(token_logprobs.device)
+        if self.reduction == "token" and items is not None:
+            loss = answer_nll(token_logprobs, mask, reduction="none").sum() / items
+        else:
+            loss = answer_nll(token_logprobs, mask, reduction=self.reduction)
+        return loss, {}
+
+    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        return dict(self.generator.collate(rows))
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        return {"generator": [p for p in self.module.parameters() if p.requires_grad]}
+
+    @torch.no_grad()
+    def validate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, float]:
+        """Loss per answer token over all rows, whatever their batches."""
+        was_training = self.module.training
+        self.module.eval()
+        total, count = 0.0, 0
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        for start in range(0, len(ordered), 32):
+            batch = self.collate(ordered[start : start + 32])
+            with self.generator.autocast():
+                logprobs = self.generator.forward(batch)
+            mask = (batch["labels"] >= 0).to(logprobs.device)
+            total += float(answer_nll(logprobs, mask, reduction="none").sum())
+            count += int(mask.sum())
+        self.module.train(was_training)
+        return {"loss": total / max(count, 1)}

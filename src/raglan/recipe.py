@@ -1,0 +1,488 @@
+"""A recipe: one YAML file, a whole experiment, checked before anything is computed.
+
+All faults are reported at once, each with where it stands, its value, and the nearest valid name. `a.b.c=value` on the
+command line overrides a key; `train.…` overrides every stage's training arguments too. Relative paths are relative to
+the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raglan.errors import RecipeError
+
+__all__ = [
+    "AnswerObjective",
+    "BM25Index",
+    "ChunkSettings",
+    "ConcatDecode",
+    "DecodeSettings",
+    "DenseIndex",
+    "EncoderSettings",
+    "EvaluateSettings",
+    "GeneratorSettings",
+    "HybridIndex",
+    "IndexSettings",
+    "KnowledgeSettings",
+    "LessonData",
+    "LsrObjective",
+    "PromptSettings",
+    "QuestionData",
+    "Recipe",
+    "RetrieverSettings",
+    "StageSettings",
+    "load_recipe",
+    "recipe_schema",
+]
+
+
+class Settings(BaseModel):
+    """Unknown keys are faults, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ChunkSettings(Settings):
+    """How documents are cut into passages."""
+
+    max_tokens: int = Field(128, ge=8, description="Longest passage, in tokens of the encoder's tokenizer.")
+    overlap: int = Field(0, ge=0, description="Tokens that neighbouring passages share.")
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> ChunkSettings:
+        if self.overlap >= self.max_tokens:
+            raise ValueError(f"overlap ({self.overlap}) must be smaller than max_tokens ({self.max_tokens})")
+        return self
+
+
+class EncoderSettings(Settings):
+    """A sentence-transformers model, with one tower or two."""
+
+    model: str = Field("embedded", description="`embedded`, a folder, or a hub name: the passage tower.")
+    query_model: str | None = Field(None, description="The query tower, if it is another model.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="`auto`: bfloat16 where it is faster.")
+    max_tokens: int | None = Field(None, ge=8, description="Cut texts at this length; default is the model's own.")
+    batch_size: int = Field(64, ge=1, description="Texts encoded together.")
+    query_prompt: str | None = Field(None, description="Text put before queries; default is the model's own.")
+    passage_prompt: str | None = Field(None, description="Text put before passages; default is the model's own.")
+
+
+class DenseIndex(Settings):
+    """Inner product over passage vectors: exact, or approximate by a FAISS factory string."""
+
+    kind: Literal["dense"]
+    factory: str | None = Field(None, description='FAISS factory, as "IVF64,Flat" or "HNSW32"; none means exact.')
+    nprobe: int = Field(8, ge=1, description="Lists (IVF) or search width (HNSW) that an approximate search visits.")
+
+
+class BM25Index(Settings):
+    """Okapi BM25 over words; over single characters and pairs in Chinese and Japanese."""
+
+    kind: Literal["bm25"]
+    k1: float = Field(0.9, ge=0, description="How soon repeated terms stop counting.")
+    b: float = Field(0.4, ge=0, le=1, description="How much long passages are marked down.")
+
+
+class HybridIndex(Settings):
+    """Two or more indexes fused, by reciprocal rank or by weighted scores."""
+
+    kind: Literal["hybrid"]
+    of: tuple[str, ...] = Field(("dense", "bm25"), min_length=2, description="Names of the indexes to fuse.")
+    fusion: Literal["rrf", "weights"] = Field("rrf", description="`rrf`: Σ 1/(c + rank); `weights`: Σ w · scaled score.")
+    rrf_c: float = Field(60.0, gt=0, description="The c of reciprocal rank fusion.")
+    weights: tuple[float, ...] | None = Field(None, description="One weight an index; default equal.")
+    depth: int = Field(100, ge=1, description="Hits taken from each index before fusing.")
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> HybridIndex:
+        if self.weights is not None and len(self.weights) != len(self.of):
+            raise ValueError(f"weights has {len(self.weights)} values for {len(self.of)} indexes")
+        return self
+
+
+IndexSettings = Annotated[DenseIndex | BM25Index | HybridIndex, Field(discriminator="kind")]
+
+
+class ColumnSettings(Settings):
+    """Which columns of .jsonl, .csv and .parquet hold what."""
+
+    id: str = "id"
+    title: str = "title"
+    text: str = "text"
+
+
+def _default_indexes() -> dict[str, IndexSettings]:
+    return {"dense": DenseIndex(kind="dense"), "bm25": BM25Index(kind="bm25"), "hybrid": HybridIndex(kind="hybrid")}
+
+
+class KnowledgeSettings(Settings):
+    """Documents, and the knowledge base that is built from them."""
+
+    path: Path = Field(description="The knowledge base's folder.")
+    documents: tuple[Path, ...] = Field(description="Files and folders; a folder is read whole, or as BEIR if it is that.")
+    columns: ColumnSettings = ColumnSettings()
+    encoding: str = Field("utf-8", description="Encoding of text files.")
+    on_error: Literal["stop", "skip"] = Field("stop", description="What a file that cannot be read does.")
+    chunk: ChunkSettings | None = Field(
+        ChunkSettings(), description="null: rows of .jsonl, .csv and .parquet are passages as they stand."
+    )
+    encoder: EncoderSettings = EncoderSettings()
+    indexes: dict[str, IndexSettings] = Field(default_factory=_default_indexes)
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> KnowledgeSettings:
+        for name, index in self.indexes.items():
+            if isinstance(index, HybridIndex):
+                for part in index.of:
+                    if part not in self.indexes or isinstance(self.indexes[part], HybridIndex):
+                        plain = [n for n, i in self.indexes.items() if not isinstance(i, HybridIndex)]
+                        raise ValueError(f"index {name!r} fuses {part!r}, which is none of {', '.join(plain)}")
+        return self
+
+
+class RetrieverSettings(Settings):
+    """Which index answers a query, and with how many passages."""
+
+    index: str | None = Field(None, description="An index of the knowledge base; default is hybrid if there is one.")
+    k: int = Field(5, ge=1, description="Passages a query.")
+    query_encoder: Path | None = Field(None, description="A query tower that raglan has tuned.")
+
+
+class PromptSettings(Settings):
+    """How a question and its passages become the generator's input."""
+
+    layout: Literal["auto", "joined", "chat", "fused"] = Field(
+        "auto",
+        description="`joined`: one text; `chat`: the model's chat template; `fused`: one block a passage (the embedded "
+        "reader's); `auto` asks the model.",
+    )
+    template: str = Field(
+        "{passages}\n\nQuestion: {question}\nAnswer: ", description="Must hold {question}; {passages} is the joined passages."
+    )
+    passage: str = Field("{title} / {text}", description="One passage; may hold {title}, {text} and {number}.")
+    separator: str = Field("\n\n", description="Between passages.")
+    no_passage: str | None = Field(None, description="Template without passages; default is `template` with none.")
+    max_tokens: int = Field(1024, ge=16, description="Prompt budget: all passages together, or one block if fused.")
+    min_passage_tokens: int = Field(16, ge=1, description="Warn when a passage is left with fewer.")
+
+    @model_validator(mode="after")
+    def _question_is_asked(self) -> PromptSettings:
+        for name in ("template", "no_passage"):
+            text = getattr(self, name)
+            if text is not None and "{question}" not in text:
+                raise ValueError(f"{name} must hold {{question}}")
+        return self
+
+
+class GeneratorSettings(Settings):
+    """A transformers seq2seq or causal model, or the embedded reader."""
+
+    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
+    lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
+    batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
+    head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
+
+
+class ConcatDecode(Settings):
+    """All passages in one prompt, one generation."""
+
+    kind: Literal["concat"] = "concat"
+    beams: int = Field(1, ge=1, description="1 is greedy.")
+    max_new_tokens: int = Field(32, ge=1)
+    length_penalty: float = 1.0
+
+
+DecodeSettings = ConcatDecode
+
+
+class QuestionData(Settings):
+    """Rows from questions with answers."""
+
+    kind: Literal["questions"]
+    path: Path = Field(description="Questions with answers, .jsonl or .jsonl.gz.")
+    dev: Path | None = Field(None, description="Held-out questions for the validation loss or the validation search.")
+    source: Literal["gold", "mixed", "retrieved"] = Field(
+        "mixed", description="Which passages a row holds: relevant ones, relevant plus retrieved, or only retrieved."
+    )
+    passages: int = Field(3, ge=1, description="Passages a question.")
+    passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")
+    answers: Literal["first", "each"] = Field("first", description="Train on the first answer, or a row for each.")
+    limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
+
+
+class LessonData(Settings):
+    """Self-supervised reading lessons cut from the corpus: a span is hidden in a sentence and asked for."""
+
+    kind: Literal["lessons"]
+    count: int = Field(4000, ge=1, description="Lessons.")
+    passages: int = Field(1, ge=1, description="Passages a lesson: its own and distractors of the same corpus.")
+    dev: Path | None = Field(None, description="Questions for the validation loss.")
+
+
+class AnswerObjective(Settings):
+    """Masked answer likelihood: the generator learns to use (and to ignore) passages."""
+
+    kind: Literal["answer"]
+    reduction: Literal["token", "example"] = Field("token", description="Divide by answer tokens, or average rows.")
+
+
+class LsrObjective(Settings):
+    """LM-supervised retrieval: the query encoder learns what the generator found useful."""
+
+    kind: Literal["lsr"]
+    k: int = Field(10, ge=2, description="Candidates a query, from the starting retriever, once.")
+    direction: Literal["student_first", "target_first"] = "student_first"
+    target: Literal["prob", "sum_logprob", "mean_logprob", "mean_prob"] = "prob"
+    tau: float | None = Field(None, gt=0, description="Target temperature; 0.01 for prob and mean_prob, none for logs.")
+    gamma: float | None = Field(None, gt=0, description="Retriever temperature; default 1 with dot, 0.05 with cosine.")
+    candidates: str | None = Field(None, description="Index the candidates come from; default the retriever's.")
+    score_eos: bool = Field(True, description="Whether the end token counts in the LM score.")
+
+    @model_validator(mode="after")
+    def _log_targets_name_tau(self) -> LsrObjective:
+        if self.tau is None and "logprob" in self.target:
+            raise ValueError(f"target {self.target} needs tau; usual: 0.1 for mean_logprob, 1 to 10 for sum_logprob")
+        return self
+
+
+Data = Annotated[QuestionData | LessonData, Field(discriminator="kind")]
+ObjectiveSettings = Annotated[AnswerObjective | LsrObjective, Field(discriminator="kind")]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; here it is a number, as everywhere else."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _numbers(arguments: Any) -> Any:
+    return {k: _number(v) for k, v in arguments.items()} if isinstance(arguments, dict) else arguments
+
+
+Arguments = Annotated[dict[str, Any], BeforeValidator(_numbers)]
+
+
+class StageSettings(Settings):
+    """One training: data → objective → what learned."""
+
+    data: Data
+    objective: ObjectiveSettings
+    train: Arguments = Field(default_factory=dict, description="transformers.TrainingArguments, verbatim.")
+
+    @model_validator(mode="after")
+    def _lsr_asks_questions(self) -> StageSettings:
+        if self.objective.kind == "lsr" and self.data.kind != "questions":
+            raise ValueError("objective lsr needs data of kind questions")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """What is measured, on which questions."""
+
+    questions: Path = Field(description="Held-out questions, .jsonl or .jsonl.gz, or a BEIR folder.")
+    modes: tuple[Literal["closed_book", "gold", "retrieved"], ...] = ("closed_book", "gold", "retrieved")
+    k: tuple[int, ...] = Field((1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10.")
+    limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
+
+
+class Recipe(Settings):
+    """A whole experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    seed: int = 0
+    runs: Path = Field(Path("runs"), description="Folder of runs; this recipe's is runs/name.")
+    knowledge: KnowledgeSettings
+    retriever: RetrieverSettings = RetrieverSettings()
+    prompt: PromptSettings = PromptSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    decode: DecodeSettings = ConcatDecode()
+    data: Data | None = Field(None, description="With `objective`: short for a recipe of one stage.")
+    objective: ObjectiveSettings | None = None
+    train: Arguments = Field(default_factory=dict, description="TrainingArguments of all stages.")
+    stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
+    evaluate: EvaluateSettings | None = None
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Recipe:
+        if (self.data is None) != (self.objective is None):
+            raise ValueError("data and objective belong together")
+        if self.objective is not None and self.stages:
+            raise ValueError("give either stages or one objective with its data, not both")
+        if self.retriever.index is not None and self.retriever.index not in self.knowledge.indexes:
+            known = ", ".join(self.knowledge.indexes)
+            raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
+        for name, stage in self.trainings().items():
+            _check_training_arguments(stage.train, f"stages.{name}.train")
+        return self
+
+    @property
+    def run(self) -> Path:
+        """The folder where this experiment's checkpoints and figures go."""
+        return self.runs / self.name
+
+    @property
+    def index(self) -> str:
+        """The name of the index that answers queries."""
+        names = list(self.knowledge.indexes)
+        return self.retriever.index or ("hybrid" if "hybrid" in names else names[0])
+
+    def trainings(self) -> dict[str, StageSettings]:
+        """All stages in order, the recipe's `train` merged under each stage's own."""
+        stages = dict(self.stages)
+        if self.objective is not None and self.data is not None:
+            stages = {self.objective.kind: StageSettings(data=self.data, objective=self.objective)}
+        return {
+            name: stage.model_copy(update={"train": {**self.train, **stage.train}}) for name, stage in stages.items()
+        }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: "dotted.key=value" strings; values are YAML.
+
+    Raises:
+        RecipeError: with every fault in one message.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe {path}", hint="give the path of a .yaml file; examples/ holds some")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise RecipeError(f"{path} is not YAML: {fault}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
+    _override(tree, overrides)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as fault:
+        raise RecipeError(_faults(path, fault), hint="`raglan schema` prints all keys with their types") from None
+    return _resolve(recipe, path.resolve().parent)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, with the training arguments of the installed transformers."""
+    schema = Recipe.model_json_schema()
+    arguments = {"type": "object", "properties": dict.fromkeys(sorted(_training_fields()), True)}
+    for owner in (schema, schema["$defs"]["StageSettings"]):
+        owner["properties"]["train"] |= arguments | {"additionalProperties": False}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {text!r} is not of the form key=value", hint="as in train.learning_rate=2e-4")
+        steps = key.split(".")
+        parsed = _scalar(value)
+        _assign(tree, steps, parsed, key)
+        if steps[0] == "train" and isinstance(tree.get("stages"), dict):
+            for stage in tree["stages"].values():
+                _assign(stage, steps, parsed, key)
+
+
+def _assign(tree: dict[str, Any], steps: Sequence[str], value: Any, key: str) -> None:
+    for step in steps[:-1]:
+        tree = tree.setdefault(step, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"override {key}: {step} is not a group of settings")
+    tree[steps[-1]] = value
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return _number(yaml.safe_load(text))
+    except yaml.YAMLError as fault:
+        raise RecipeError(f"override value {text!r} is not YAML: {fault}") from None
+
+
+def _faults(path: Path, error: ValidationError) -> str:
+    lines = [f"{_place(fault['loc'])}: {_explain(fault)}" for fault in error.errors()]
+    many = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+    return "\n  ".join([f"{path} has {many}:", *lines])
+
+
+def _place(steps: Sequence[int | str]) -> str:
+    """The dotted place in the file; the discriminator values that pydantic puts in between are left out."""
+    kinds = {"dense", "bm25", "hybrid", "questions", "lessons", "answer", "lsr"}
+    places = [str(step) for i, step in enumerate(steps) if i == 0 or step not in kinds or steps[i - 1] == "indexes"]
+    return ".".join(places) or "recipe"
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    name = str(fault["loc"][-1]) if fault["loc"] else ""
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, sorted(set(_names())), n=1)
+        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if fault["type"] == "missing":
+        return "is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    value = fault.get("input")
+    return message if isinstance(value, dict | BaseModel) else f"{message[:1].lower()}{message[1:]}, but is {value!r}"
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    def below(model: type[Settings]) -> Iterator[str]:
+        for child in model.__subclasses__():
+            yield from child.model_fields
+            yield from below(child)
+
+    return tuple(below(Settings))
+
+
+@cache
+def _training_fields() -> frozenset[str]:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    return frozenset(field.name for field in fields(TrainingArguments) if field.init) - {"output_dir"}
+
+
+def _check_training_arguments(arguments: Mapping[str, Any], place: str) -> None:
+    unknown = [name for name in arguments if name not in _training_fields()] if arguments else []
+    if unknown:
+        told = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, _training_fields(), n=1)
+            told.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        raise ValueError(f"{place}: {', '.join(told)} is no field of transformers.TrainingArguments")
+
+
+def _resolve(value: Any, base: Path) -> Any:
+    """Paths made absolute, relative to the recipe's folder; model names that are folders there too."""
+    if isinstance(value, Path):
+        return value if value.is_absolute() else base / value
+    if isinstance(value, tuple):
+        return tuple(_resolve(item, base) for item in value)
+    if isinstance(value, dict):
+        return {key: _resolve(item, base) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        changes = {name: _resolve(getattr(value, name), base) for name in type(value).model_fields}
+        for name in ("model", "query_model"):
+            text = changes.get(name)
+            if isinstance(text, str) and text != "embedded" and (base / text).is_dir():
+                changes[name] = str(base / text)
+        return value.model_copy(update=changes)
+    return value

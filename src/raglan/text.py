@@ -1,0 +1,94 @@
+"""Words: how answers are compared, how text is cut into terms, and how a model's spelling is traced back to its source.
+
+Answer normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no punctuation, no English articles, single spaces.
+For scripts without spaces every character is a word (as in DRCD and CMRC evaluation), so the same F1 serves Chinese.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+__all__ = ["answer_words", "normalise_answer", "restore_surface", "terms"]
+
+SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_SPACELESS = re.compile(f"([{SPACELESS}])")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_TERM = re.compile(rf"[{SPACELESS}]+|[^\W_]+")
+
+
+def normalise_answer(text: str) -> str:
+    """The form in which two answers are equal: "The  Eiffel-Tower!" → "eiffeltower"."""
+    return " ".join(answer_words(text))
+
+
+def answer_words(text: str) -> list[str]:
+    """The words that answer F1 counts: normalised, and one a character in Chinese and Japanese."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(letter for letter in text if not _is_punctuation(letter))
+    return _SPACELESS.sub(r" \1 ", _ARTICLES.sub(" ", text)).split()
+
+
+def terms(text: str) -> list[str]:
+    """The terms that BM25 counts: lower-case words; in Chinese and Japanese single characters and adjacent pairs."""
+    found: list[str] = []
+    for word in _TERM.findall(unicodedata.normalize("NFKC", text).lower()):
+        if _SPACELESS.match(word):
+            found += [*word, *(word[i : i + 2] for i in range(len(word) - 1))]
+        else:
+            found.append(word)
+    return found
+
+
+def restore_surface(answer: str, sources: list[str]) -> str:
+    """`answer` as the first source spells it: an uncased tokenizer's "beyonce ' s $ 1, 200" → "Beyoncé's $1,200".
+
+    Looks for the answer's letters in order, ignoring case, accents and white space. Without a match the answer is returned
+    as it is.
+    """
+    letters = "".join(_fold(letter) for letter in answer if not letter.isspace())
+    if not letters:
+        return answer
+    for source in sources:
+        folded, positions = _folded(source)
+        for found in re.finditer(re.escape(letters), folded):
+            start, end = positions[found.start()], positions[found.end() - 1] + 1
+            if _at_boundary(source, start, end):
+                return source[start:end]
+    return answer
+
+
+@lru_cache(maxsize=256)
+def _folded(source: str) -> tuple[str, list[int]]:
+    """The source without white space, case and accents, and where each remaining letter stood."""
+    folded, positions = [], []
+    for position, letter in enumerate(source):
+        if not letter.isspace():
+            for piece in _fold(letter):
+                folded.append(piece)
+                positions.append(position)
+    return "".join(folded), positions
+
+
+@lru_cache(maxsize=4096)
+def _fold(letter: str) -> str:
+    decomposed = unicodedata.normalize("NFD", letter.lower())
+    return "".join(piece for piece in decomposed if not unicodedata.combining(piece))
+
+
+def _at_boundary(source: str, start: int, end: int) -> bool:
+    """Whether [start, end) neither begins nor ends inside a word (a Chinese character is a word by itself)."""
+    return not (_joined(source, start - 1, start) or _joined(source, end - 1, end))
+
+
+def _joined(source: str, left: int, right: int) -> bool:
+    if left < 0 or right >= len(source):
+        return False
+    pair = source[left] + source[right]
+    return all(letter.isalnum() for letter in pair) and not _SPACELESS.search(pair)
+
+
+@lru_cache(maxsize=4096)
+def _is_punctuation(letter: str) -> bool:
+    return unicodedata.category(letter)[0] == "P" or letter in "$+<=>^`|~"

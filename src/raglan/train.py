@@ -1,0 +1,358 @@
+"""Training: a recipe's stages in order, each on `transformers.Trainer`, each finished, resumed or found done.
+
+    runs/<name>/stages/<stage>-<fingerprint>/
+        work/         the trainer's checkpoints; a rerun goes on from the last whole one
+        scores.jsonl  language-model scores (lsr)
+        log.json      learning curves
+        result/       generator/ or query_encoder/, and manifest.json, written last
+
+A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
+come out of the stages before), so a changed setting trains anew and an unchanged one is not trained twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
+from raglan.data import answer_rows, load_examples, stage_examples
+from raglan.encoder import bfloat16_is_faster
+from raglan.errors import RecipeError
+from raglan.knowledge import KnowledgeBase
+from raglan.likelihood import lsr_target, normalised_entropy
+from raglan.objective import AnswerObjective, LsrObjective, Objective
+from raglan.objective.lsr import LsrRow
+from raglan.rag import RAG
+from raglan.recipe import AnswerObjective as AnswerSettings
+from raglan.recipe import LsrObjective as LsrSettings
+from raglan.recipe import QuestionData, Recipe, StageSettings
+from raglan.records import Example
+from raglan.scores import ScoreTable
+
+__all__ = ["Parts", "finished_parts", "train"]
+
+log = logging.getLogger(__name__)
+KIND = "stage"
+WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tuned parts so far: folders, or None for the recipe's own."""
+
+    generator: str | None = None
+    query_encoder: Path | None = None
+
+    def open(self, recipe: Recipe) -> RAG:
+        return RAG.open(recipe, generator=self.generator, query_encoder=self.query_encoder)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    settings: StageSettings
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    def parts(self, before: Parts) -> Parts:
+        if self.settings.objective.kind == "answer":
+            return Parts(str(self.result / "generator"), before.query_encoder)
+        return Parts(before.generator, self.result / "query_encoder")
+
+
+def train(recipe: Recipe, *, only: str | None = None) -> Parts:
+    """Train all stages that are not done yet, or just one; returns the tuned parts.
+
+    Raises:
+        RecipeError: no stage, or a stage named that is not there.
+    """
+    trainings = recipe.trainings()
+    if not trainings:
+        raise RecipeError(f"recipe {recipe.name!r} trains nothing", hint="give it `objective` and `data`, or `stages`")
+    if only is not None and only not in trainings:
+        raise RecipeError(f"there is no stage {only!r}; the recipe has {', '.join(trainings)}")
+    parts = Parts()
+    for stage, before in _stages(recipe):
+        if (stage.result / MANIFEST).is_file():
+            read_manifest(stage.result, KIND)
+            log.info("stage %s is done: %s", stage.name, stage.result)
+        elif only is None or stage.name == only:
+            _train_stage(recipe, stage, before)
+        else:
+            raise RecipeError(f"stage {stage.name!r} comes before {only!r} and is not done", hint=f"--stage {stage.name}")
+        parts = stage.parts(before)
+        if stage.name == only:
+            break
+    return parts
+
+
+def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
+    """("untuned", …), then each finished stage's name with the parts as they stand after it."""
+    found = [("untuned", Parts())]
+    for stage, before in _stages(recipe):
+        if not (stage.result / MANIFEST).is_file():
+            break
+        found.append((stage.name, stage.parts(before)))
+    return found
+
+
+def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
+    """The trainer's log of every finished stage."""
+    curves = {}
+    for stage, _ in _stages(recipe):
+        if (stage.folder / "log.json").is_file():
+            curves[stage.name] = json.loads((stage.folder / "log.json").read_text(encoding="utf-8"))
+    return curves
+
+
+def _stages(recipe: Recipe) -> list[tuple[_Stage, Parts]]:
+    """Each stage with the parts that go into it; names of folders follow from everything that does."""
+    made_of: list[Any] = [KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
+    shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever"})
+    parts, stages = Parts(), []
+    for name, settings in recipe.trainings().items():
+        files = [path for key in ("path", "dev") if (path := getattr(settings.data, key, None)) is not None]
+        contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+        made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
+        stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
+        stages.append((stage, parts))
+        parts = stage.parts(parts)
+    return stages
+
+
+def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
+    began = time.monotonic()
+    set_seed(recipe.seed)
+    system = before.open(recipe)
+    objective_settings = stage.settings.objective
+    if isinstance(objective_settings, AnswerSettings):
+        objective, rows, held_out = _answer(recipe, stage, system, objective_settings)
+    else:
+        objective, rows, held_out = _lsr(recipe, stage, system, objective_settings)
+    log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
+    trainer = _trainer(recipe, stage, objective, rows, held_out)
+    checkpoint = _last_whole(stage.folder / "work")
+    if checkpoint is not None:
+        log.info("stage %s goes on from %s", stage.name, checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _keep(stage, system, objective, {"rows": len(rows), "steps": trainer.state.global_step})
+    write_manifest(stage.result, KIND, {
+        "stage": stage.name, "settings": stage.settings.model_dump(mode="json"), "recipe": recipe.name,
+        "knowledge": system.retriever.base.version, "rows": len(rows), "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step, "seconds": round(time.monotonic() - began, 1),
+    })  # fmt: skip
+    shutil.rmtree(stage.folder / "work", ignore_errors=True)
+
+
+def _answer(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    data, corpus = stage.settings.data, system.retriever.base.corpus
+    objective = AnswerObjective(system.generator, reduction=settings.reduction)
+    examples = stage_examples(data, corpus, recipe.seed)
+    rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
+    held_out: Sequence[Any] = []
+    if data.dev is not None:
+        answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
+        held_out = answer_rows(answered, data, system.retriever, system.generator, recipe.seed)
+    return objective, rows, held_out
+
+
+def _lsr(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    data = stage.settings.data
+    assert isinstance(data, QuestionData)
+    corpus = system.retriever.base.corpus
+    examples = stage_examples(data, corpus, recipe.seed)
+    rows = lsr_rows(examples, system, settings, stage.folder / "scores.jsonl")
+    held_out: list[Example] = []
+    if data.dev is not None:
+        held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.relevant]
+    return LsrObjective(system.retriever, settings), rows, held_out
+
+
+def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:
+    """Candidates by the starting retriever and their language-model scores, both made once, before the first step."""
+    retriever, generator = system.retriever, system.generator
+    base = retriever.base
+    k = min(settings.k, len(base.corpus))
+    searcher = retriever if settings.candidates is None else type(retriever)(
+        base, retriever.encoder, index=settings.candidates
+    )  # fmt: skip
+    _, candidates = searcher.search([example.query for example in examples], k)
+    scores = ScoreTable(table, generator, score_eos=settings.score_eos)
+    pairs = [(n, c) for n in range(len(examples)) for c in range(k) if candidates[n, c] >= 0]
+    prompts = [generator.prompt.render(examples[n].query, [base.corpus[int(candidates[n, c])]]) for n, c in pairs]
+    values = scores.token_logprobs(prompts, [examples[n].answers[0] for n, _ in pairs])
+    sums = np.zeros((len(examples), k), dtype=np.float32)
+    lengths = np.ones(len(examples), dtype=np.int64)
+    for (n, c), value in zip(pairs, values, strict=True):
+        sums[n, c], lengths[n] = value.sum(), len(value)
+    _warn_if_flat(sums, candidates, lengths, settings)
+    return [
+        LsrRow(example.query, candidates[n], sums[n], int(lengths[n]))
+        for n, example in enumerate(examples)
+        if (candidates[n] >= 0).sum() > 1
+    ]
+
+
+def _warn_if_flat(sums: np.ndarray, candidates: np.ndarray, lengths: np.ndarray, settings: LsrSettings) -> None:
+    """A target that prefers no passage teaches only to flatten the retriever."""
+    first = slice(0, 256)
+    log_q = lsr_target(
+        torch.from_numpy(sums[first]), target=settings.target, tau=settings.tau,
+        answer_lengths=torch.from_numpy(lengths[first]), passage_mask=torch.from_numpy(candidates[first] >= 0),
+    )  # fmt: skip
+    flat = float((normalised_entropy(log_q) > 0.99).float().mean())
+    if flat > 0.5:
+        log.warning(
+            "%.0f %% of the lsr targets are flat (target %s, tau %s): they teach nothing. Lower tau, or use mean_prob.",
+            100 * flat, settings.target, settings.tau if settings.tau is not None else 0.01,
+        )  # fmt: skip
+
+
+def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:
+    if isinstance(objective, LsrObjective):
+        folder = stage.result / "query_encoder"
+        shutil.rmtree(folder, ignore_errors=True)
+        system.retriever.encoder.save_query_tower(folder, gamma=objective.gamma, **figures)
+    else:
+        folder = stage.result / "generator"
+        shutil.rmtree(folder, ignore_errors=True)
+        system.generator.save(folder, **figures)
+
+
+class _Rows(Dataset[Any]):
+    def __init__(self, rows: Sequence[Any]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.rows[place]
+
+
+class _StageTrainer(Trainer):
+    """The loss and the validation are the objective's; everything else is transformers'."""
+
+    objective: Objective
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:  # fmt: skip
+        loss, figures = self.objective.loss(inputs, module=model, items=num_items_in_batch)
+        self._figures = {name: float(value) for name, value in figures.items()}
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # ranks are averaged, the division was by all their tokens
+        elif self.args.gradient_accumulation_steps > 1:
+            loss = loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        metrics = {f"eval_{name}": value for name, value in self.objective.validate(self.eval_dataset.rows).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **getattr(self, "_figures", {})}
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (folder / WHOLE).write_text("")  # last: a checkpoint without it was interrupted and is not resumed from
+
+
+class _Curves(TrainerCallback):
+    """Keeps the learning curves on disk while training runs."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(self.path, state.log_history)
+
+
+def _trainer(
+    recipe: Recipe, stage: _Stage, objective: Objective, rows: Sequence[Any], held_out: Sequence[Any]
+) -> _StageTrainer:
+    work = stage.folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    _learning(objective)
+    trainer = _StageTrainer(
+        model=objective.module, args=_arguments(recipe, stage, work, bool(held_out)), data_collator=objective.collate,
+        train_dataset=_Rows(rows), eval_dataset=_Rows(held_out) if held_out else None,
+    )  # fmt: skip
+    trainer.objective = objective
+    trainer.model_accepts_loss_kwargs = isinstance(objective, AnswerObjective) and objective.reduction == "token"
+    trainer.loss_is_scaled_for_ga = True
+    trainer.add_callback(_Curves(stage.folder / "log.json"))
+    if not sys.stderr.isatty():
+        trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _learning(objective: Objective) -> None:
+    """Exactly the objective's parameters require a gradient."""
+    wanted = [parameter for part in objective.parameters().values() for parameter in part]
+    if not wanted:
+        raise RecipeError("nothing learns: every parameter is frozen", hint="shorten generator.freeze")
+    kept = {id(parameter) for parameter in wanted}
+    for parameter in objective.module.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
+
+
+def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> TrainingArguments:
+    given = stage.settings.train
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 32, "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_steps": 0.05,
+        "lr_scheduler_type": "linear", "weight_decay": 0.01, "logging_steps": 10, "save_steps": 100, "save_total_limit": 1,
+        "bf16": bfloat16_is_faster(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
+        "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+    if stage.settings.objective.kind == "answer":
+        defaults["train_sampling_strategy"] = "group_by_length"
+    if validates and "eval_strategy" not in given:
+        defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
+    if not validates and given.get("eval_strategy", "no") != "no":
+        raise RecipeError(f"stage {stage.name!r} wants evaluations but has no held-out questions", hint="give data.dev")
+    try:
+        return TrainingArguments(**{**defaults, **given, "output_dir": str(work)})
+    except (TypeError, ValueError) as fault:
+        raise RecipeError(f"stages.{stage.name}.train: {fault}", hint="fields are transformers.TrainingArguments'") from None
+
+
+def _last_whole(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    found = []
+    for folder in work.glob("checkpoint-*"):
+        if (folder / WHOLE).is_file():
+            found.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
