@@ -8,6 +8,7 @@ the recipe's folder. `raglan schema` prints the JSON schema with which editors c
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -473,7 +474,7 @@ def _check_training_arguments(arguments: Mapping[str, Any], place: str) -> None:
 def _resolve(value: Any, base: Path) -> Any:
     """Paths made absolute, relative to the recipe's folder; model names that are folders there too."""
     if isinstance(value, Path):
-        return value if value.is_absolute() else base / value
+        return value if value.is_absolute() else Path(os.path.normpath(base / value))
     if isinstance(value, tuple):
         return tuple(_resolve(item, base) for item in value)
     if isinstance(value, dict):

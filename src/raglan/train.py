@@ -332,7 +332,7 @@ def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> Tr
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 32, "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_steps": 0.05,
         "lr_scheduler_type": "linear", "weight_decay": 0.01, "logging_steps": 10, "save_steps": 100, "save_total_limit": 1,
-        "bf16": bfloat16_is_faster(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
+        "bf16": bfloat16_is_faster(), "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
         "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
     }  # fmt: skip
     if stage.settings.objective.kind == "answer":

@@ -324,7 +324,8 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     if name == "embedded":
-        return reader_from_encoder(str(embedded_model()))
+        with _quiet():
+            return reader_from_encoder(str(embedded_model()))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(name, settings)
     try:

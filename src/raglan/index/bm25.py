@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from raglan.recipe import BM25Index as BM25Settings
 from raglan.text import terms
 
 __all__ = ["BM25Index", "build_bm25"]
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 class BM25Index(Index):

@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all the set-up on a fresh machine. `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+RAGLAN := $(BIN)/raglan
+VESSEN := examples/vessen/vessen.yaml
+
+ifneq ($(wildcard ../shared/data),)
+export RAGLAN_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help env demo test lint docs bench-squad bench-build clean
+help:
+	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
+	@echo "make test         the test suite"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs         write docs/recipes.md from the recipe schema"
+	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
+	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
+
+env: .venv/ready
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch .venv/ready
+
+demo: env
+	$(RAGLAN) build $(VESSEN)
+	$(RAGLAN) train $(VESSEN)
+	$(RAGLAN) evaluate --every-stage $(VESSEN)
+	$(RAGLAN) answer $(VESSEN) $(shell $(PYTHON) examples/vessen/pick.py 2>/dev/null)
+	$(RAGLAN) report $(VESSEN) -o report.html
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check --diff src tests benchmarks examples || true
+	$(BIN)/mypy
+
+clean:
+	rm -rf build runs report.html

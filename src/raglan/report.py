@@ -1,0 +1,187 @@
+"""One self-contained HTML page: the before/after table with intervals, learning curves, recall curves, examples to leaf through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raglan.errors import CheckpointError, require
+from raglan.evaluate import Evaluation, compare, open_evaluation
+from raglan.metrics import Interval
+from raglan.recipe import load_recipe
+from raglan.train import finished_parts, learning_curves
+
+__all__ = ["write_report"]
+
+NAMES = {
+    "em": "exact match", "f1": "F1", "truncated": "prompts cut", "unfinished": "answers cut off",
+    "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
+}  # fmt: skip
+COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
+LOWER_IS_BETTER = ("truncated", "unfinished")
+
+
+def write_report(recipes: Sequence[Path], output: Path) -> None:
+    """Render the evaluations of recipes into one page.
+
+    Raises:
+        CheckpointError: a recipe that has not been evaluated. MissingExtra: plotly or jinja2 is not installed.
+    """
+    jinja2 = require("jinja2", "for `raglan report`")
+    sections = [_section(path) for path in recipes]
+    template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    plotly = require("plotly.offline", "for `raglan report`")
+    page = environment.from_string(template).render(sections=sections, plotly=plotly.get_plotlyjs())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+
+
+def _section(path: Path) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    evaluations = _evaluations(recipe)
+    before, after = evaluations[0], evaluations[-1]
+    differences = compare(before, after) if len(evaluations) > 1 else {}
+    manifest = json.loads((after.folder / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        "name": recipe.name,
+        "summary": _summary(manifest, before, after, differences),
+        "systems": [evaluation.system for evaluation in evaluations],
+        "tables": _tables(evaluations, differences),
+        "curves": _curves(learning_curves(recipe)),
+        "recall": _recall(evaluations),
+        "examples": _examples(before, after),
+        "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")},
+    }
+
+
+def _evaluations(recipe: Any) -> list[Evaluation]:
+    """The newest evaluation of each system, in the order of training."""
+    order = [name for name, _ in finished_parts(recipe)]
+    newest: dict[str, tuple[float, Path]] = {}
+    for manifest in (recipe.run / "evaluations").glob("*/manifest.json"):
+        system = manifest.parent.name.rpartition("-")[0]
+        newest[system] = max(newest.get(system, (0.0, manifest)), (manifest.stat().st_mtime, manifest))
+    found = [open_evaluation(newest[name][1].parent) for name in order if name in newest]
+    if not found:
+        raise CheckpointError(f"recipe {recipe.name!r} has not been evaluated", hint="raglan evaluate recipe.yaml")
+    questions = [row["id"] for row in found[-1].rows]
+    return [evaluation for evaluation in found if [row["id"] for row in evaluation.rows] == questions]
+
+
+def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, differences: dict[str, Interval]) -> str:
+    told = f"{manifest['questions']} held-out questions, {manifest['k']} passages each from index “{manifest['index']}”."
+    if "retrieved/em" in differences:
+        change = differences["retrieved/em"]
+        told = (
+            f"With retrieved passages, exact match went from {_percent(before.figures['retrieved/em'])} % to "
+            f"{_percent(after.figures['retrieved/em'])} %: {100 * change.mean:+.1f} points "
+            f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]. {told}"
+        )
+    return told
+
+
+def _tables(evaluations: Sequence[Evaluation], differences: dict[str, Interval]) -> list[dict[str, Any]]:
+    names = list(evaluations[-1].figures)
+    groups = {"Retrieval": [name for name in names if "/" not in name]}
+    for name in names:
+        if "/" in name:
+            mode = name.partition("/")[0]
+            groups.setdefault(f"Reading, {NAMES.get(mode, mode)}", []).append(name)
+    tables = []
+    for title, members in groups.items():
+        rows = []
+        for name in members:
+            short = name.rpartition("/")[2]
+            cells = [_cell(e.figures[name]) if name in e.figures else None for e in evaluations]
+            rows.append({"name": NAMES.get(short, short), "cells": cells, "difference": _verdict(name, differences)})
+        if rows:
+            tables.append({"title": title, "rows": rows})
+    return tables
+
+
+def _cell(value: Interval) -> dict[str, str]:
+    return {"mean": _percent(value), "range": f"{100 * value.low:.1f}–{100 * value.high:.1f}", "n": str(value.n)}
+
+
+def _verdict(name: str, differences: dict[str, Interval]) -> dict[str, str] | None:
+    """The paired difference, and whether its interval leaves zero out."""
+    if name not in differences:
+        return None
+    change = differences[name]
+    sign = -1 if name.rpartition("/")[2] in LOWER_IS_BETTER else 1
+    kind = "same"
+    if change.low > 0 or change.high < 0:
+        kind = "better" if sign * change.mean > 0 else "worse"
+    return {
+        "text": f"{100 * change.mean:+.1f}", "range": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}", "kind": kind
+    }  # fmt: skip
+
+
+def _percent(value: Interval) -> str:
+    return f"{100 * value.mean:.1f}"
+
+
+def _curves(logs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """One plot a stage: training loss, and what was held out."""
+    plots = []
+    for stage, log in logs.items():
+        traces = []
+        for key, label in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("eval_mrr@10", "held-out MRR@10"),
+                           ("eval_recall@1", "held-out R@1")):  # fmt: skip
+            points = [(row["step"], row[key]) for row in log if key in row]
+            if points:
+                traces.append(_trace(label, points, COLOURS[len(traces) + 1]))
+        if traces:
+            plots.append({"title": f"stage “{stage}”", "figure": _figure(traces, "step", "")})
+    return plots
+
+
+def _recall(evaluations: Sequence[Evaluation]) -> str | None:
+    traces = []
+    for number, evaluation in enumerate(evaluations):
+        depths = sorted(int(name.partition("@")[2]) for name in evaluation.figures if name.startswith("recall@"))
+        points = [(depth, 100 * evaluation.figures[f"recall@{depth}"].mean) for depth in depths]
+        if points:
+            traces.append(_trace(evaluation.system, points, COLOURS[number % len(COLOURS)]))
+    return _figure(traces, "passages retrieved (k)", "recall@k, %") if traces else None
+
+
+def _trace(name: str, points: Sequence[tuple[float, float]], colour: str) -> dict[str, Any]:
+    return {
+        "name": name, "x": [x for x, _ in points], "y": [y for _, y in points], "type": "scatter",
+        "mode": "lines+markers" if len(points) < 30 else "lines", "line": {"color": colour, "width": 2},
+    }  # fmt: skip
+
+
+def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
+    axis = {"gridcolor": "#e6e9ee", "zeroline": False, "automargin": True}
+    layout = {
+        "margin": {"l": 48, "r": 12, "t": 8, "b": 44}, "height": 300, "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)", "font": {"family": "system-ui, sans-serif", "size": 13},
+        "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}, "rangemode": "tozero"},
+        "legend": {"orientation": "h", "y": 1.12}, "showlegend": True,
+    }  # fmt: skip
+    return json.dumps({"data": list(traces), "layout": layout})
+
+
+def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Every question that was read: passages, answers before and after, gold; at most 500."""
+    mode = "retrieved" if "retrieved/em" in after.figures else "gold"
+    found = []
+    for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
+        if mode not in new["predictions"]:
+            continue
+        right, was_right = new["figures"][f"{mode}/em"] == 1, old["figures"].get(f"{mode}/em") == 1
+        read = set(new["predictions"][mode]["passages"])
+        found.append({
+            "query": new["query"], "gold": new["answers"], "right": right,
+            "kind": "fixed" if right and not was_right else "right" if right else "broken" if was_right else "wrong",
+            "before": old["predictions"].get(mode, {}).get("text", ""), "after": new["predictions"][mode]["text"],
+            "passages": [
+                {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
+            ],
+        })  # fmt: skip
+    return found
