@@ -39,5 +39,12 @@ lint: env
 	$(BIN)/ruff format --check --diff src tests benchmarks examples || true
 	$(BIN)/mypy
 
+bench-squad: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	$(RAGLAN) build benchmarks/squad.yaml
+	$(RAGLAN) train benchmarks/squad.yaml
+	$(RAGLAN) evaluate benchmarks/squad.yaml
+	$(RAGLAN) report benchmarks/squad.yaml -o runs/squad/report.html
+
 clean:
 	rm -rf build runs report.html

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -471,9 +472,18 @@ def _check_training_arguments(arguments: Mapping[str, Any], place: str) -> None:
         raise ValueError(f"{place}: {', '.join(told)} is no field of transformers.TrainingArguments")
 
 
+def _expanded(text: str) -> str:
+    """${NAME} in a path is the environment variable of that name."""
+    for name in re.findall(r"\$\{(\w+)\}", text):
+        if name not in os.environ:
+            raise RecipeError(f"path {text!r} needs the environment variable {name}, which is not set", hint=f"export {name}=…")
+    return os.path.expandvars(text)
+
+
 def _resolve(value: Any, base: Path) -> Any:
     """Paths made absolute, relative to the recipe's folder; model names that are folders there too."""
     if isinstance(value, Path):
+        value = Path(_expanded(str(value)))
         return value if value.is_absolute() else Path(os.path.normpath(base / value))
     if isinstance(value, tuple):
         return tuple(_resolve(item, base) for item in value)

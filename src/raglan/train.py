@@ -12,6 +12,7 @@ come out of the stages before), so a changed setting trains anew and an unchange
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import shutil
@@ -49,6 +50,7 @@ __all__ = ["Parts", "finished_parts", "train"]
 log = logging.getLogger(__name__)
 KIND = "stage"
 WHOLE = "whole"
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,23 @@ def _stages(recipe: Recipe) -> list[tuple[_Stage, Parts]]:
     return stages
 
 
+def _keep_memory() -> None:
+    """Let glibc keep freed blocks: a training step on a CPU frees and takes the same gigabyte over and over.
+
+    Measured with the embedded reader: a fifth off the step, a quarter of the page faults (docs/log.md). Elsewhere than on
+    Linux nothing happens.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 28)):
+            libc.mallopt(parameter, value)
+
+
 def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     began = time.monotonic()
+    _keep_memory()
     set_seed(recipe.seed)
     system = before.open(recipe)
     objective_settings = stage.settings.objective

@@ -71,6 +71,8 @@ class HFGenerator(Generator):
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
         self._head_is_checked = False
+        if self.reader is not None and self.device.type == "cpu":
+            self.reader.use_plain_attention()
 
     def generate(
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0

@@ -170,6 +170,11 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.encoder.bert.set_input_embeddings(value)
         self.decoder.set_input_embeddings(value)
 
+    def use_plain_attention(self) -> None:
+        """Attention by two matrix products: on a CPU its bfloat16 backward is 3-4 × faster than the fused one's."""
+        self.encoder.bert.set_attn_implementation("eager")
+        self.decoder.set_attn_implementation("eager")
+
     def forward(
         self,
         input_ids: Tensor | None = None,
