@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,12 @@ def _text(path: Path, encoding: str) -> str:
 
 
 def _converted(path: Path) -> str:
-    markitdown = require("markitdown", f"to read {path.suffix} files")
+    converter = _converter()
     logging.getLogger("pdfminer").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return str(_converter(markitdown).convert(str(path)).text_content)
+            return str(converter.convert(str(path)).text_content)
     except Exception as fault:  # noqa: BLE001 - any of a dozen parsers may fail in its own way; all mean "unreadable"
         reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         raise CorpusError(
@@ -161,13 +162,15 @@ def _converted(path: Path) -> str:
         ) from None
 
 
-_CONVERTERS: dict[str, Any] = {}
-
-
-def _converter(markitdown: Any) -> Any:
-    if "one" not in _CONVERTERS:
-        _CONVERTERS["one"] = markitdown.MarkItDown(enable_plugins=False)
-    return _CONVERTERS["one"]
+@cache
+def _converter() -> Any:
+    """Just these three formats: with all of its converters markitdown reads a broken PDF as plain text."""
+    markitdown = require("markitdown", "to read .html, .pdf and .docx files")
+    converters = require("markitdown.converters", "to read .html, .pdf and .docx files")
+    converter = markitdown.MarkItDown(enable_builtins=False, enable_plugins=False)
+    for kind in (converters.HtmlConverter, converters.PdfConverter, converters.DocxConverter):
+        converter.register_converter(kind())
+    return converter
 
 
 def _rows(path: Path, ending: str, encoding: str) -> Iterator[dict[str, Any]]:

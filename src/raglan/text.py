@@ -15,7 +15,7 @@ __all__ = ["answer_words", "normalise_answer", "restore_surface", "terms"]
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_TERM = re.compile(rf"[{SPACELESS}]+|[^\W_]+")
+_TERM = re.compile(rf"[{SPACELESS}]+|(?:(?![{SPACELESS}])[^\W_])+")
 
 
 def normalise_answer(text: str) -> str:

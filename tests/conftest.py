@@ -1,0 +1,30 @@
+"""Shared fixtures. Data from outside is found through RAGLAN_DATA; tests that want it skip with a reason where it is unset."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of public data sets."""
+    folder = os.environ.get("RAGLAN_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("RAGLAN_DATA names no folder of data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def vessen() -> Path:
+    """The example corpus."""
+    return ROOT / "examples" / "vessen"

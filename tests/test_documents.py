@@ -1,0 +1,157 @@
+"""Reading and cutting: every format, offsets, headings, two scripts, and files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raglan.chunk import Chunker
+from raglan.documents import read_documents, read_examples
+from raglan.errors import CorpusError
+from raglan.records import Document
+
+WORDS = tiny.bert_tokenizer().backend_tokenizer
+
+
+def chunker(max_tokens: int = 40, overlap: int = 0) -> Chunker:
+    return Chunker(WORDS, max_tokens, overlap)
+
+
+def test_example_corpus_is_read_whole_in_five_formats(vessen: Path) -> None:
+    reading = read_documents([vessen / "documents"])
+    assert reading.files == len(reading.documents) >= 60
+    assert not reading.skipped
+    endings = {document.id.rpartition(".")[2] for document in reading.documents}
+    assert endings == {"md", "txt", "html", "pdf", "docx"}
+    assert all(len(document.text) > 800 for document in reading.documents)
+
+
+def test_offsets_headings_and_limits() -> None:
+    text = "# Tower\n\nIntro a b.\n\n## Base\n\n" + "The base was built by who. " * 12 + "\n\n# Annex\n\nLast 中文。"
+    passages = chunker().passages(Document("t.md", text, source="t.md"))
+    assert all(text[p.start : p.end] == p.text for p in passages)
+    assert [p.title for p in passages][0] == "Tower"
+    assert {p.title for p in passages} == {"Tower", "Tower > Base", "Annex"}
+    assert all(len(WORDS.encode(p.text).ids) - 2 <= 40 for p in passages)
+    assert [p.id for p in passages] == [f"t.md#{n}" for n in range(len(passages))]
+    assert all(p.text.rstrip().endswith((".", "。")) for p in passages)  # sentences stay whole where they fit
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(alphabet="ab .\n#中文。😀é", max_size=300))
+def test_passages_are_spans_in_order_and_lose_only_space_and_headings(text: str) -> None:
+    passages = chunker(12).passages(Document("d", text))
+    at = 0
+    for passage in passages:
+        assert text[passage.start : passage.end] == passage.text
+        assert passage.start >= at
+        at = passage.end
+    kept = sum(len("".join(p.text.split())) for p in passages)
+    plain = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("#"))
+    assert kept >= len("".join(plain.split()))
+
+
+def test_chinese_is_cut_at_sentences() -> None:
+    text = "梵語的學術研究由德國學者開創。後來發現印歐語系也要歸功於它。" * 4
+    passages = chunker(30).passages(Document("zh", text))
+    assert len(passages) > 1
+    assert all(p.text.endswith("。") for p in passages)
+    assert "".join(p.text for p in passages) == text
+
+
+def test_overlap_and_whole_documents() -> None:
+    text = "A by the. " * 40
+    assert len(chunker(20, 8).passages(Document("o", text))) > len(chunker(20).passages(Document("o", text)))
+    whole = chunker(10).passages(Document("w", text, "T", whole=True))
+    assert [(p.id, p.text, p.title) for p in whole] == [("w", text, "T")]
+
+
+def test_tables_and_their_columns(tmp_path: Path) -> None:
+    rows = [{"key": "1", "body": "one"}, {"key": "2", "body": "two"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.csv").write_text('key,body\n3,"three\nlines"\n')
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"key": "4", "body": "four"}]), tmp_path / "c.parquet")
+    reading = read_documents([tmp_path], columns={"id": "key", "text": "body"})
+    assert [(d.id, d.text) for d in reading.documents] == [("1", "one"), ("2", "two"), ("3", "three\nlines"), ("4", "four")]
+    with pytest.raises(CorpusError, match=r"a\.jsonl, row 1 has no column 'text'; it has key, body"):
+        read_documents([tmp_path])
+
+
+def test_beir_folder(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "title": "T", "text": "x"}\n{"_id": "d2", "text": "y"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "what?"}\n{"_id": "q2", "text": "unjudged?"}\n')
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
+    assert [d.id for d in read_documents([tmp_path], whole=True).documents] == ["d1", "d2"]
+    examples = read_examples(tmp_path)
+    assert [(e.id, e.query, e.relevant, e.grades) for e in examples] == [("q1", "what?", ("d1",), {"d1": 2, "d2": 0})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "cure"),
+    [
+        ("bad.pdf", b"%PDF-1.4 broken", r"bad\.pdf cannot be read as \.pdf", "on_error: skip"),
+        ("latin.txt", b"caf\xe9", r"latin\.txt is not utf-8: byte 0xe9 at position 3", "knowledge.encoding"),
+        ("empty.md", b"  \n", r"empty\.md holds no text", "on_error: skip"),
+        ("torn.jsonl", b'{"text": "x"}\n{"te', r"torn\.jsonl, line 2 is not JSON", ""),
+        ("list.jsonl", b"[1]\n", r"list\.jsonl, line 1 is list, not an object", ""),
+        ("bad.parquet", b"PAR1", r"bad\.parquet cannot be read", ""),
+        ("bad.docx", b"no zip", r"bad\.docx cannot be read as \.docx", "on_error: skip"),
+        ("bad.jsonl.gz", b"no gzip", r"bad\.jsonl\.gz cannot be read", ""),
+    ],
+)
+def test_a_broken_file_is_named_and_skipped_only_if_asked(
+    tmp_path: Path, name: str, content: bytes, message: str, cure: str
+) -> None:
+    (tmp_path / "good.md").write_text("# Good\n\nText.")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message) as caught:
+        read_documents([tmp_path])
+    assert cure in str(caught.value)
+    reading = read_documents([tmp_path], on_error="skip")
+    assert [d.id for d in reading.documents] == ["good.md"]
+    assert [Path(path).name for path, _ in reading.skipped] == [name]
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"no document was found"):
+        read_documents([tmp_path])
+    with pytest.raises(CorpusError, match=r"there is no file or folder"):
+        read_documents([tmp_path / "gone"])
+    (tmp_path / "image.png").write_bytes(b"x")
+    with pytest.raises(CorpusError, match=r"files ending in \.png are not read"):
+        read_documents([tmp_path])
+
+
+def test_latin_1_is_read_when_said(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert read_documents([tmp_path], encoding="latin-1").documents[0].text == "café"
+
+
+def test_duplicate_ids_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "x", "text": "1"}\n{"id": "x", "text": "2"}\n')
+    with pytest.raises(CorpusError, match=r"document id 'x' occurs twice"):
+        read_documents([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "  "}', "`query` is '  '"),
+        ('{"query": "q", "answers": "x"}', "`answers` is 'x'"),
+        ('{"query": "q", "relevant": "x"}', "`relevant` is 'x'"),
+        ('{"query": "q", "relevant": [{"quote": "x"}]}', "without `document`"),
+        ("", "holds no question"),
+    ],
+)
+def test_faulty_questions(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    with pytest.raises(CorpusError, match=message):
+        read_examples(tmp_path / "q.jsonl")

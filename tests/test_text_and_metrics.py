@@ -1,0 +1,141 @@
+"""Words and figures, against hand-made cases, plain twins and ir-measures."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raglan.metrics import answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
+from raglan.text import answer_words, restore_surface, terms
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The  Eiffel-Tower!", ["eiffeltower"]),
+        ("a cat, an owl and the dog", ["cat", "owl", "and", "dog"]),
+        ("梵語（1786年）", ["梵", "語", "1786", "年"]),
+        ("ＡＢＣ１２", ["abc12"]),
+        ("", []),
+    ],
+)
+def test_answer_words(text: str, words: list[str]) -> None:
+    assert answer_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "em", "overlap"),
+    [
+        ("Paris", ["paris", "Lutetia"], 1, 1),
+        ("in Paris", ["Paris"], 0, 2 / 3),
+        ("", ["Paris"], 0, 0),
+        ("", [], 1, 1),
+        ("the", ["a"], 1, 1),
+        ("1,200", ["1200"], 1, 1),
+        ("北京大学", ["北京"], 0, 2 / 3),
+        ("北京", ["北京"], 1, 1),
+        ("red red blue", ["red blue blue"], 0, 2 / 3),
+    ],
+)
+def test_answer_figures(prediction: str, answers: list[str], em: float, overlap: float) -> None:
+    assert exact_match(prediction, answers) == em
+    assert f1(prediction, answers) == pytest.approx(overlap)
+
+
+def test_terms_of_two_scripts() -> None:
+    assert terms("Röntgen's X-ray, 1901") == ["röntgen", "s", "x", "ray", "1901"]
+    assert terms("印歐語系 in 1786年") == ["印", "歐", "語", "系", "印歐", "歐語", "語系", "in", "1786", "年"]
+
+
+@pytest.mark.parametrize(
+    ("written", "source", "surface"),
+    [
+        ("beyonce ' s $ 1, 200", "It was Beyoncé's $1,200 gown.", "Beyoncé's $1,200"),
+        ("rotate", "They rotated, then rotate.", "rotate"),
+        ("paris", "Nothing here.", "paris"),
+        ("北 京", "他在北京大學", "北京"),
+        ("", "anything", ""),
+    ],
+)
+def test_restore_surface(written: str, source: str, surface: str) -> None:
+    assert restore_surface(written, [source]) == surface
+
+
+@given(st.text(max_size=60), st.integers(0, 50), st.integers(1, 20))
+def test_restore_surface_finds_a_folded_span_of_whole_words(source: str, start: int, length: int) -> None:
+    words = source.split()
+    span = " ".join(words[start : start + length])
+    found = restore_surface(span.lower(), [source])
+    assert "".join(found.split()).lower() == "".join(span.split()).lower() or not span
+
+
+def test_ranking_figures_by_hand() -> None:
+    ranking = ["a", "b", "c", "d"]
+    assert recall(ranking, ["b", "x"], 2) == 0.5
+    assert mrr(ranking, ["c"], 10) == pytest.approx(1 / 3)
+    assert mrr(ranking, ["d"], 3) == 0
+    assert np.mean([mrr(r, ["x"], 10) for r in (["x"], ["a", "b", "x"], ["a"], ["a", "x"])]) == pytest.approx(0.458333, abs=1e-6)
+    assert ndcg(ranking, {"b": 3, "d": 1}, 4) == pytest.approx((3 / math.log2(3) + 1 / math.log2(5)) / (3 + 1 / math.log2(3)))
+    assert math.isnan(recall(ranking, [], 1))
+    assert math.isnan(ndcg(ranking, {}, 1))
+    assert answer_recall(["born in New York City"], ["york"]) == 1
+    assert answer_recall(["born in Newyork"], ["york"]) == 0
+
+
+def test_ndcg_is_ir_measures_on_all_of_cranfield(data: Path, tmp_path: Path) -> None:
+    ir_measures = pytest.importorskip("ir_measures")
+    from raglan.index import BM25Index, Queries
+    from raglan.index.bm25 import build_bm25
+    from raglan.recipe import BM25Index as Settings
+
+    corpus = [json.loads(line) for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
+    tests = [json.loads(line) for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    build_bm25([f"{row['title']}\n{row['text']}" for row in corpus], Settings(kind="bm25"), tmp_path / "bm25")
+    _, rows = BM25Index(tmp_path / "bm25").search(Queries([row["query"] for row in tests]), 100)
+    qrels, run, ours = [], [], []
+    for test, found in zip(tests, rows.tolist(), strict=True):
+        ranking = [corpus[row]["id"] for row in found if row >= 0]
+        grades = {key: int(value) for key, value in test["grades"].items()}
+        qrels += [ir_measures.Qrel(test["id"], key, value) for key, value in grades.items()]
+        run += [ir_measures.ScoredDoc(test["id"], key, float(-place)) for place, key in enumerate(ranking)]
+        ours.append((ndcg(ranking, grades, 10), mrr(ranking, [k for k, g in grades.items() if g > 0], 10)))
+    theirs = {
+        (str(value.measure), value.query_id): value.value
+        for value in ir_measures.iter_calc([ir_measures.nDCG @ 10, ir_measures.RR @ 10], qrels, run)
+    }
+    for test, (gain, reciprocal) in zip(tests, ours, strict=True):
+        assert gain == pytest.approx(theirs["nDCG@10", test["id"]], abs=1e-9)
+        assert reciprocal == pytest.approx(theirs["RR@10", test["id"]], abs=1e-9)
+    assert np.mean([gain for gain, _ in ours]) > 0.3  # BM25 of this collection is about .32 without stemming
+
+
+def test_bootstrap() -> None:
+    even = bootstrap([0.0, 1.0] * 50)
+    assert even.mean == 0.5
+    assert 0.38 < even.low < 0.43
+    assert 0.57 < even.high < 0.62
+    assert bootstrap([math.nan, 1.0]).n == 1
+    assert math.isnan(bootstrap([]).mean)
+    same = paired_bootstrap([0.2, 0.7, 0.1], [0.2, 0.7, 0.1])
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    shifted = paired_bootstrap([0.0] * 40, [0.25] * 40)
+    assert (shifted.low, shifted.high) == (0.25, 0.25)
+    assert bootstrap([0.0, 1.0, 1.0], seed=3) == bootstrap([0.0, 1.0, 1.0], seed=3)
+    with pytest.raises(ValueError, match="one length"):
+        paired_bootstrap([1.0], [1.0, 2.0])
+
+
+def test_paired_bootstrap_is_the_exact_distribution_in_the_limit() -> None:
+    # base [1,0,0], tuned [1,1,0]: of the 27 resamples the difference is 0 in 8, 1/3 in 12, 2/3 in 6, 1 in 1
+    from raglan.metrics import _resampled_means
+
+    means = _resampled_means(np.array([0.0, 1.0, 0.0]), seed=0, resamples=200_000)
+    shares = [np.mean(np.isclose(means, value)) for value in (0, 1 / 3, 2 / 3, 1)]
+    assert shares == pytest.approx([8 / 27, 12 / 27, 6 / 27, 1 / 27], abs=0.005)
