@@ -50,8 +50,6 @@ class Prompt:
     def __init__(self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None):
         self.settings, self.tokenizer, self.layout = settings, tokenizer, layout
         self.budget = min(settings.max_tokens, limit or settings.max_tokens)
-        if hasattr(tokenizer, "backend_tokenizer"):
-            tokenizer.backend_tokenizer.encode_special_tokens = True  # "[SEP]" in a text is seven letters, not a token
 
     def render(self, query: str, passages: Sequence[Passage]) -> Rendered:
         """The prompt for a question with K ≥ 0 passages.
@@ -112,7 +110,7 @@ class Prompt:
         turns = [{"role": "user", "content": text}]
         around = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         before, _, after = around.partition(text)
-        return [*self._control(before), *self._ids(text), *self._control(after)]
+        return [*self._ids(before, control=True), *self._ids(text), *self._ids(after, control=True)]
 
     def _text(self, query: str, texts: Sequence[str]) -> tuple[str, str]:
         template = self.settings.template
@@ -123,23 +121,19 @@ class Prompt:
         bare = text.rstrip()
         return bare, text[len(bare) :]
 
-    def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
-
-    def _control(self, text: str) -> list[int]:
-        """Ids of the chat template's own text, in which special tokens are meant."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = False
-        try:
-            return self._ids(text)
-        finally:
-            backend.encode_special_tokens = True
+    def _ids(self, text: str, *, special: bool = False, control: bool = False) -> list[int]:
+        """Ids of a text. Only in `control` text (a chat template's own) does "[SEP]" mean the token and not five letters."""
+        return list(
+            self.tokenizer(
+                text, add_special_tokens=special, split_special_tokens=not control, truncation=False, verbose=False
+            )["input_ids"]
+        )
 
     def _head(self, text: str, tokens: int) -> str:
         """The longest head of a text that has at most so many tokens."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
         return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]] if tokens > 0 else ""
 
     def _check_room(self, room: int, question: int) -> None:

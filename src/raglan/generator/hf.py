@@ -109,7 +109,7 @@ class HFGenerator(Generator):
             GeneratorError: the answer has no token.
         """
         text = (prompt.answer_space + answer) if not self.is_seq2seq else answer
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if not ids:
             raise GeneratorError(f"answer {answer!r} has no token in this model's vocabulary")
         return {"input_ids": list(prompt.ids), "labels": [*ids, self.eos]}

