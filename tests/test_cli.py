@@ -1,0 +1,158 @@
+"""The command line as a stranger meets it: helps, a small whole job, bad input with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_kill import small_recipe
+
+from raglan import cli
+
+COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "schema"]
+
+
+def run(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["raglan", *words])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    streams = capsys.readouterr()
+    return int(done.value.code or 0), streams.out, streams.err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    return lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> str:
+    return str(small_recipe(folder))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(call, command: str) -> None:  # noqa: ANN001
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert "Usage: raglan" in out
+    assert all(f" {name} " in call("--help")[1] for name in COMMANDS)
+
+
+def test_the_whole_job(call, recipe: str, folder: Path) -> None:  # noqa: ANN001
+    short = ["stages.read.train.max_steps=6", "stages.find.train.max_steps=4"]
+    code, out, _ = call("build", recipe)
+    assert code == 0
+    assert "1 files read, 0 skipped, 30 documents, 30 passages" in out
+    for index in ("dense", "bm25", "hybrid"):
+        code, out, _ = call("retrieve", str(folder / "kb"), "who built the tower", "--index", index, "-k", "2", "--json")
+        assert code == 0
+        assert [hit["rank"] for hit in json.loads(out)] == [1, 2]
+    assert call("train", recipe, *short)[0] == 0
+    code, out, _ = call("evaluate", recipe, *short, "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {"untuned", "find"}
+    code, out, _ = call("evaluate", recipe, *short)
+    assert "gold/em" in out
+    assert "difference" in out
+    code, out, _ = call("answer", recipe, "who built the tower?", *short)
+    assert code == 0
+    assert out.startswith("Q: who built the tower?\nA: ")
+    assert "[1]" in out
+    shortened = Path(recipe).with_name("short.yaml")
+    text = Path(recipe).read_text().replace("num_train_epochs: 6", "num_train_epochs: 6, max_steps: 6")
+    shortened.write_text(text.replace("num_train_epochs: 3, learning_rate: 1e-3", "num_train_epochs: 3, learning_rate: 1e-3, max_steps: 4"))
+    pytest.importorskip("plotly")
+    assert call("train", str(shortened))[0] == call("evaluate", str(shortened))[0] == 0
+    code, out, _ = call("report", str(shortened), "-o", str(folder / "report.html"))
+    assert code == 0
+    page = (folder / "report.html").read_text()
+    assert "Before and after" in page
+    assert "Plotly.newPlot" in page
+    assert 'src="http' not in page
+    assert page.count("<article") == 20
+
+
+def test_schema_is_json(call) -> None:  # noqa: ANN001
+    code, out, _ = call("schema")
+    assert code == 0
+    assert json.loads(out)["title"] == "Recipe"
+
+
+def bad(tmp_path: Path, folder: Path, recipe: str) -> dict[str, tuple[list[str], list[str]]]:
+    """name → (words, what the message must hold)."""
+    text = Path(recipe).read_text()
+
+    def changed(name: str, *pairs: tuple[str, str]) -> str:
+        other = text
+        for old, new in pairs:
+            assert old in other
+            other = other.replace(old, new)
+        path = folder / f"bad-{name}.yaml"
+        path.write_text(other)
+        return str(path)
+
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "twice.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n')
+    (folder / "lost.jsonl").write_text('{"id": "1", "query": "q", "answers": ["a"], "relevant": ["nobody"]}\n')
+    (folder / "weightless").mkdir(exist_ok=True)
+    (folder / "weightless" / "config.json").write_text((folder / "reader" / "config.json").read_text())
+    docs, kb = "documents: corpus.jsonl", "path: kb,"
+    return {
+        "unknown key": (["build", changed("key", ("prompt:", "promt:"))], ["promt: unknown key; did you mean 'prompt'?"]),
+        "wrong type": (["build", changed("type", ("seed: 1", "seed: one"))], ["seed", "'one'"]),
+        "two faults": (
+            ["build", changed("two", ("seed: 1", "seed: one"), ("k: 2", "k: -2"))], ["2 faults", "seed", "retriever.k"],
+        ),
+        "missing file": (["build", changed("missing", (docs, "documents: none.jsonl"))], ["no file or folder", "none.jsonl"]),
+        "empty folder": (["build", changed("empty", (docs, "documents: empty"))], ["no document was found", "empty"]),
+        "unreadable pdf": (["build", changed("pdf", (docs, "documents: broken.pdf"))], ["broken.pdf", "on_error: skip"]),
+        "not utf-8": (["build", changed("latin", (docs, "documents: latin.txt"))], ["latin.txt", "0xe9", "knowledge.encoding"]),
+        "duplicate ids": (["build", changed("twice", (docs, "documents: twice.jsonl"))], ["'a' occurs twice"]),
+        "lost relevant": (
+            ["evaluate", changed("lost", ("questions: dev.jsonl", "questions: lost.jsonl"))], ["lost.jsonl", "'nobody'"],
+        ),
+        "other encoder": (
+            ["answer", changed("encoder", ("model: encoder/encoder", "model: other/encoder")), "who?"],
+            ["was built by encoder", "raglan build"],
+        ),
+        "no weights": (
+            ["answer", changed("weights", ("generator: {model: reader", "generator: {model: weightless")), "who?"],
+            ["weightless", "cannot be loaded"],
+        ),
+        "k too large": (["answer", recipe, "who?", "-k", "31"], ["k is 31", "holds 30 passages"]),
+        "empty question": (["answer", recipe, " "], ["the question is empty"]),
+        "huge question": (["answer", recipe, "x" * 1_000_000], ["1,000,000 characters"]),
+        "long question": (["answer", recipe, "who " * 200], ["200 tokens", "prompt of 96"]),
+        "no recipe": (["train", str(folder / "none.yaml")], ["there is no recipe"]),
+        "no base": (["retrieve", str(folder / "nothing"), "who?"], ["holds no knowledge base", "raglan build"]),
+        "no index": (["retrieve", str(folder / "kb"), "who?", "--index", "colbert"], ["'colbert'", "dense, bm25, hybrid"]),
+        "not evaluated": (["report", changed("report", ("name: small", "name: unmeasured"))], ["has not been evaluated"]),
+    }  # fmt: skip
+
+
+def test_bad_input_names_itself_and_its_cure(call, recipe: str, folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    import tiny
+
+    assert call("build", recipe)[0] == 0
+    if not (folder / "other").is_dir():
+        tiny.sentence_encoder(folder / "other", seed=9)
+    for name, (words, wanted) in bad(tmp_path, folder, recipe).items():
+        code, out, err = call(*words)
+        assert code == 2, f"{name}: exit code {code}\n{err}"
+        assert "Traceback" not in err + out, name
+        for part in wanted:
+            assert part in " ".join(err.split()), f"{name}: {part!r} is not in {err}"
+
+
+def test_progress_is_silent_where_nobody_looks(call, recipe: str) -> None:  # noqa: ANN001
+    _, out, err = call("--quiet", "build", recipe)
+    assert "━" not in err + out
+    assert "%" not in err
