@@ -28,16 +28,22 @@ demo: env
 	$(RAGLAN) build $(VESSEN)
 	$(RAGLAN) train $(VESSEN)
 	$(RAGLAN) evaluate --every-stage $(VESSEN)
-	$(RAGLAN) answer $(VESSEN) $(shell $(PYTHON) examples/vessen/pick.py 2>/dev/null)
+	$(RAGLAN) answer $(VESSEN) "Who designed Hask Point Lighthouse?" "In which year was Pellworth Library completed?" "What material are bells wrapped in for the Hushing of the Bells?"
 	$(RAGLAN) report $(VESSEN) -o report.html
 
 test: env
 	$(BIN)/python -m pytest
 
 lint: env
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check --diff src tests benchmarks examples || true
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
+
+docs: env
+	$(BIN)/python docs/make_recipes.py
+
+bench-build: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	$(BIN)/python benchmarks/build.py
 
 bench-squad: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from test_kill import small_recipe
 
 from raglan import cli
+from test_kill import small_recipe
 
 COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "schema"]
 
@@ -22,7 +22,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     return lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)
 
 
@@ -37,14 +37,14 @@ def recipe(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help(call, command: str) -> None:  # noqa: ANN001
+def test_every_command_has_a_help(call, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0
     assert "Usage: raglan" in out
     assert all(f" {name} " in call("--help")[1] for name in COMMANDS)
 
 
-def test_the_whole_job(call, recipe: str, folder: Path) -> None:  # noqa: ANN001
+def test_the_whole_job(call, recipe: str, folder: Path) -> None:
     short = ["stages.read.train.max_steps=6", "stages.find.train.max_steps=4"]
     code, out, _ = call("build", recipe)
     assert code == 0
@@ -78,7 +78,7 @@ def test_the_whole_job(call, recipe: str, folder: Path) -> None:  # noqa: ANN001
     assert page.count("<article") == 20
 
 
-def test_schema_is_json(call) -> None:  # noqa: ANN001
+def test_schema_is_json(call) -> None:
     code, out, _ = call("schema")
     assert code == 0
     assert json.loads(out)["title"] == "Recipe"
@@ -138,7 +138,7 @@ def bad(tmp_path: Path, folder: Path, recipe: str) -> dict[str, tuple[list[str],
     }  # fmt: skip
 
 
-def test_bad_input_names_itself_and_its_cure(call, recipe: str, folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+def test_bad_input_names_itself_and_its_cure(call, recipe: str, folder: Path, tmp_path: Path) -> None:
     import tiny
 
     assert call("build", recipe)[0] == 0
@@ -152,7 +152,7 @@ def test_bad_input_names_itself_and_its_cure(call, recipe: str, folder: Path, tm
             assert part in " ".join(err.split()), f"{name}: {part!r} is not in {err}"
 
 
-def test_progress_is_silent_where_nobody_looks(call, recipe: str) -> None:  # noqa: ANN001
+def test_progress_is_silent_where_nobody_looks(call, recipe: str) -> None:
     _, out, err = call("--quiet", "build", recipe)
     assert "━" not in err + out
     assert "%" not in err

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from raglan.chunk import Chunker
 from raglan.documents import read_documents, read_examples
 from raglan.errors import CorpusError

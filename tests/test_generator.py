@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import HFGenerator, open_generator
 from raglan.objective import AnswerObjective

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
 from raglan.index import BM25Index, DenseIndex, HybridIndex, Queries
@@ -33,7 +33,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents(folder: Path, n: int = 40) -> Path:
     folder.mkdir(exist_ok=True)
     chance = random.Random(0)
-    words = "tower miller founded lighthouse year water old by the of who built stone river".split()
+    words = ["tower", "miller", "founded", "lighthouse", "year", "water", "old", "by", "the", "of", "who", "built", "stone", "river"]
     rows = [{"id": f"d{i}", "title": f"T{i}", "text": " ".join(chance.choices(words, k=12)) + f" {i}."} for i in range(n)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+import tiny
 from raglan.generator import HFGenerator
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Passage

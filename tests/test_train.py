@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_kill import small_recipe
 
 from raglan.data import answer_rows, choose_passages, load_examples, resolve, stage_examples
 from raglan.errors import CorpusError, RecipeError
@@ -21,6 +20,7 @@ from raglan.recipe import LessonData, QuestionData, Recipe, load_recipe
 from raglan.records import Example
 from raglan.scores import ScoreTable
 from raglan.train import finished_parts, lsr_rows, train
+from test_kill import small_recipe
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
 
 def bert_words() -> list[str]:
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    whole = "the a of in was by who what when where how many lighthouse tower built founded miller year".split()
+    whole = ["the", "a", "of", "in", "was", "by", "who", "what", "when", "where", "how", "many", "lighthouse", "tower", "built", "founded", "miller", "year"]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters), *whole]
     return list(dict.fromkeys(pieces))
 

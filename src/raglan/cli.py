@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,7 +176,7 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Recipes, or run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Recipes that have been evaluated.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page: before and after, curves, examples."""
@@ -206,7 +207,7 @@ def main() -> None:
 
 def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
-    return bool(equals) and all(part.isidentifier() for part in key.split("."))
+    return bool(equals) and not any(letter.isspace() for letter in word) and bool(re.fullmatch(r"[A-Za-z_][\w.-]*", key))
 
 
 def _brief(title: str, text: str) -> str:

@@ -28,16 +28,19 @@ __all__ = ["answer_rows", "load_examples", "resolve", "stage_examples"]
 log = logging.getLogger(__name__)
 
 
-def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0) -> list[Example]:
+def load_examples(
+    path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test"
+) -> list[Example]:
     """Questions whose relevant passages are ids of this corpus.
 
     Args:
         limit: keep so many, drawn with `seed`, in file order.
+        split: which qrels of a BEIR folder.
 
     Raises:
         CorpusError: a relevant id that is not in the corpus, evidence that is not in its document.
     """
-    examples = read_examples(path)
+    examples = read_examples(path, split=split)
     if limit is not None and limit < len(examples):
         kept = set(random.Random(seed).sample(range(len(examples)), limit))
         examples = [example for place, example in enumerate(examples) if place in kept]
@@ -80,28 +83,34 @@ def _passages_with(item: dict[str, Any], example: Example, corpus: Corpus, sourc
         )
     if not quote:
         return [passage.id for passage in passages]
-    bare = ["".join(passage.text.split()) for passage in passages]
-    text = "".join(bare)
-    begin = text.find(quote)
+    letters = _letters(passages)
+    begin = "".join(letter for _, letter in letters).find(quote)
     if begin < 0:
         raise CorpusError(
             f"{source}: question {example.id!r} quotes words that are not in {item['document']!r}: {item['quote']!r}",
             hint="quotes are compared without white space, everything else must agree",
         )
-    found, at = [], 0
-    for passage, letters in zip(passages, bare, strict=True):
-        if at < begin + len(quote) and begin < at + len(letters):
-            found.append(passage.id)
-        at += len(letters)
-    holding = [identity for identity in found if answer_recall([corpus[corpus.row(identity) or 0].text], example.answers)]
-    return holding or found
+    start, end = letters[begin][0], letters[begin + len(quote) - 1][0] + 1
+    found = [passage for passage in passages if passage.start < end and start < passage.end]
+    return [p.id for p in found if answer_recall([p.text], example.answers)] or [p.id for p in found]
+
+
+def _letters(passages: Sequence[Passage]) -> list[tuple[int, str]]:
+    """(offset in the document, letter) of a document's passages without white space; what neighbours share counts once."""
+    letters, at = [], 0
+    for passage in passages:
+        for offset, letter in enumerate(passage.text, passage.start):
+            if offset >= at and not letter.isspace():
+                letters.append((offset, letter))
+        at = max(at, passage.end)
+    return letters
 
 
 def stage_examples(data: QuestionData | LessonData, corpus: Corpus, seed: int) -> list[Example]:
     """The examples a stage learns from. Raises CorpusError where none has an answer."""
     if isinstance(data, LessonData):
         return lessons(corpus, data.count, seed=seed)
-    examples = load_examples(data.path, corpus, limit=data.limit, seed=seed)
+    examples = load_examples(data.path, corpus, limit=data.limit, seed=seed, split="train")
     answered = [example for example in examples if example.answers]
     if len(answered) < len(examples):
         log.warning("%s: %d questions without an answer are left out of training", data.path, len(examples) - len(answered))
@@ -118,12 +127,16 @@ def answer_rows(
     chosen = choose_passages(examples, source, data.passages, retriever, seed)
     a_row = (data.passages_a_row if isinstance(data, QuestionData) else None) or data.passages
     each = isinstance(data, QuestionData) and data.answers == "each"
-    rows, cut = [], 0
+    rows, cut, starved = [], 0, 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
         for start in range(0, max(len(passages), 1), a_row):
             prompt = generator.prompt.render(example.query, passages[start : start + a_row])
             cut += prompt.truncated
+            starved += prompt.starved
             rows += [generator.row(prompt, answer) for answer in (example.answers if each else example.answers[:1])]
+    if starved:
+        least = generator.prompt.settings.min_passage_tokens
+        log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, len(rows), least)
     if cut:
         log.info("%d of %d prompts had a passage cut to fit %d tokens", cut, len(rows), generator.prompt.budget)
     return rows

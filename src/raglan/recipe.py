@@ -185,6 +185,10 @@ class PromptSettings(Settings):
             text = getattr(self, name)
             if text is not None and "{question}" not in text:
                 raise ValueError(f"{name} must hold {{question}}")
+        try:
+            self.passage.format(title="", text="", number=1)
+        except (KeyError, IndexError, ValueError) as fault:
+            raise ValueError(f"passage may hold {{title}}, {{text}} and {{number}}, but not {fault}") from None
         return self
 
 
@@ -299,7 +303,7 @@ class EvaluateSettings(Settings):
 
     questions: Path = Field(description="Held-out questions, .jsonl or .jsonl.gz, or a BEIR folder.")
     modes: tuple[Literal["closed_book", "gold", "retrieved"], ...] = ("closed_book", "gold", "retrieved")
-    k: tuple[int, ...] = Field((1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10.")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10.")
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
 
 

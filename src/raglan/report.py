@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raglan.artifact import MANIFEST
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, open_evaluation
+from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
 from raglan.metrics import Interval
-from raglan.recipe import load_recipe
+from raglan.recipe import Recipe, load_recipe
 from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report"]
@@ -57,18 +58,15 @@ def _section(path: Path) -> dict[str, Any]:
     }
 
 
-def _evaluations(recipe: Any) -> list[Evaluation]:
-    """The newest evaluation of each system, in the order of training."""
-    order = [name for name, _ in finished_parts(recipe)]
-    newest: dict[str, tuple[float, Path]] = {}
-    for manifest in (recipe.run / "evaluations").glob("*/manifest.json"):
-        system = manifest.parent.name.rpartition("-")[0]
-        newest[system] = max(newest.get(system, (0.0, manifest)), (manifest.stat().st_mtime, manifest))
-    found = [open_evaluation(newest[name][1].parent) for name in order if name in newest]
+def _evaluations(recipe: Recipe) -> list[Evaluation]:
+    """The evaluations of the recipe as it is now, in the order of training."""
+    settings = recipe.evaluate
+    systems = finished_parts(recipe) if settings is not None else []
+    folders = [evaluation_folder(recipe, settings, *system) for system in systems if settings is not None]
+    found = [open_evaluation(folder) for folder in folders if (folder / MANIFEST).is_file()]
     if not found:
         raise CheckpointError(f"recipe {recipe.name!r} has not been evaluated", hint="raglan evaluate recipe.yaml")
-    questions = [row["id"] for row in found[-1].rows]
-    return [evaluation for evaluation in found if [row["id"] for row in evaluation.rows] == questions]
+    return found
 
 
 def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, differences: dict[str, Interval]) -> str:

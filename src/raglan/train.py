@@ -2,9 +2,9 @@
 
     runs/<name>/stages/<stage>-<fingerprint>/
         work/         the trainer's checkpoints; a rerun goes on from the last whole one
-        scores.jsonl  language-model scores (lsr)
         log.json      learning curves
         result/       generator/ or query_encoder/, and manifest.json, written last
+    runs/<name>/scores.jsonl   language-model scores (lsr), shared by all settings that do not change them
 
 A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
 come out of the stages before), so a changed setting trains anew and an unchanged one is not trained twice.
@@ -113,6 +113,12 @@ def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
         if not (stage.result / MANIFEST).is_file():
             break
         found.append((stage.name, stage.parts(before)))
+    missing = [name for name in recipe.trainings() if name not in dict(found)]
+    if missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
+        log.warning(
+            "stage %s is trained, but with other settings, documents or questions than the recipe's now; it is not used",
+            missing[0],
+        )
     return found
 
 
@@ -128,7 +134,11 @@ def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
 def _stages(recipe: Recipe) -> list[tuple[_Stage, Parts]]:
     """Each stage with the parts that go into it; names of folders follow from everything that does."""
     made_of: list[Any] = [KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
-    shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever"})
+    shared = [
+        recipe.prompt.model_dump(mode="json"), recipe.generator.model_dump(mode="json", exclude={"batch_tokens", "head_chunk"}),
+        recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
+        [folder_stamp(name) for name in (recipe.generator.model, recipe.retriever.query_encoder)],
+    ]  # fmt: skip
     parts, stages = Parts(), []
     for name, settings in recipe.trainings().items():
         files = [path for key in ("path", "dev") if (path := getattr(settings.data, key, None)) is not None]
@@ -152,6 +162,14 @@ def _keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 28)):
             libc.mallopt(parameter, value)
+
+
+def folder_stamp(name: str | Path | None) -> list[list[Any]]:
+    """What a local model folder holds, by name, size and time; nothing for hub names and the embedded models."""
+    folder = Path(name) if name is not None else Path()
+    if name is None or not folder.is_dir():
+        return []
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
 def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
@@ -185,6 +203,8 @@ def _answer(
     data, corpus = stage.settings.data, system.retriever.base.corpus
     objective = AnswerObjective(system.generator, reduction=settings.reduction)
     examples = stage_examples(data, corpus, recipe.seed)
+    if recipe.generator.lora is None:
+        system.generator.model.float()  # full weights learn in float32, whatever they are served in
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
     held_out: Sequence[Any] = []
     if data.dev is not None:
@@ -200,7 +220,7 @@ def _lsr(
     assert isinstance(data, QuestionData)
     corpus = system.retriever.base.corpus
     examples = stage_examples(data, corpus, recipe.seed)
-    rows = lsr_rows(examples, system, settings, stage.folder / "scores.jsonl")
+    rows = lsr_rows(examples, system, settings, recipe.run / "scores.jsonl")
     held_out: list[Example] = []
     if data.dev is not None:
         held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.relevant]
@@ -327,6 +347,7 @@ def _trainer(
     trainer.objective = objective
     trainer.model_accepts_loss_kwargs = isinstance(objective, AnswerObjective) and objective.reduction == "token"
     trainer.loss_is_scaled_for_ga = True
+    trainer._loss_shifts_labels = False  # labels are the answer's own tokens, for causal models too: count them all
     trainer.add_callback(_Curves(stage.folder / "log.json"))
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
@@ -349,7 +370,7 @@ def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> Tr
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 32, "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_steps": 0.05,
         "lr_scheduler_type": "linear", "weight_decay": 0.01, "logging_steps": 10, "save_steps": 100, "save_total_limit": 1,
-        "bf16": bfloat16_is_faster(), "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
+        "bf16": bfloat16_is_faster() and recipe.generator.dtype in ("auto", "bfloat16"), "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
         "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
     }  # fmt: skip
     if stage.settings.objective.kind == "answer":

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from raglan.artifact import fingerprint, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
-from raglan.errors import CheckpointError, GeneratorError, RecipeError
+from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Generator
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
@@ -45,6 +45,7 @@ __all__ = ["HFGenerator", "open_generator"]
 
 log = logging.getLogger(__name__)
 UNSCORED = -100
+ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 
 
@@ -64,7 +65,10 @@ class HFGenerator(Generator):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.pad = int(tokenizer.pad_token_id)
-        self.eos = int(config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        own = tokenizer.eos_token_id
+        self.ends = [int(end) for end in dict.fromkeys([*ends, own]) if end is not None]
+        self.eos = int(own) if own in ends else self.ends[0]  # a chat model's own end of turn, where it has several ends
         self.prefix = self._prefix()
         layout = prompt.layout if prompt.layout != "auto" else self._layout()
         self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit())
@@ -171,7 +175,7 @@ class HFGenerator(Generator):
         if self.reader is not None:
             return int(self.reader.encoder.bert.config.max_position_embeddings)
         longest = getattr(config, "max_position_embeddings", None)
-        return int(longest) if longest else None
+        return int(longest) - (0 if self.is_seq2seq else ANSWER_ROOM) if longest else None
 
     def _prefix(self) -> list[int]:
         """What the decoder is given before the answer: T5 <pad>, BART </s> <s>, the reader [CLS]; nothing for causal."""
@@ -206,7 +210,7 @@ class HFGenerator(Generator):
         with self.autocast(), _quiet():
             output = self.model.generate(
                 **inputs, max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty, do_sample=False,
-                pad_token_id=self.pad, eos_token_id=self.eos, return_dict_in_generate=True, output_logits=True,
+                pad_token_id=self.pad, eos_token_id=self.ends, return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
         start = len(self.prefix) if self.is_seq2seq else ids.shape[1]
         logprobs = self._generated_logprobs(output, start)
@@ -227,8 +231,8 @@ class HFGenerator(Generator):
         return values
 
     def _completion(self, prompt: Rendered, ids: list[int], logprobs: list[float]) -> Completion:
-        finished = self.eos in ids
-        length = ids.index(self.eos) + 1 if finished else len(ids)
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        finished, length = end is not None, len(ids) if end is None else end + 1
         text = self.tokenizer.decode(ids[: length - finished], skip_special_tokens=True).strip()
         if self.reader is not None:
             text = restore_surface(text, list(prompt.sources))
@@ -278,12 +282,15 @@ class HFGenerator(Generator):
         if len(caught) != 1:
             raise GeneratorError(f"{type(self.model).__name__} used its LM head {len(caught)} times in one pass")
         if not self._head_is_checked:
-            self._check_head(inputs, caught[0])
+            self._check_head(inputs)
         return caught[0]
 
     def _head(self, rows: Tensor) -> Tensor:
         """The model's logits from the head's input, (n,D) → (n,V)."""
-        logits: Tensor = self.model.get_output_embeddings()(rows)
+        return self._finished(self.model.get_output_embeddings()(rows))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What architectures do to their logits behind the head: BART adds a bias, Cohere scales, Gemma caps."""
         config = self.model.config
         bias = getattr(self.model, "final_logits_bias", None)
         if bias is not None:
@@ -293,15 +300,21 @@ class HFGenerator(Generator):
         return torch.tanh(logits / cap) * cap if cap else logits
 
     @torch.no_grad()
-    def _check_head(self, inputs: dict[str, Tensor], hidden: Tensor) -> None:
+    def _check_head(self, inputs: dict[str, Tensor]) -> None:
+        """Compare, once, the model's own logits with what `_finished` makes of its head's output."""
         self._head_is_checked = True
+        raw: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_hook(lambda _, __, output: raw.append(output))
         was_training = self.model.training
         self.model.eval()
-        first = {name: value[:1] for name, value in inputs.items()}
-        theirs = self.model(**first, use_cache=False).logits[0, -1].float().log_softmax(-1)
-        ours = self._head(self._caught(self.model, first)[0, -1:])[0].float().log_softmax(-1)
-        self.model.train(was_training)
-        if not torch.allclose(ours, theirs, atol=2e-2, rtol=1e-2):
+        try:
+            theirs = self.model(**{name: value[:1] for name, value in inputs.items()}, use_cache=False).logits
+        finally:
+            handle.remove()
+            self.model.train(was_training)
+        ours = self._finished(raw[-1])
+        spread = float(theirs.float().std())
+        if not torch.allclose(ours.float(), theirs.float(), atol=2e-2 * max(spread, 1e-3), rtol=2e-2):
             raise GeneratorError(
                 f"{type(self.model).__name__} changes its logits after the LM head in a way that raglan does not know",
                 hint="report the architecture; its head cannot be applied in chunks yet",
@@ -344,21 +357,19 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
 
 
 def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    from peft import PeftConfig, PeftModel
-
-    base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    peft = require("peft", f"to open the adapter {folder}")
+    base = str(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
     model, tokenizer = _load(base, settings)
-    return PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None), tokenizer
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None), tokenizer
 
 
 def _with_lora(model: PreTrainedModel, settings: GeneratorSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
+    peft = require("peft", "for generator.lora")
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     try:
-        config = LoraConfig(**{"task_type": kind, **(settings.lora or {})})
+        config = peft.LoraConfig(**{"task_type": kind, **(settings.lora or {})})
         config.base_model_name_or_path = settings.model
-        wrapped = get_peft_model(model, config)
+        wrapped = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as fault:
         raise RecipeError(f"generator.lora: {fault}", hint="fields are those of peft.LoraConfig") from None
     wrapped.peft_config["default"].base_model_name_or_path = settings.model

@@ -230,7 +230,7 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scores = (self.place_query(hidden) @ self.place_key(states).transpose(1, 2)).float() / states.shape[-1] ** 0.5
         holds = (encoding.source_ids[:, None, :] == previous[:, :, None]) & encoding.visible[:, None, :]
         weights = scores.masked_fill(~holds, LOWEST).softmax(-1) * holds
-        return hidden + self.place_value((weights.to(states.dtype) @ states))
+        return hidden + self.place_value(weights.to(states.dtype) @ states)
 
     def copy_logprobs(self, hidden: Tensor, decoder_input_ids: Tensor, encoding: ReaderEncoding) -> Tensor:
         """log a_t over the prompt's tokens, (B,T,L) float32; the smallest float where a token may not be copied."""

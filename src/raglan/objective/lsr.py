@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raglan.likelihood import lsr_divergence, lsr_target, normalised_entropy, passage_logprobs
 from raglan.index import Queries
+from raglan.likelihood import lsr_divergence, lsr_target, normalised_entropy, passage_logprobs
 from raglan.metrics import mrr, recall
 from raglan.objective.base import Objective
 from raglan.recipe import LsrObjective as LsrSettings
