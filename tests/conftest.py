@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import sys
 from pathlib import Path
@@ -22,6 +24,11 @@ def data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("RAGLAN_DATA names no folder of data sets")
     return Path(folder)
+
+
+def json_lines(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="session")

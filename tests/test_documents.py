@@ -37,7 +37,7 @@ def test_offsets_headings_and_limits() -> None:
     text = "# Tower\n\nIntro a b.\n\n## Base\n\n" + "The base was built by who. " * 12 + "\n\n# Annex\n\nLast 中文。"
     passages = chunker().passages(Document("t.md", text, source="t.md"))
     assert all(text[p.start : p.end] == p.text for p in passages)
-    assert [p.title for p in passages][0] == "Tower"
+    assert passages[0].title == "Tower"
     assert {p.title for p in passages} == {"Tower", "Tower > Base", "Annex"}
     assert all(len(WORDS.encode(p.text).ids) - 2 <= 40 for p in passages)
     assert [p.id for p in passages] == [f"t.md#{n}" for n in range(len(passages))]

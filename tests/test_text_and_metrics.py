@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import json_lines
 from raglan.metrics import answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
 from raglan.text import answer_words, restore_surface, terms
 
@@ -81,7 +80,9 @@ def test_ranking_figures_by_hand() -> None:
     assert recall(ranking, ["b", "x"], 2) == 0.5
     assert mrr(ranking, ["c"], 10) == pytest.approx(1 / 3)
     assert mrr(ranking, ["d"], 3) == 0
-    assert np.mean([mrr(r, ["x"], 10) for r in (["x"], ["a", "b", "x"], ["a"], ["a", "x"])]) == pytest.approx(0.458333, abs=1e-6)
+    assert np.mean([mrr(r, ["x"], 10) for r in (["x"], ["a", "b", "x"], ["a"], ["a", "x"])]) == pytest.approx(
+        0.458333, abs=1e-6
+    )
     assert ndcg(ranking, {"b": 3, "d": 1}, 4) == pytest.approx((3 / math.log2(3) + 1 / math.log2(5)) / (3 + 1 / math.log2(3)))
     assert math.isnan(recall(ranking, [], 1))
     assert math.isnan(ndcg(ranking, {}, 1))
@@ -95,8 +96,8 @@ def test_ndcg_is_ir_measures_on_all_of_cranfield(data: Path, tmp_path: Path) -> 
     from raglan.index.bm25 import build_bm25
     from raglan.recipe import BM25Index as Settings
 
-    corpus = [json.loads(line) for line in gzip.open(data / "cranfield" / "corpus.jsonl.gz", "rt")]
-    tests = [json.loads(line) for line in gzip.open(data / "cranfield" / "test.jsonl.gz", "rt")]
+    corpus = json_lines(data / "cranfield" / "corpus.jsonl.gz")
+    tests = json_lines(data / "cranfield" / "test.jsonl.gz")
     build_bm25([f"{row['title']}\n{row['text']}" for row in corpus], Settings(kind="bm25"), tmp_path / "bm25")
     _, rows = BM25Index(tmp_path / "bm25").search(Queries([row["query"] for row in tests]), 100)
     qrels, run, ours = [], [], []

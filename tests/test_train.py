@@ -89,7 +89,7 @@ def test_lsr_on_a_toy_reaches_its_fixed_point(recipe: Recipe, system: RAG) -> No
     objective.settings = settings
     optimiser = torch.optim.Adam(objective.parameters()["query_encoder"], lr=3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(300):
         loss, _ = objective.loss(objective.collate(rows))
         optimiser.zero_grad()
         loss.backward()
@@ -134,7 +134,8 @@ def test_rows_hold_the_passages_that_were_asked_for(recipe: Recipe, system: RAG)
             ids = [p.id for p in passages]
             assert len(ids) == len(set(ids)) == k
             assert source == "retrieved" or example.relevant[0] in ids
-    places = [[p.id for p in ps].index(e.relevant[0]) for e, ps in zip(examples, choose_passages(examples, "mixed", 3, system.retriever, 5), strict=True)]
+    mixed = choose_passages(examples, "mixed", 3, system.retriever, 5)
+    places = [[p.id for p in passages].index(e.relevant[0]) for e, passages in zip(examples, mixed, strict=True)]
     assert len(set(places)) == 3  # the place of the gold passage tells nothing
     data = QuestionData(kind="questions", path=Path("x"), passages=3)
     whole = answer_rows(examples, data, system.retriever, system.generator, 0)
@@ -218,7 +219,7 @@ def test_stages_are_found_by_what_went_into_them(folder: Path) -> None:
         train(load_recipe(path, ["stages.read.train.max_steps=3"]), only="find")
     with pytest.raises(RecipeError, match="there is no stage 'reed'; the recipe has read, find"):
         train(load_recipe(path), only="reed")
-    with pytest.raises(RecipeError, match="stages.read.train"):
+    with pytest.raises(RecipeError, match=r"stages\.read\.train"):
         train(load_recipe(path, ["stages.read.train.lr_scheduler_type=crooked"]))
 
 

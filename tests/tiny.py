@@ -34,9 +34,7 @@ def tokenizer(*, begins: bool = False, ends: bool = True) -> PreTrainedTokenizer
     inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     inner.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
     single = (["<s>"] if begins else []) + ["$A"] + (["</s>"] if ends else [])
-    inner.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>" if begins else None, eos_token="</s>", unk_token="<unk>"
     )
@@ -76,7 +74,26 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
 
 def bert_words() -> list[str]:
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    whole = ["the", "a", "of", "in", "was", "by", "who", "what", "when", "where", "how", "many", "lighthouse", "tower", "built", "founded", "miller", "year"]
+    whole = [
+        "the",
+        "a",
+        "of",
+        "in",
+        "was",
+        "by",
+        "who",
+        "what",
+        "when",
+        "where",
+        "how",
+        "many",
+        "lighthouse",
+        "tower",
+        "built",
+        "founded",
+        "miller",
+        "year",
+    ]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters), *whole]
     return list(dict.fromkeys(pieces))
 
@@ -134,5 +151,3 @@ def _saved(model: Any, words: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.save_pretrained(str(folder))
     words.save_pretrained(str(folder))
     return folder
-
-

@@ -66,9 +66,7 @@ def build(recipe: RecipePath, overrides: Overrides = None) -> None:
         f"{', '.join(f'{n} {figures[n]}' if n in figures else n for n in base.settings.indexes)}"
     )
     if made["passages_per_second"]:
-        console.print(
-            f"{made['seconds']} s, {made['passages_per_second']} passages/s, peak memory {made['peak_memory_mb']} MB"
-        )
+        console.print(f"{made['seconds']} s, {made['passages_per_second']} passages/s, peak memory {made['peak_memory_mb']} MB")
 
 
 @app.command()

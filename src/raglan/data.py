@@ -28,9 +28,7 @@ __all__ = ["answer_rows", "load_examples", "resolve", "stage_examples"]
 log = logging.getLogger(__name__)
 
 
-def load_examples(
-    path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test"
-) -> list[Example]:
+def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test") -> list[Example]:
     """Questions whose relevant passages are ids of this corpus.
 
     Args:
@@ -78,9 +76,7 @@ def _passages_with(item: dict[str, Any], example: Example, corpus: Corpus, sourc
     quote = "".join(str(item.get("quote", "")).split())
     passages = [corpus[row] for row in corpus.rows_of_document(str(item["document"]))]
     if not passages:
-        raise CorpusError(
-            f"{source}: question {example.id!r} names document {item['document']!r}, which is not in the corpus"
-        )
+        raise CorpusError(f"{source}: question {example.id!r} names document {item['document']!r}, which is not in the corpus")
     if not quote:
         return [passage.id for passage in passages]
     letters = _letters(passages)
@@ -142,9 +138,7 @@ def answer_rows(
     return rows
 
 
-def choose_passages(
-    examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int
-) -> list[list[Passage]]:
+def choose_passages(examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int) -> list[list[Passage]]:
     """K passages for each example: `gold` its relevant ones, `retrieved` the search's, `mixed` one gold among the search's.
 
     `gold` and `mixed` are shuffled with the seed, so that place tells nothing; an example without relevant passages falls
@@ -155,7 +149,9 @@ def choose_passages(
     searched: list[list[int]] = [[] for _ in examples]
     if (source == "mixed" and k > 1) or source == "retrieved" or not all(relevant):
         depth = min(len(corpus), k + max(map(len, relevant), default=0))
-        searched = [[row for row in rows if row >= 0] for rows in retriever.search([e.query for e in examples], depth)[1].tolist()]
+        searched = [
+            [row for row in rows if row >= 0] for rows in retriever.search([e.query for e in examples], depth)[1].tolist()
+        ]
     chosen = []
     for gold, found in zip(relevant, searched, strict=True):
         if source == "retrieved" or not gold:

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow.parquet
 
 from raglan.errors import CorpusError, MissingExtra, require
+from raglan.progress import track
 from raglan.records import Document, Example
 
 __all__ = ["Reading", "read_documents", "read_examples"]
@@ -47,7 +48,6 @@ def read_documents(
     encoding: str = "utf-8",
     on_error: str = "stop",
     whole: bool = False,
-    progress: Callable[[Iterable[Path], str], Iterable[Path]] = lambda items, _: items,
 ) -> Reading:
     """Read files and folders into documents, in path order, with ids relative to the folder given.
 
@@ -63,7 +63,7 @@ def read_documents(
     """
     names = {"id": "id", "title": "title", "text": "text", **(columns or {})}
     reading = Reading()
-    for path, base in progress(list(_files(paths)), "reading"):  # type: ignore[arg-type]
+    for path, base in track(list(_files(paths)), "reading"):
         ending = _ending(path)
         if ending not in (*TABLES, *TEXTS, *CONVERTED):
             reading.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
@@ -122,14 +122,9 @@ def _ending(path: Path) -> str:
     return ".jsonl.gz" if path.name.lower().endswith(".jsonl.gz") else path.suffix.lower()
 
 
-def _read_file(
-    path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool
-) -> list[Document]:
+def _read_file(path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool) -> list[Document]:
     if ending in TABLES:
-        return [
-            _row_document(row, path, number, columns, whole)
-            for number, row in enumerate(_rows(path, ending, encoding), 1)
-        ]
+        return [_row_document(row, path, number, columns, whole) for number, row in enumerate(_rows(path, ending, encoding), 1)]
     text = _text(path, encoding) if ending in TEXTS else _converted(path)
     if not text.strip():
         raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
@@ -219,9 +214,7 @@ def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _row_document(
-    row: Mapping[str, Any], path: Path, number: int, columns: Mapping[str, str], whole: bool
-) -> Document:
+def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapping[str, str], whole: bool) -> Document:
     if columns["text"] not in row:
         raise CorpusError(
             f"{path}, row {number} has no column {columns['text']!r}; it has {', '.join(map(str, row))}",
@@ -267,10 +260,13 @@ def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
     known = {"id", "query", "question", "answers", "relevant", "grades", "history"}
     metadata = {key: value for key, value in row.items() if key not in known}
     return Example(
-        id=str(row.get("id", line)), query=query, answers=tuple(answers),
+        id=str(row.get("id", line)),
+        query=query,
+        answers=tuple(answers),
         relevant=tuple(str(item) for item in relevant if not isinstance(item, dict)),
         grades={str(key): int(value) for key, value in (row.get("grades") or {}).items()},
-        history=tuple(row.get("history") or ()), metadata={**metadata, **({"evidence": evidence} if evidence else {})},
+        history=tuple(row.get("history") or ()),
+        metadata={**metadata, **({"evidence": evidence} if evidence else {})},
     )
 
 

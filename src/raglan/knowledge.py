@@ -227,7 +227,7 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
     """
     reading = read_documents(
         settings.documents, columns=settings.columns.model_dump(), encoding=settings.encoding,
-        on_error=settings.on_error, whole=settings.chunk is None, progress=track,
+        on_error=settings.on_error, whole=settings.chunk is None,
     )  # fmt: skip
     encoder = Encoder.open(settings.encoder)
     version = _version(settings, encoder, reading)
@@ -247,5 +247,3 @@ def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) ->
     made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
     documents = [[d.id, d.title, d.text] for d in reading.documents]
     return fingerprint([made_of, encoder.identity, documents])
-
-

@@ -151,9 +151,7 @@ def lsr_divergence(
         gamma: γ > 0, the retriever's own temperature.
         passage_mask: (B,K) bool; both softmaxes run over a query's real passages only.
     """
-    log_q = lsr_target(
-        answer_logprobs, target=target, tau=tau, answer_lengths=answer_lengths, passage_mask=passage_mask
-    )
+    log_q = lsr_target(answer_logprobs, target=target, tau=tau, answer_lengths=answer_lengths, passage_mask=passage_mask)
     log_p = passage_logprobs(doc_scores, present=passage_mask, temperature=gamma)
     first, second = (log_p, log_q) if direction == "student_first" else (log_q, log_p)
     present = torch.ones_like(log_p, dtype=torch.bool) if passage_mask is None else passage_mask
@@ -171,9 +169,7 @@ def normalised_entropy(logprobs: Tensor) -> Tensor:
     return entropy / present.sum(-1).clamp_min(2).to(entropy).log()
 
 
-def chunked_token_logprobs(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = 128
-) -> Tensor:
+def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = 128) -> Tensor:
     """log softmax(head(h)) at the targets, without ever holding more than `chunk` rows of V. (N,D), (N,) → (N,).
 
     Each chunk's logits are thrown away after the forward pass and made again in the backward pass, so the memory is that

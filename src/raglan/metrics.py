@@ -107,9 +107,7 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     return Interval(float(kept.mean()), float(low), float(high), len(kept))
 
 
-def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """after − before, question by question: its mean and 95 % interval. Both must list the same questions in order."""
     if len(before) != len(after):
         raise ValueError(f"paired values must be of one length, not {len(before)} and {len(after)}")

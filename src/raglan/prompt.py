@@ -125,9 +125,9 @@ class Prompt:
     def _ids(self, text: str, *, special: bool = False, control: bool = False) -> list[int]:
         """Ids of a text. Only in `control` text (a chat template's own) does "[SEP]" mean the token and not five letters."""
         return list(
-            self.tokenizer(
-                text, add_special_tokens=special, split_special_tokens=not control, truncation=False, verbose=False
-            )["input_ids"]
+            self.tokenizer(text, add_special_tokens=special, split_special_tokens=not control, truncation=False, verbose=False)[
+                "input_ids"
+            ]
         )
 
     def _head(self, text: str, tokens: int) -> str:

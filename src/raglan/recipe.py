@@ -303,7 +303,9 @@ class EvaluateSettings(Settings):
 
     questions: Path = Field(description="Held-out questions, .jsonl or .jsonl.gz, or a BEIR folder.")
     modes: tuple[Literal["closed_book", "gold", "retrieved"], ...] = ("closed_book", "gold", "retrieved")
-    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10.")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10."
+    )
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
 
 
@@ -353,9 +355,7 @@ class Recipe(Settings):
         stages = dict(self.stages)
         if self.objective is not None and self.data is not None:
             stages = {self.objective.kind: StageSettings(data=self.data, objective=self.objective)}
-        return {
-            name: stage.model_copy(update={"train": {**self.train, **stage.train}}) for name, stage in stages.items()
-        }
+        return {name: stage.model_copy(update={"train": {**self.train, **stage.train}}) for name, stage in stages.items()}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

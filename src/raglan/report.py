@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the before/after table with intervals, learning curves, recall curves, examples to leaf through."""
+"""One self-contained HTML page: before/after with intervals, learning curves, recall curves, examples to leaf through."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _curves(logs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """One plot a stage: training loss, and what was held out."""
     plots = []
     for stage, log in logs.items():
-        traces = []
+        traces: list[dict[str, Any]] = []
         for key, label in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("eval_mrr@10", "held-out MRR@10"),
                            ("eval_recall@1", "held-out R@1")):  # fmt: skip
             points = [(row["step"], row[key]) for row in log if key in row]

@@ -65,9 +65,7 @@ class Retriever:
 
     def check_k(self, k: int) -> None:
         if k > len(self.base.corpus):
-            raise RecipeError(
-                f"k is {k}, but the knowledge base holds {len(self.base.corpus)} passages", hint="ask for fewer"
-            )
+            raise RecipeError(f"k is {k}, but the knowledge base holds {len(self.base.corpus)} passages", hint="ask for fewer")
         if k < 1:
             raise RecipeError(f"k is {k}; it must be at least 1")
 

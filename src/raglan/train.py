@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -213,9 +213,7 @@ def _answer(
     return objective, rows, held_out
 
 
-def _lsr(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings
-) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data = stage.settings.data
     assert isinstance(data, QuestionData)
     corpus = system.retriever.base.corpus
@@ -307,7 +305,7 @@ class _StageTrainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.objective.validate(self.eval_dataset.rows).items()}
+        metrics = {f"eval_{name}": value for name, value in self.objective.validate(cast(_Rows, self.eval_dataset).rows).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -319,7 +317,7 @@ class _StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         (folder / WHOLE).write_text("")  # last: a checkpoint without it was interrupted and is not resumed from
 
 
@@ -370,7 +368,8 @@ def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> Tr
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 32, "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_steps": 0.05,
         "lr_scheduler_type": "linear", "weight_decay": 0.01, "logging_steps": 10, "save_steps": 100, "save_total_limit": 1,
-        "bf16": bfloat16_is_faster() and recipe.generator.dtype in ("auto", "bfloat16"), "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
+        "bf16": bfloat16_is_faster() and recipe.generator.dtype in ("auto", "bfloat16"),
+        "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
         "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
     }  # fmt: skip
     if stage.settings.objective.kind == "answer":

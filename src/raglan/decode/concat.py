@@ -11,9 +11,7 @@ from raglan.records import Answer, Hit
 __all__ = ["concat"]
 
 
-def concat(
-    generator: Generator, queries: Sequence[str], hits: Sequence[Sequence[Hit]], settings: ConcatDecode
-) -> list[Answer]:
+def concat(generator: Generator, queries: Sequence[str], hits: Sequence[Sequence[Hit]], settings: ConcatDecode) -> list[Answer]:
     """One answer a query from its hits, in order; a query without hits is asked closed book."""
     prompts = [
         generator.prompt.render(query, [hit.passage for hit in found]) for query, found in zip(queries, hits, strict=True)
@@ -23,8 +21,13 @@ def concat(
     )
     return [
         Answer(
-            query=query, text=written.text, logprob=written.logprob, finished=written.finished, hits=tuple(found),
-            truncated=prompt.truncated, settings=settings.model_dump(),
+            query=query,
+            text=written.text,
+            logprob=written.logprob,
+            finished=written.finished,
+            hits=tuple(found),
+            truncated=prompt.truncated,
+            settings=settings.model_dump(),
         )  # fmt: skip
         for query, found, prompt, written in zip(queries, hits, prompts, completions, strict=True)
     ]

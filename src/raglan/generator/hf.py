@@ -191,7 +191,9 @@ class HFGenerator(Generator):
         """Batches of places, longest first, each of at most `batch_tokens` padded tokens."""
         batch: list[int] = []
         for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            full = len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[batch[0] if batch else place] > self.settings.batch_tokens
+            full = (
+                len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[batch[0] if batch else place] > self.settings.batch_tokens
+            )
             if batch and full:
                 yield batch
                 batch = []

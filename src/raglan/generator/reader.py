@@ -105,9 +105,7 @@ class BlockEncoder(nn.Module):
         states = encoded.new_zeros(*input_ids.shape, encoded.shape[-1])
         keep = present.bool()
         states = states.index_put((rows.expand_as(columns)[keep], columns[keep]), encoded[keep])
-        return ReaderEncoding(
-            last_hidden_state=states, source_ids=input_ids, copyable=copyable, visible=mask.bool()
-        )
+        return ReaderEncoding(last_hidden_state=states, source_ids=input_ids, copyable=copyable, visible=mask.bool())
 
 
 def _blocks(input_ids: Tensor, mask: Tensor, block_start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,9 +133,7 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_cache_class = True
-    _tied_weights_keys = {
-        "decoder.embeddings.word_embeddings.weight": "encoder.bert.embeddings.word_embeddings.weight"
-    }
+    _tied_weights_keys = {"decoder.embeddings.word_embeddings.weight": "encoder.bert.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: ReaderConfig):
         super().__init__(config)
@@ -254,9 +250,7 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         probs[..., self.config.eos_token_id] += acts[..., 2]
         return probs.clamp_min(TINY).log()
 
-    def target_logprobs(
-        self, hidden: Tensor, decoder_input_ids: Tensor, encoding: ReaderEncoding, targets: Tensor
-    ) -> Tensor:
+    def target_logprobs(self, hidden: Tensor, decoder_input_ids: Tensor, encoding: ReaderEncoding, targets: Tensor) -> Tensor:
         """log p(y_t | x, z, y_<t) of the targets only, (B,T), 0 where a target is −100: what training reads.
 
         The same numbers as `next_token_logprobs` at the targets, without a (B,T,V) tensor: the words are scored at real
@@ -274,12 +268,21 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return torch.zeros_like(copied).masked_scatter(real, ways.clamp_min(LOWEST).logsumexp(-1))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None,
-        encoder_outputs: ReaderEncoding | None = None, use_cache: bool | None = None, **_: Any,
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        encoder_outputs: ReaderEncoding | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         return {
-            "input_ids": None, "decoder_input_ids": input_ids, "past_key_values": past_key_values,
-            "attention_mask": attention_mask, "encoder_outputs": encoder_outputs, "use_cache": use_cache,
+            "input_ids": None,
+            "decoder_input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "encoder_outputs": encoder_outputs,
+            "use_cache": use_cache,
         }
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
@@ -296,8 +299,10 @@ def reader_from_encoder(folder: str, *, decoder_layers: int = 2) -> tuple[Reader
     bert = BertModel.from_pretrained(folder, add_pooling_layer=False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = ReaderConfig(
-        encoder=bert.config.to_diff_dict(), decoder_layers=decoder_layers,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.sep_token_id,
+        encoder=bert.config.to_diff_dict(),
+        decoder_layers=decoder_layers,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id,
         decoder_start_token_id=tokenizer.cls_token_id,
     )
     with torch.random.fork_rng():

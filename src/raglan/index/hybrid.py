@@ -1,7 +1,7 @@
 """Hybrid search: two or more indexes fused.
 
-    rrf      s(z) = Σ_i w_i / (c + rank_i(z))                       Cormack et al. 2009, c = 60; absent hits add nothing
-    weights  s(z) = Σ_i w_i (s_i(z) − min_i) / (max_i − min_i)      over the hits of index i; absent hits add nothing
+rrf      s(z) = Σ_i w_i / (c + rank_i(z))                       Cormack et al. 2009, c = 60; absent hits add nothing
+weights  s(z) = Σ_i w_i (s_i(z) − min_i) / (max_i − min_i)      over the hits of index i; absent hits add nothing
 """
 
 from __future__ import annotations

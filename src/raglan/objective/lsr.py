@@ -59,8 +59,8 @@ class LsrObjective(Objective):
         moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         features = {name.removeprefix("query_"): value for name, value in moved.items() if name.startswith("query_")}
         doc_scores = self.retriever.score(features, moved["passage_vectors"])
-        settings = {"target": self.settings.target, "tau": self.settings.tau}
-        shared = {"answer_lengths": moved["answer_lengths"], "passage_mask": moved["passage_mask"]}
+        settings: dict[str, Any] = {"target": self.settings.target, "tau": self.settings.tau}
+        shared: dict[str, Any] = {"answer_lengths": moved["answer_lengths"], "passage_mask": moved["passage_mask"]}
         losses = lsr_divergence(
             doc_scores, moved["answer_logprobs"], direction=self.settings.direction, gamma=self.gamma, **settings, **shared
         )
