@@ -17,8 +17,8 @@ from raglan.records import Document, Passage
 
 __all__ = ["Chunker"]
 
-_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$", re.MULTILINE)
-_FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)(?:[ \t]+#+)?[ \t\r]*$", re.MULTILINE)
+_FENCE = re.compile(r"^(```|~~~).*?(?:^\1[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Chunker:
         if document.whole:
             return [Passage(document.id, document.text, document.title, document.id, 0, len(document.text))]
         spans = [span for section in _sections(document) for span in self._spans(document.text, *section)]
+        if not spans and document.text.strip():  # headings alone are a text too
+            spans = list(self._spans(document.text, document.title, 0, len(document.text)))
         return [
             Passage(f"{document.id}#{number}", document.text[start:end], title, document.id, start, end)
             for number, (title, start, end) in enumerate(spans)

@@ -93,6 +93,8 @@ def retrieve(
     if as_json:
         typer.echo(json.dumps([_hit(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
+    if not hits:
+        console.print("no passage matches")
     for hit in hits:
         typer.echo(f"{hit.rank:3d}  {hit.score:8.4f}  {hit.passage.id}\n     {_brief(hit.passage.title, hit.passage.text)}")
 
@@ -176,11 +178,12 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Recipes that have been evaluated.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    change: Annotated[list[str] | None, typer.Option("--set", help="A setting changed in all of them: a.b.c=value.")] = None,
 ) -> None:
     """Write one self-contained HTML page: before and after, curves, examples."""
     from raglan.report import write_report
 
-    write_report(runs, output)
+    write_report([load_recipe(run, change or []) for run in runs], output)
     typer.echo(str(output))
 
 
@@ -198,9 +201,10 @@ def main() -> None:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again and it goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's for Ctrl-C
+            print("interrupted; run the same command again and it goes on where it stopped", file=sys.stderr)
+        raise
 
 
 def _is_override(word: str) -> bool:

@@ -85,7 +85,9 @@ class Corpus(Sequence[Passage]):
 def write_corpus(folder: Path, passages: Iterable[Passage]) -> int:
     """Write passages to a folder; returns how many. Raises CorpusError for an id that occurs twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    count, hashes, seen = 0, [], {}
+    count = 0
+    hashes: list[np.uint64] = []
+    seen: dict[str, str] = {}
     with pa.OSFile(str(folder / "passages.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in _batches(passages, 4096):
             for passage in batch:

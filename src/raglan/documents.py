@@ -24,6 +24,7 @@ import pyarrow.parquet
 from raglan.errors import CorpusError, MissingExtra, require
 from raglan.progress import track
 from raglan.records import Document, Example
+from raglan.text import SPACELESS
 
 __all__ = ["Reading", "read_documents", "read_examples"]
 
@@ -70,7 +71,12 @@ def read_documents(
             continue
         reading.files += 1
         try:
-            reading.documents += _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
+            found = _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
+            empty = [document.id for document in found if not document.text.strip()]
+            reading.skipped += [(str(path), f"row {identity!r} holds no text") for identity in empty]
+            if not found:
+                reading.skipped.append((str(path), "holds no row"))
+            reading.documents += [document for document in found if document.text.strip()]
         except MissingExtra:
             raise
         except CorpusError as fault:
@@ -93,7 +99,7 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     if path.is_dir():
         examples = list(_beir_examples(path, split))
     elif path.is_file():
-        examples = [_example(row, path, line) for line, row in enumerate(_json_lines(path, "utf-8"), 1)]
+        examples = [_example(row, path, line) for line, row in _json_lines(path, "utf-8")]
     else:
         raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file or a BEIR folder")
     if not examples:
@@ -124,7 +130,7 @@ def _ending(path: Path) -> str:
 
 def _read_file(path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool) -> list[Document]:
     if ending in TABLES:
-        return [_row_document(row, path, number, columns, whole) for number, row in enumerate(_rows(path, ending, encoding), 1)]
+        return [_row_document(row, path, number, columns, whole) for number, row in _rows(path, ending, encoding)]
     text = _text(path, encoding) if ending in TEXTS else _converted(path)
     if not text.strip():
         raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
@@ -134,7 +140,7 @@ def _read_file(path: Path, ending: str, name: str, columns: Mapping[str, str], e
 
 def _text(path: Path, encoding: str) -> str:
     try:
-        return path.read_text(encoding=encoding)
+        return path.read_text(encoding=_marked(encoding))
     except UnicodeDecodeError as fault:
         raise CorpusError(
             f"{path} is not {encoding}: byte {fault.object[fault.start]:#04x} at position {fault.start}",
@@ -146,6 +152,11 @@ def _text(path: Path, encoding: str) -> str:
         raise CorpusError(f"{path} cannot be read: {fault.strerror}") from None
 
 
+def _marked(encoding: str) -> str:
+    """UTF-8 with or without the byte order mark that some programs put in front."""
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
 def _converted(path: Path) -> str:
     converter = _converter()
     logging.getLogger("pdfminer").setLevel(logging.ERROR)
@@ -154,7 +165,8 @@ def _converted(path: Path) -> str:
             warnings.simplefilter("ignore")
             text = str(converter.convert(str(path)).text_content)
     except Exception as fault:  # noqa: BLE001 - any of a dozen parsers may fail in its own way; all mean "unreadable"
-        reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+        lines = str(fault).strip().splitlines() or [type(fault).__name__]
+        reason = lines[-1].strip(" -")
         raise CorpusError(
             f"{path} cannot be read as {path.suffix}: {reason}", hint="repair or remove it, or set on_error: skip"
         ) from None
@@ -163,7 +175,8 @@ def _converted(path: Path) -> str:
 
 def _unwrapped(text: str) -> str:
     """A PDF breaks lines where its page ends; paragraphs are what blank lines part."""
-    return re.sub(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)", " ", text)
+    joined = re.sub(rf"(?<=[{SPACELESS}])[ \t]*\n[ \t]*(?=[{SPACELESS}])", "", text)
+    return re.sub(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)", " ", joined)
 
 
 @cache
@@ -177,27 +190,29 @@ def _converter() -> Any:
     return converter
 
 
-def _rows(path: Path, ending: str, encoding: str) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, ending: str, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if ending in (".jsonl", ".jsonl.gz"):
         yield from _json_lines(path, encoding)
     elif ending == ".csv":
         csv.field_size_limit(2**30)
-        yield from csv.DictReader(io.StringIO(_text(path, encoding), newline=""))
+        yield from enumerate(csv.DictReader(io.StringIO(_text(path, encoding), newline="")), 1)
     else:
         try:
             table = pyarrow.parquet.read_table(path)
         except (OSError, pyarrow.ArrowException) as fault:
             raise CorpusError(f"{path} cannot be read as .parquet: {fault}") from None
-        yield from table.to_pylist()
+        yield from enumerate(table.to_pylist(), 1)
 
 
-def _json_lines(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
     opened = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding=encoding) as file:
+        with opened(path, "rt", encoding=_marked(encoding)) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _json_object(line, path, number)
+                    yield number, _json_object(line, path, number)
+    except LookupError:
+        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python") from None
     except UnicodeDecodeError as fault:
         raise CorpusError(f"{path} is not {encoding}: {fault.reason}", hint="set knowledge.encoding") from None
     except (OSError, EOFError) as fault:
@@ -207,7 +222,7 @@ def _json_lines(path: Path, encoding: str) -> Iterator[dict[str, Any]]:
 def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:
         raise CorpusError(f"{path}, line {number} is not JSON: {fault}") from None
     if not isinstance(value, dict):
         raise CorpusError(f"{path}, line {number} is {type(value).__name__}, not an object")
@@ -222,8 +237,12 @@ def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapp
         )
     given = row.get(columns["id"], row.get("_id"))
     identity = f"{path.stem}:{number}" if given is None else str(given)
-    title = str(row.get(columns["title"]) or "")
-    return Document(identity, str(row[columns["text"]] or ""), title, str(path), whole)
+    title, text = str(row.get(columns["title"]) or ""), str(row[columns["text"]] or "")
+    try:
+        (identity + title + text).encode()
+    except UnicodeEncodeError as fault:
+        raise CorpusError(f"{path}, row {number} holds {fault.object[fault.start]!r}, half a character") from None
+    return Document(identity, text, title, str(path), whole)
 
 
 def _check(reading: Reading, paths: Iterable[Path]) -> None:
@@ -257,6 +276,11 @@ def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
     evidence = [item for item in relevant if isinstance(item, dict)]
     if any("document" not in item for item in evidence):
         raise CorpusError(f"{place}: `relevant` holds an object without `document`")
+    grades, history = row.get("grades") or {}, row.get("history") or []
+    if not isinstance(grades, dict) or not all(isinstance(grade, int) for grade in grades.values()):
+        raise CorpusError(f"{place}: `grades` is {grades!r}; it must map passage ids to whole numbers")
+    if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
+        raise CorpusError(f"{place}: `history` is {history!r}; it must be a list of texts")
     known = {"id", "query", "question", "answers", "relevant", "grades", "history"}
     metadata = {key: value for key, value in row.items() if key not in known}
     return Example(
@@ -264,8 +288,8 @@ def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
         query=query,
         answers=tuple(answers),
         relevant=tuple(str(item) for item in relevant if not isinstance(item, dict)),
-        grades={str(key): int(value) for key, value in (row.get("grades") or {}).items()},
-        history=tuple(row.get("history") or ()),
+        grades=grades,
+        history=tuple(history),
         metadata={**metadata, **({"evidence": evidence} if evidence else {})},
     )
 
@@ -276,16 +300,19 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
     if queries is None or not judged.is_file():
         raise CorpusError(f"{folder} is no BEIR folder with a {split} split: it needs queries.jsonl and qrels/{split}.tsv")
     grades: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(_text(judged, "utf-8").splitlines(), 1):
-        cells = line.split("\t")
+    for number, judgement in enumerate(_text(judged, "utf-8").splitlines(), 1):
+        cells = judgement.split("\t")
         if number == 1 and not cells[-1].lstrip("-").isdigit():
             continue
         if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
-            raise CorpusError(f"{judged}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {line!r}")
+            raise CorpusError(f"{judged}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {judgement!r}")
         grades.setdefault(cells[0], {})[cells[1]] = int(cells[2])
-    for row in _json_lines(queries, "utf-8"):
+    for line, row in _json_lines(queries, "utf-8"):
         identity = str(row.get("_id", row.get("id")))
         if identity in grades:
-            graded = grades[identity]
-            answers = tuple(row.get("answers") or ())
-            yield Example(identity, str(row["text"]), answers, tuple(p for p, g in graded.items() if g > 0), graded)
+            graded = grades.pop(identity)
+            relevant = [passage for passage, grade in graded.items() if grade > 0]
+            asked = {"answers": [], **row, "id": identity, "query": row.get("text"), "relevant": relevant, "grades": graded}
+            yield _example(asked, queries, line)
+    if grades:
+        raise CorpusError(f"{judged} judges queries that are not in {queries.name}: {', '.join(list(grades)[:5])}")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
@@ -99,8 +100,9 @@ class Encoder:
     def features(self, queries: Sequence[str]) -> dict[str, Tensor]:
         """What `forward` takes, on the CPU."""
         prompt = self._prompt("query")
-        features: dict[str, Tensor] = self.query_tower.preprocess(list(queries), prompt=prompt, **self._task("query"))
-        return {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        features: dict[str, Any] = self.query_tower.preprocess(list(queries), prompt=prompt, **self._task("query"))
+        whole = {k: torch.full((len(queries),), v) for k, v in features.items() if isinstance(v, int)}  # a prompt's length
+        return {**whole, **{name: value for name, value in features.items() if isinstance(value, Tensor)}}
 
     def split(self) -> SentenceTransformer:
         """Give the query side a tower of its own, with storage of its own, and return it. Passage vectors stay valid."""
@@ -116,6 +118,11 @@ class Encoder:
         if self._passage_fingerprint is None:
             digest = hashlib.sha256(_weights(self.passage_tower))
             digest.update(repr((self._prompt("passage"), self.passage_tower.max_seq_length, self.similarity)).encode())
+            modules: list[Any] = list(self.passage_tower)
+            parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
+            digest.update(repr([sorted(part.items(), key=str) for part in parts]).encode())
+            tokenizer = getattr(self.passage_tower.tokenizer, "backend_tokenizer", None)
+            digest.update(tokenizer.to_str().encode() if tokenizer is not None else b"")
             self._passage_fingerprint = digest.hexdigest()[:16]
         return self._passage_fingerprint
 
@@ -181,7 +188,7 @@ def _load(name: str, settings: EncoderSettings) -> SentenceTransformer:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
         tower = SentenceTransformer(folder, device=str(compute_device()))
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"encoder {name!r} cannot be loaded: {str(fault).splitlines()[0]}",
             hint="give `embedded`, a folder with a sentence-transformers model, or a hub name and a network",

@@ -98,6 +98,7 @@ def open_evaluation(folder: Path) -> Evaluation:
 def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings) -> list[dict[str, Any]]:
     """One row a question: its hits, its answers and all its figures."""
     corpus = system.retriever.base.corpus
+    system.retriever.check_k(system.k)
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
     hits = system.retriever.retrieve([example.query for example in examples], deepest)
     rows = [_retrieval_row(example, found, settings) for example, found in zip(examples, hits, strict=True)]

@@ -198,7 +198,7 @@ class _Build:
             if other.get("corpus") == corpus and other.get("encoder") == self.encoder.identity:
                 for shard in (manifest.parent / "vectors").glob("*.npy"):
                     if not (folder / shard.name).exists():
-                        os.link(shard, folder / shard.name)
+                        _same_file(shard, folder / shard.name)
                 return
 
     def _index(self, name: str, passages: Sequence[Passage]) -> dict[str, float]:
@@ -210,6 +210,14 @@ class _Build:
         if isinstance(settings, BM25Settings):
             return build_bm25([passage_text(passage) for passage in passages], settings, folder)
         return build_dense(sorted((self.folder / "vectors").glob("*.npy")), settings, folder)
+
+
+def _same_file(old: Path, new: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
 
 
 def passage_text(passage: Passage) -> str:
@@ -246,4 +254,4 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
 def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) -> str:
     made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
     documents = [[d.id, d.title, d.text] for d in reading.documents]
-    return fingerprint([made_of, encoder.identity, documents])
+    return fingerprint([made_of, encoder.identity, documents, reading.skipped])

@@ -45,12 +45,12 @@ def passage_logprobs(doc_scores: Tensor, *, present: Tensor | None = None, tempe
 
     A row with no passage is −inf throughout and its gradient is zero.
     """
-    scores = _wide(doc_scores) / temperature
+    scores = _wide(doc_scores)
     if present is None:
-        return scores.log_softmax(-1)
+        return (scores / temperature).log_softmax(-1)
     some = present.any(-1, keepdim=True)
     usable = present | ~some  # a row of nothing but −inf has a NaN gradient, so it is computed on anything finite
-    scores = torch.where(present, scores, torch.zeros_like(scores))
+    scores = torch.where(present, scores, torch.zeros_like(scores)) / temperature
     logprobs = torch.where(usable, scores, -torch.inf).log_softmax(-1)
     return torch.where(present, logprobs, -torch.inf)
 

@@ -11,6 +11,7 @@ passage a block of its own with the question, `[CLS] question [SEP] passage [SEP
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from raglan.records import Passage
 __all__ = ["Prompt", "Rendered"]
 
 log = logging.getLogger(__name__)
+MARK = "\ue000raglan\ue001"  # stands for the text while the chat template is written around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Prompt:
 
     def __init__(self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None):
         self.settings, self.tokenizer, self.layout = settings, tokenizer, layout
-        self.budget = min(settings.max_tokens, limit or settings.max_tokens)
+        self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
     def render(self, query: str, passages: Sequence[Passage]) -> Rendered:
         """The prompt for a question with K ≥ 0 passages.
@@ -85,7 +87,9 @@ class Prompt:
         lengths = [len(self._ids(text)) for text in texts]
         fixed = len(self._whole(query, []))
         room = self.budget - fixed - len(texts) * len(self._ids(self.settings.separator))
-        self._check_room(room if texts else self.budget - fixed + 1, len(self._ids(query)))
+        self._check_room(self.budget - fixed + 1, len(self._ids(query)))
+        if texts:
+            self._check_passages(room, len(texts))
         shares = _shares(lengths, room)
         while True:
             kept = [self._head(text, share) for text, share in zip(texts, shares, strict=True)]
@@ -108,17 +112,19 @@ class Prompt:
         text, _ = self._text(query, texts)
         if self.layout != "chat":
             return self._ids(text, special=True)
-        turns = [{"role": "user", "content": text}]
+        turns = [{"role": "user", "content": MARK}]
         around = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        before, _, after = around.partition(text)
+        before, found, after = around.partition(MARK)
+        if not found:
+            raise RecipeError("the model's chat template changes the text it is given", hint="set prompt.layout: joined")
         return [*self._ids(before, control=True), *self._ids(text), *self._ids(after, control=True)]
 
     def _text(self, query: str, texts: Sequence[str]) -> tuple[str, str]:
         template = self.settings.template
         if not texts:
             template = self.settings.no_passage or template.replace("{passages}", "").lstrip("\n")
-        text = template.replace("{question}", "\0").replace("{passages}", self.settings.separator.join(texts))
-        text = text.replace("\0", query)
+        parts = {"{question}": query, "{passages}": self.settings.separator.join(texts)}
+        text = re.sub(r"\{question\}|\{passages\}", lambda found: parts[found.group()], template)
         bare = text.rstrip()
         return bare, text[len(bare) :]
 
@@ -132,10 +138,21 @@ class Prompt:
 
     def _head(self, text: str, tokens: int) -> str:
         """The longest head of a text that has at most so many tokens."""
+        if tokens <= 0:
+            return ""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return str(self.tokenizer.decode(self._ids(text)[:tokens]))
         offsets = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )["offset_mapping"]
-        return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]] if tokens > 0 else ""
+        return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]]
+
+    def _check_passages(self, room: int, passages: int) -> None:
+        if room < passages:
+            raise RecipeError(
+                f"{passages} passages do not fit into a prompt of {self.budget} tokens",
+                hint="lower retriever.k, or raise prompt.max_tokens if the model allows it",
+            )
 
     def _check_room(self, room: int, question: int) -> None:
         if room < 1:

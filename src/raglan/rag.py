@@ -45,7 +45,7 @@ class RAG:
         """
         for query in queries:
             check_query(query)
-        return self.read(queries, self.retriever.retrieve(queries, k or self.k))
+        return self.read(queries, self.retriever.retrieve(queries, self.k if k is None else k))
 
     def read(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
         """One answer a query from given hits; none means closed book."""

@@ -11,12 +11,22 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raglan.errors import RecipeError
 
@@ -335,8 +345,6 @@ class Recipe(Settings):
         if self.retriever.index is not None and self.retriever.index not in self.knowledge.indexes:
             known = ", ".join(self.knowledge.indexes)
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
-        for name, stage in self.trainings().items():
-            _check_training_arguments(stage.train, f"stages.{name}.train")
         return self
 
     @property
@@ -378,10 +386,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
     _override(tree, overrides)
+    faults = _training_faults(tree)
     try:
         recipe = Recipe.model_validate(tree)
-    except ValidationError as fault:
-        raise RecipeError(_faults(path, fault), hint="`raglan schema` prints all keys with their types") from None
+    except ValidationError as error:
+        faults += [f"{_place(fault['loc'])}: {_explain(fault)}" for fault in error.errors()]
+    if faults:
+        many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        told = "\n  ".join([f"{path} has {many}:", *faults])
+        raise RecipeError(told, hint="`raglan schema` prints all keys with their types")
     return _resolve(recipe, path.resolve().parent)
 
 
@@ -403,7 +416,7 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         parsed = _scalar(value)
         _assign(tree, steps, parsed, key)
         if steps[0] == "train" and isinstance(tree.get("stages"), dict):
-            for stage in tree["stages"].values():
+            for stage in (stage for stage in tree["stages"].values() if isinstance(stage, dict)):
                 _assign(stage, steps, parsed, key)
 
 
@@ -422,16 +435,10 @@ def _scalar(text: str) -> Any:
         raise RecipeError(f"override value {text!r} is not YAML: {fault}") from None
 
 
-def _faults(path: Path, error: ValidationError) -> str:
-    lines = [f"{_place(fault['loc'])}: {_explain(fault)}" for fault in error.errors()]
-    many = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
-    return "\n  ".join([f"{path} has {many}:", *lines])
-
-
 def _place(steps: Sequence[int | str]) -> str:
     """The dotted place in the file; the discriminator values that pydantic puts in between are left out."""
     kinds = {"dense", "bm25", "hybrid", "questions", "lessons", "answer", "lsr"}
-    places = [str(step) for i, step in enumerate(steps) if i == 0 or step not in kinds or steps[i - 1] == "indexes"]
+    places = [str(step) for i, step in enumerate(steps) if i == 0 or step not in kinds or steps[i - 1] in ("indexes", "stages")]
     return ".".join(places) or "recipe"
 
 
@@ -458,22 +465,40 @@ def _names() -> tuple[str, ...]:
 
 
 @cache
-def _training_fields() -> frozenset[str]:
-    from dataclasses import fields
-
+def _training_fields() -> dict[str, Any]:
+    """The fields of transformers.TrainingArguments with their types."""
     from transformers import TrainingArguments
 
-    return frozenset(field.name for field in fields(TrainingArguments) if field.init) - {"output_dir"}
+    types = get_type_hints(TrainingArguments)
+    return {field.name: types[field.name] for field in fields(TrainingArguments) if field.init and field.name != "output_dir"}
 
 
-def _check_training_arguments(arguments: Mapping[str, Any], place: str) -> None:
-    unknown = [name for name in arguments if name not in _training_fields()] if arguments else []
-    if unknown:
-        told = []
-        for name in unknown:
-            near = difflib.get_close_matches(name, _training_fields(), n=1)
-            told.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        raise ValueError(f"{place}: {', '.join(told)} is no field of transformers.TrainingArguments")
+def _training_faults(tree: dict[str, Any]) -> list[str]:
+    """What is wrong with the training arguments, of the recipe and of every stage, beside pydantic's own findings."""
+    stages = tree.get("stages")
+    places = {"train": tree.get("train")}
+    if isinstance(stages, dict):
+        places |= {f"stages.{name}.train": stage.get("train") for name, stage in stages.items() if isinstance(stage, dict)}
+    return [
+        f"{place}.{name}: {fault}"
+        for place, arguments in places.items()
+        if isinstance(arguments, dict)
+        for name, value in arguments.items()
+        if (fault := _training_fault(str(name), _number(value)))
+    ]
+
+
+def _training_fault(name: str, value: Any) -> str | None:
+    if name not in _training_fields():
+        near = difflib.get_close_matches(name, _training_fields(), n=1)
+        return "no field of transformers.TrainingArguments" + (f"; did you mean {near[0]!r}?" if near else "")
+    kind = _training_fields()[name]
+    if kind in (int, float, bool, str):
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as fault:
+            return f"{fault.errors()[0]['msg'].lower()}, but is {value!r}"
+    return None
 
 
 def _expanded(text: str) -> str:

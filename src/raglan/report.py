@@ -11,7 +11,7 @@ from raglan.artifact import MANIFEST
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
 from raglan.metrics import Interval
-from raglan.recipe import Recipe, load_recipe
+from raglan.recipe import Recipe
 from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report"]
@@ -24,14 +24,14 @@ COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
 LOWER_IS_BETTER = ("truncated", "unfinished")
 
 
-def write_report(recipes: Sequence[Path], output: Path) -> None:
+def write_report(recipes: Sequence[Recipe], output: Path) -> None:
     """Render the evaluations of recipes into one page.
 
     Raises:
         CheckpointError: a recipe that has not been evaluated. MissingExtra: plotly or jinja2 is not installed.
     """
     jinja2 = require("jinja2", "for `raglan report`")
-    sections = [_section(path) for path in recipes]
+    sections = [_section(recipe) for recipe in recipes]
     template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     plotly = require("plotly.offline", "for `raglan report`")
@@ -40,8 +40,7 @@ def write_report(recipes: Sequence[Path], output: Path) -> None:
     output.write_text(page, encoding="utf-8")
 
 
-def _section(path: Path) -> dict[str, Any]:
-    recipe = load_recipe(path)
+def _section(recipe: Recipe) -> dict[str, Any]:
     evaluations = _evaluations(recipe)
     before, after = evaluations[0], evaluations[-1]
     differences = compare(before, after) if len(evaluations) > 1 else {}

@@ -67,19 +67,18 @@ class ScoreTable:
 
 
 def _read(path: Path) -> list[tuple[str, np.ndarray]]:
-    """Every whole row of the file; a torn one at its end is cut off, so that appending starts on a fresh line."""
+    """Every whole row of the file, damaged ones left out; a torn tail is cut off, so that appending starts on a fresh line."""
     if not path.is_file():
         return []
-    rows, whole = [], 0
+    rows = []
     with open(path, "rb") as file:
-        for line in file:
-            checksum, _, body = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or checksum != f"{zlib.crc32(body):08x}".encode():
-                break
+        lines = file.read().splitlines(keepends=True)
+    for line in lines:
+        checksum, _, body = line.rstrip(b"\n").partition(b" ")
+        if line.endswith(b"\n") and checksum == f"{zlib.crc32(body):08x}".encode():
             key, values = json.loads(body)
             rows.append((key, np.asarray(values, dtype=np.float32)))
-            whole += len(line)
-    if whole < path.stat().st_size:
+    if lines and not lines[-1].endswith(b"\n"):
         with open(path, "rb+") as file:
-            file.truncate(whole)
+            file.truncate(path.stat().st_size - len(lines[-1]))
     return rows

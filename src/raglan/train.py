@@ -18,7 +18,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.data import answer_rows, load_examples, stage_examples
@@ -49,7 +50,6 @@ __all__ = ["Parts", "finished_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
-WHOLE = "whole"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -305,7 +305,9 @@ class _StageTrainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.objective.validate(cast(_Rows, self.eval_dataset).rows).items()}
+        metrics = {
+            f"eval_{name}": value for name, value in self.objective.validate(cast(_Rows, self.eval_dataset).rows).items()
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -315,10 +317,33 @@ class _StageTrainer(Trainer):
             logs = {**logs, **getattr(self, "_figures", {})}
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        (folder / WHOLE).write_text("")  # last: a checkpoint without it was interrupted and is not resumed from
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in cast(_Rows, self.train_dataset).rows]
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _ByLength(lengths, batch, self.args.seed)
+
+
+class _ByLength(Sampler[int]):
+    """Rows of like length together, in an order that follows from seed and epoch alone.
+
+    transformers' own sampler draws its order from the global generator, which a resumed run restores only afterwards: it
+    then skips batches of another order, so that some rows are learned from twice and others not at all.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, seed: int):
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
 
 class _Curves(TrainerCallback):
@@ -376,6 +401,8 @@ def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> Tr
         defaults["train_sampling_strategy"] = "group_by_length"
     if validates and "eval_strategy" not in given:
         defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
+    if given.get("load_best_model_at_end") and stage.settings.objective.kind == "lsr":
+        defaults |= {"metric_for_best_model": "mrr@10", "greater_is_better": True}
     if not validates and given.get("eval_strategy", "no") != "no":
         raise RecipeError(f"stage {stage.name!r} wants evaluations but has no held-out questions", hint="give data.dev")
     try:
@@ -385,11 +412,15 @@ def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> Tr
 
 
 def _last_whole(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    """The newest checkpoint that was written to its end; half-written ones are removed.
+
+    The trainer writes its state after weights, optimizer and generators, and removes the checkpoint before only then.
+    """
     found = []
     for folder in work.glob("checkpoint-*"):
-        if (folder / WHOLE).is_file():
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             found.append(folder)
-        else:
+        except (OSError, ValueError):
             shutil.rmtree(folder)
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -65,11 +66,17 @@ class HFGenerator(Generator):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.pad = int(tokenizer.pad_token_id)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        named = [c.eos_token_id for c in (config, model.generation_config) if getattr(c, "eos_token_id", None) is not None]
+        listed = [end for ends in named for end in (ends if isinstance(ends, list) else [ends])]
         own = tokenizer.eos_token_id
-        self.ends = [int(end) for end in dict.fromkeys([*ends, own]) if end is not None]
-        self.eos = int(own) if own in ends else self.ends[0]  # a chat model's own end of turn, where it has several ends
+        self.ends = [int(end) for end in dict.fromkeys([*listed, own]) if end is not None]
+        if not self.ends:
+            raise GeneratorError(f"{settings.model!r} names no end token", hint="set eos_token_id in its config.json")
+        self.eos = int(own) if own in self.ends else self.ends[0]  # a chat model's own end of turn, where it has several
         self.prefix = self._prefix()
+        sized = self.reader.encoder.bert.config if self.reader is not None else config
+        longest = getattr(sized, "max_position_embeddings", None)
+        self._positions = int(longest) if longest else None
         layout = prompt.layout if prompt.layout != "auto" else self._layout()
         self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit())
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
@@ -81,6 +88,8 @@ class HFGenerator(Generator):
     def generate(
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
     ) -> list[Completion]:
+        for prompt in prompts:
+            self._check_positions(len(prompt.ids), max_new_tokens)
         completions: dict[int, Completion] = {}
         was_training = self.model.training
         self.model.eval()
@@ -116,6 +125,7 @@ class HFGenerator(Generator):
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if not ids:
             raise GeneratorError(f"answer {answer!r} has no token in this model's vocabulary")
+        self._check_positions(len(prompt.ids), len(ids) + 1)
         return {"input_ids": list(prompt.ids), "labels": [*ids, self.eos]}
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -165,17 +175,24 @@ class HFGenerator(Generator):
         self.tokenizer.save_pretrained(str(folder))
         write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
 
+    def _check_positions(self, prompt: int, answer: int) -> None:
+        """Learned positions end somewhere; behind them lies an IndexError."""
+        used = answer + len(self.prefix) if self.is_seq2seq else prompt + answer
+        if self._positions is not None and used > self._positions:
+            raise GeneratorError(
+                f"prompt and answer need {used} positions, the model has {self._positions}",
+                hint="lower prompt.max_tokens or decode.max_new_tokens, or shorten the answer",
+            )
+
     def _layout(self) -> str:
         if self.reader is not None:
             return "fused"
         return "chat" if not self.is_seq2seq and getattr(self.tokenizer, "chat_template", None) else "joined"
 
     def _limit(self) -> int | None:
-        config = self.model.config
-        if self.reader is not None:
-            return int(self.reader.encoder.bert.config.max_position_embeddings)
-        longest = getattr(config, "max_position_embeddings", None)
-        return int(longest) - (0 if self.is_seq2seq else ANSWER_ROOM) if longest else None
+        if self._positions is None or self.is_seq2seq:
+            return self._positions
+        return max(1, self._positions - ANSWER_ROOM)
 
     def _prefix(self) -> list[int]:
         """What the decoder is given before the answer: T5 <pad>, BART </s> <s>, the reader [CLS]; nothing for causal."""
@@ -349,13 +366,21 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with _quiet():
-            model: PreTrainedModel = kind.from_pretrained(name, dtype=_weights_dtype(settings))
-            return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as fault:
+            loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True)
+            model, found = loaded
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
             hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",
         ) from None
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise CheckpointError(
+            f"generator {name!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}…",
+            hint="its files are incomplete, or of another architecture than its config.json says",
+        )
+    return model, tokenizer
 
 
 def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:

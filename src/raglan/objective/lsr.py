@@ -48,7 +48,8 @@ class LsrObjective(Objective):
     def __init__(self, retriever: Retriever, settings: LsrSettings):
         self.retriever, self.settings = retriever, settings
         self.module = retriever.encoder.split()
-        self.module.requires_grad_(True)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_("pooler" not in name)  # BERT's pooler takes no part in the vector
         self.gamma = settings.gamma or default_gamma(retriever.encoder.similarity)
         self.vectors = retriever.base.vectors
 
