@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,23 @@ def test_a_tuned_query_tower_opens_and_a_foreign_one_does_not(tmp_path: Path, en
     other = tiny.sentence_encoder(tmp_path / "other", seed=1)
     with pytest.raises(IndexMismatch, match="was tuned against passage encoder"):
         Encoder.open(EncoderSettings(model=str(other), dtype="float32"), query_encoder=tmp_path / "query")
+
+
+def test_the_passage_fingerprint_is_about_vectors_and_nothing_else(encoder_folder: Path, tmp_path: Path) -> None:
+    wanted = EncoderSettings(model=str(encoder_folder), dtype="float32")
+    encoder = Encoder.open(wanted)
+    before = encoder.passage_fingerprint
+    encoder.embed_passages(["a short one", "a tower by the water " * 100])
+    encoder._passage_fingerprint = None
+    assert encoder.passage_fingerprint == before == Encoder.open(wanted).passage_fingerprint
+    pooled = tmp_path / "pooled"
+    shutil.copytree(encoder_folder, pooled)
+    config = pooled / "1_Pooling" / "config.json"
+    other = config.read_text().replace('"mean"', '"cls"')
+    assert other != config.read_text()
+    config.write_text(other)
+    assert Encoder.open(EncoderSettings(model=str(pooled), dtype="float32")).passage_fingerprint != before
+    assert Encoder.open(wanted.model_copy(update={"max_tokens": 16})).passage_fingerprint != before
 
 
 def test_prompts_and_similarity_are_the_models(tmp_path: Path, encoder_folder: Path) -> None:

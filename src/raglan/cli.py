@@ -196,7 +196,7 @@ def schema() -> None:
 def main() -> None:
     """Entry point of the command `raglan`."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="raglan")
     except RaglanError as fault:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)

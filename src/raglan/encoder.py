@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from raglan.artifact import directory_fingerprint, read_manifest, write_manifest
@@ -92,6 +93,14 @@ class Encoder:
         """(n,) texts → (n,D) float32, no gradient."""
         return self._embed("passage", texts, batch_size)
 
+    def overlong(self, texts: Sequence[str]) -> int:
+        """How many texts have more tokens than the passage tower reads; their ends are in no vector."""
+        limit, tokenizer = self.passage_tower.max_seq_length, self.passage_tower.tokenizer
+        if not limit or not hasattr(tokenizer, "backend_tokenizer"):
+            return 0
+        plain = _plain(tokenizer)
+        return sum(len(encoding) > limit for encoding in plain.encode_batch_fast(list(texts)))
+
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Query features (see `features`) → (B,D), with gradient into the query tower."""
         vectors: Tensor = self.query_tower(dict(features), **self._task("query"))["sentence_embedding"]
@@ -121,8 +130,7 @@ class Encoder:
             modules: list[Any] = list(self.passage_tower)
             parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
             digest.update(repr([sorted(part.items(), key=str) for part in parts]).encode())
-            tokenizer = getattr(self.passage_tower.tokenizer, "backend_tokenizer", None)
-            digest.update(tokenizer.to_str().encode() if tokenizer is not None else b"")
+            digest.update(_vocabulary(self.passage_tower.tokenizer))
             self._passage_fingerprint = digest.hexdigest()[:16]
         return self._passage_fingerprint
 
@@ -196,6 +204,18 @@ def _load(name: str, settings: EncoderSettings) -> SentenceTransformer:
     if settings.max_tokens is not None:
         tower.max_seq_length = settings.max_tokens
     return tower
+
+
+def _vocabulary(tokenizer: Any) -> bytes:
+    """What a tokenizer does to text, without the padding and truncation that every call sets anew."""
+    return bytes(_plain(tokenizer).to_str(), "utf-8") if hasattr(tokenizer, "backend_tokenizer") else b""
+
+
+def _plain(tokenizer: Any) -> Tokenizer:
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
 
 
 def _weights(tower: SentenceTransformer) -> bytes:

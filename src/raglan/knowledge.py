@@ -140,11 +140,21 @@ class _Build:
         began = time.monotonic()
         passages = self._corpus()
         encoded, seconds = self._vectors(passages)
+        overlong = sum(
+            self.encoder.overlong([passage_text(p) for p in passages[start : start + SHARD]])
+            for start in range(0, len(passages), SHARD)
+        )
+        if overlong:
+            log.warning(
+                "%d of %d passages are longer than the encoder reads (%d tokens): their ends are in the BM25 index only",
+                overlong, len(passages), self.encoder.passage_tower.max_seq_length,
+            )  # fmt: skip
         figures = {name: self._index(name, passages) for name in self.settings.indexes}
         write_manifest(self.folder, KIND, {
             "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity,
             "input_files": self.reading.files, "documents": len(self.reading.documents), "skipped": self.reading.skipped,
-            "passages": len(passages), "dimension": self.encoder.dimension, "index_figures": figures,
+            "passages": len(passages), "dimension": self.encoder.dimension,
+            "overlong": overlong, "index_figures": figures,
             "corpus": Corpus(self.folder / "corpus").fingerprint, "seconds": round(time.monotonic() - began, 2),
             "passages_per_second": round(encoded / seconds, 1) if encoded else None,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -345,6 +345,7 @@ class Recipe(Settings):
         if self.retriever.index is not None and self.retriever.index not in self.knowledge.indexes:
             known = ", ".join(self.knowledge.indexes)
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
+        self.trainings()
         return self
 
     @property
