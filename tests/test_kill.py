@@ -160,7 +160,7 @@ def test_train_survives_ten_kills_and_ends_where_a_straight_run_ends(tmp_path: P
         for name, parts in finished_parts(load_recipe(path)):  # whatever counts as finished opens and answers
             assert name == "untuned" or parts.open(load_recipe(path)).answer(["who built bcd"])
 
-    kills = attempts("train", path, 3.0, look)
+    kills = attempts("train", path, 1.0, look)
     assert kills >= 4
     straight = small_recipe(tmp_path, name="straight")
     assert attempts("train", straight, 0, look, start=10) == 10
