@@ -86,9 +86,9 @@ def attempts(what: str, path: Path, longest: float, look: object, *, start: int 
 def test_build_survives_ten_kills(tmp_path: Path) -> None:
     encoder = tiny.sentence_encoder(tmp_path / "encoder")
     first = build_knowledge(settings(tmp_path, encoder))
-    documents(tmp_path / "docs", 16000)
+    documents(tmp_path / "docs", 12000)
     wanted = settings(tmp_path, encoder, documents=[tmp_path / "docs" / "corpus.jsonl"])
-    documents(tmp_path / "docs", 16000)
+    documents(tmp_path / "docs", 12000)
     (tmp_path / "settings.json").write_text(wanted.model_dump_json())
     times: dict[str, int] = {}
 
@@ -97,12 +97,12 @@ def test_build_survives_ten_kills(tmp_path: Path) -> None:
         for shard in (tmp_path / "kb" / "building").rglob("vectors/*.npy"):  # none is encoded twice
             assert times.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns
 
-    assert attempts("build", tmp_path / "settings.json", 0.6, look) >= 5
-    assert times, "no shard survived a kill"
+    assert attempts("build", tmp_path / "settings.json", 1.5, look) >= 5
+    assert len(times) > 10, "hardly a shard survived a kill"
     last = KnowledgeBase.open(tmp_path / "kb")
     assert last.version != first.version
     straight = build_knowledge(wanted.model_copy(update={"path": tmp_path / "straight"}))
-    rows = np.arange(16000)
+    rows = np.arange(12000)
     assert np.allclose(last.vectors.vectors(rows), straight.vectors.vectors(rows), atol=1e-5)
 
 

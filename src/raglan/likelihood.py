@@ -1,6 +1,6 @@
 """THE EQUATIONS. Pure functions of tensors: no model, no file, no setting hidden elsewhere.
 
-Everything that raglan trains or decodes reads two quantities (ARCHITECTURE: the one idea):
+Everything that raglan trains or decodes reads two quantities:
 
     doc_logprobs   (B,K)    log p(z_k | x), from the retriever
     token_logprobs (B,K,T)  log p(y_t | x, z_k, y_<t), from the generator, for the answer's own tokens only
