@@ -9,8 +9,11 @@ All arithmetic is float32 or wider, whatever the models' dtype. −inf in `doc_l
 passage, and what stands in its `token_logprobs` is never read: values are selected with `where`, never multiplied by a
 mask, because 0·(−inf) is NaN and so is its gradient.
 
-Sources: RAG, Lewis et al. 2020 (arXiv 2005.11401) §2; RA-DIT, Lin et al. 2023 (arXiv 2310.01352) equations 2, 4 and 5;
-REPLUG, Shi et al. 2023 (arXiv 2301.12652) §4.
+The two RAG methods differ in one symbol. Both predict the next token by Σ_k w_kt p(v | x, z_k, y_<t); RAG-Token's w_kt is
+p(z_k|x) at every token, RAG-Sequence's is the passages' posterior given the tokens so far (`predictive_weights`).
+
+Sources: RAG, Lewis et al. 2020 (arXiv 2005.11401) §2; RAG-Turn, Shuster et al. 2021 (arXiv 2104.07567) §3; RA-DIT, Lin et
+al. 2023 (arXiv 2310.01352) equations 2, 4 and 5; REPLUG, Shi et al. 2023 (arXiv 2301.12652) §4.
 """
 
 from __future__ import annotations
@@ -26,17 +29,28 @@ from raglan.errors import RecipeError
 
 __all__ = [
     "answer_nll",
+    "attribution",
     "chunked_token_logprobs",
+    "chunked_uniform_logprobs",
     "lsr_divergence",
     "lsr_target",
+    "marginal_logprob",
     "normalised_entropy",
     "passage_logprobs",
     "passage_posterior",
+    "predictive_weights",
+    "reduced",
     "sequence_logprob",
     "token_logprob",
+    "token_posterior",
+    "turn_logprobs",
+    "turn_marginal",
+    "turn_prior",
 ]
 
 Direction = Literal["student_first", "target_first"]
+Over = Literal["sequence", "token"]
+Reduction = Literal["token", "example", "sum"]
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob"]
 
 
@@ -70,9 +84,68 @@ def token_logprob(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Ten
 
 def passage_posterior(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
     """p(z_k | x, y) under RAG-Sequence, rows sum to 1. (B,K), (B,K,T), (B,T) → (B,K)."""
-    joint = _joint(doc_logprobs, token_logprobs, answer_mask)
-    total = _logsumexp(joint, dim=-1)[:, None]
-    return torch.where(torch.isneginf(joint), torch.zeros_like(joint), (joint - total).exp())
+    return _normalised(_joint(doc_logprobs, token_logprobs, answer_mask)).exp()
+
+
+def marginal_logprob(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor, *, over: Over) -> Tensor:
+    """log p(y|x) by either RAG method. (B,K), (B,K,T), (B,T) → (B,)."""
+    marginal = sequence_logprob if over == "sequence" else token_logprob
+    return marginal(doc_logprobs, token_logprobs, answer_mask)
+
+
+def token_posterior(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
+    """r_kt = p(z_k | x, y_<=t's own token) under RAG-Token; 0 at masked tokens. (B,K), (B,K,T), (B,T) → (B,K,T)."""
+    mask = answer_mask.bool()
+    joint = _normalised(_wide(doc_logprobs)[:, :, None] + _clean(doc_logprobs, token_logprobs, mask))
+    return torch.where(mask[:, None, :], joint.exp(), 0.0)
+
+
+def attribution(posterior: Tensor, answer_mask: Tensor) -> Tensor:
+    """The share each passage has in a RAG-Token answer: `token_posterior` (B,K,T) averaged over answer tokens → (B,K)."""
+    return posterior.sum(-1) / answer_mask.sum(-1, keepdim=True).clamp_min(1)
+
+
+def predictive_weights(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor, *, over: Over) -> Tensor:
+    """log w_kt of the next-token distribution q_t(v) = Σ_k w_kt p(v | x, z_k, y_<t). (B,K), (B,K,T), (B,T) → (B,K,T).
+
+    `token`: the prior at every t. `sequence`: the posterior given y_<t, so that Σ_t log q_t(y_t) is exactly
+    `sequence_logprob`.
+    """
+    prior = _wide(doc_logprobs)[:, :, None]
+    each = _clean(doc_logprobs, token_logprobs, answer_mask.bool())
+    if over == "token":
+        return prior.expand_as(each)
+    return _normalised(prior + each.cumsum(-1) - each)  # the tokens before t
+
+
+def reduced(nll: Tensor, answer_mask: Tensor, *, reduction: Reduction, items: int | Tensor | None = None) -> Tensor:
+    """Rows' negative log-likelihoods (B,) as one number: per answer `token`, per `example`, or their `sum`.
+
+    `items` is the denominator over the whole accumulated batch and all ranks (tokens or examples); default is this batch's.
+    """
+    if reduction == "sum":
+        return nll.sum()
+    own = answer_mask.sum() if reduction == "token" else len(nll)
+    return nll.sum() / (own if items is None else items)
+
+
+def turn_prior(ages: Tensor, *, present: Tensor, gamma: float = 1.0) -> Tensor:
+    """log of a prior over dialogue turns ∝ γ^age, −inf where absent; γ = 1 is uniform. (B,U), (B,U) → (B,U)."""
+    return passage_logprobs(_wide(ages) * torch.tensor(gamma, dtype=torch.float64).log().item(), present=present)
+
+
+def turn_logprobs(turn_prior: Tensor, doc_logprobs: Tensor) -> Tensor:
+    """The joint prior of turns and their passages, flattened: ρ_u + ℓ_uk. (B,U), (B,U,K) → (B,U·K).
+
+    With it RAG-Turn's doc-then-turn is `token_logprob` over U·K passages: no new equation.
+    """
+    return (_wide(turn_prior)[:, :, None] + _wide(doc_logprobs)).flatten(1)
+
+
+def turn_marginal(turn_prior: Tensor, turn_answer_logprobs: Tensor) -> Tensor:
+    """RAG-Turn's doc-only: log Σ_u exp(ρ_u + log p_u(y|x)), token inside a turn and sequence across turns. (B,U) ×2 → (B,)."""
+    prior = _wide(turn_prior)
+    return _logsumexp(prior + torch.where(torch.isneginf(prior), 0.0, _wide(turn_answer_logprobs)), dim=-1)
 
 
 def answer_nll(token_logprobs: Tensor, answer_mask: Tensor, *, reduction: Literal["token", "example", "none"]) -> Tensor:
@@ -186,6 +259,27 @@ def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], tar
     return torch.cat([score(rows, wanted) for rows, wanted in parts])
 
 
+def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], weights: Tensor, *, chunk: int = 128) -> Tensor:
+    """Mean over v of log Σ_k w_k p_k(v), the uniform term of label smoothing on a mixture. (N,K,D), (N,K) log → (N,).
+
+    The mean runs over the entries whose logits are finite. As in `chunked_token_logprobs`, logits live a chunk at a time; a
+    chunk holds all K rows of its tokens.
+    """
+
+    def score(rows: Tensor, log_w: Tensor) -> Tensor:
+        logits = _wide(head(rows.flatten(0, 1))).unflatten(0, rows.shape[:2])
+        finite = ~torch.isneginf(logits[:, :1].detach())
+        mixed = _logsumexp(log_w[:, :, None] + logits.log_softmax(-1), dim=1)
+        kept = finite[:, 0]
+        return torch.where(kept, torch.where(kept, mixed, 0.0), 0.0).sum(-1) / kept.sum(-1)
+
+    step = max(1, chunk // weights.shape[1])
+    parts = zip(hidden.split(step), _wide(weights).split(step), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(score, rows, log_w, use_reentrant=False) for rows, log_w in parts])
+    return torch.cat([score(rows, log_w) for rows, log_w in parts])
+
+
 def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
@@ -199,6 +293,12 @@ def _clean(doc_logprobs: Tensor, token_logprobs: Tensor, mask: Tensor) -> Tensor
 def _joint(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor) -> Tensor:
     """log p(z_k|x) + log p(y|x,z_k), (B,K)."""
     return _wide(doc_logprobs) + _clean(doc_logprobs, token_logprobs, answer_mask.bool()).sum(-1)
+
+
+def _normalised(joint: Tensor) -> Tensor:
+    """log_softmax over K, (B,K) or (B,K,T), that stays −inf throughout where no passage is present."""
+    total = _logsumexp(joint, dim=1)
+    return joint - torch.where(torch.isneginf(total), torch.zeros_like(total), total).unsqueeze(1)
 
 
 def _logsumexp(values: Tensor, *, dim: int) -> Tensor:
