@@ -39,6 +39,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertOutput, BertSelfOutput
 from transformers.utils.generic import ModelOutput
 
 __all__ = ["ReaderConfig", "ReaderForConditionalGeneration", "reader_from_encoder"]
@@ -53,9 +54,11 @@ class ReaderConfig(PreTrainedConfig):
     model_type = "raglan_reader"
     is_encoder_decoder = True
 
-    def __init__(self, encoder: dict[str, Any] | None = None, decoder_layers: int = 2, **kwargs: Any):
+    def __init__(
+        self, encoder: dict[str, Any] | None = None, decoder_layers: int = 2, dropout: float = 0.1, **kwargs: Any
+    ):  # fmt: skip
         self.encoder = dict(encoder or {})
-        self.decoder_layers = decoder_layers
+        self.decoder_layers, self.dropout = decoder_layers, dropout
         bert = BertConfig(**self.encoder)
         self.hidden_size, self.vocab_size = bert.hidden_size, bert.vocab_size
         self.num_hidden_layers = decoder_layers
@@ -66,7 +69,8 @@ class ReaderConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def bert(self, **changes: Any) -> BertConfig:
-        return BertConfig(**{**self.encoder, **changes})
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # `LockedDropout` stands in for them
+        return BertConfig(**{**self.encoder, **off, **changes})
 
 
 @dataclass
@@ -84,6 +88,23 @@ class ReaderOutput(Seq2SeqLMOutput):
     """As usual, and with labels log p of each label, (B,T), instead of logits."""
 
     target_logprobs: Tensor | None = None
+
+
+class LockedDropout(nn.Module):
+    """Dropout with one mask for all positions of a row (Gal & Ghahramani 2016, arXiv 1512.05287): (…,L,D) → (…,L,D).
+
+    On a CPU drawing a mask for every position costs more than the layer it follows: it made a step 2.6 × longer.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, states: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return states
+        kept = torch.rand(*states.shape[:-2], 1, states.shape[-1], device=states.device) >= self.p
+        return states * (kept.to(states.dtype) / (1 - self.p))
 
 
 class BlockEncoder(nn.Module):
@@ -151,6 +172,8 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.place_value = nn.Linear(size, size)
         self.acts = nn.Linear(size, 3)
         self.continues = nn.Parameter(torch.tensor(4.0))
+        for module in [m for m in self.modules() if isinstance(m, BertEmbeddings | BertSelfOutput | BertOutput)]:
+            module.dropout = LockedDropout(config.dropout)  # type: ignore[assignment]
         self.post_init()
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
