@@ -81,7 +81,7 @@ class EncoderSettings(Settings):
     query_model: str | None = Field(None, description="The query tower, if it is another model.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="`auto`: bfloat16 where it is faster.")
     max_tokens: int | None = Field(None, ge=8, description="Cut texts at this length; default is the model's own.")
-    batch_size: int = Field(64, ge=1, description="Texts encoded together.")
+    batch_size: int = Field(32, ge=1, description="Texts encoded together.")
     query_prompt: str | None = Field(None, description="Text put before queries; default is the model's own.")
     passage_prompt: str | None = Field(None, description="Text put before passages; default is the model's own.")
 
