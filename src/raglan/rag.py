@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raglan.decode import KINDS
+from raglan.decode import KINDS, NEEDS_PRIOR, Asked
 from raglan.encoder import Encoder
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
@@ -31,7 +31,9 @@ class RAG:
         """The system of a recipe; `generator` and `query_encoder` are folders of tuned parts to use instead of its own."""
         base = KnowledgeBase.open(recipe.knowledge.path)
         tower = query_encoder or recipe.retriever.query_encoder
-        retriever = Retriever(base, Encoder.open(recipe.knowledge.encoder, query_encoder=tower), index=recipe.index)
+        retriever = Retriever(
+            base, Encoder.open(recipe.knowledge.encoder, query_encoder=tower), index=recipe.index, prior=recipe.retriever.prior
+        )
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
@@ -49,5 +51,7 @@ class RAG:
 
     def read(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
         """One answer a query from given hits; none means closed book."""
-        answers = KINDS[self.decode.kind](self.generator, queries, hits, self.decode)
+        kind = self.decode.kind
+        prior = self.retriever.prior(queries, hits) if kind in NEEDS_PRIOR else None
+        answers = KINDS[kind](self.generator, Asked(queries, hits, prior), self.decode)
         return [replace(answer, knowledge=self.retriever.base.version) for answer in answers]

@@ -45,10 +45,15 @@ __all__ = [
     "KnowledgeSettings",
     "LessonData",
     "LsrObjective",
+    "MarginalObjective",
+    "PriorSettings",
     "PromptSettings",
     "QuestionData",
+    "RagSequenceDecode",
+    "RagTokenDecode",
     "Recipe",
     "RetrieverSettings",
+    "SampleSettings",
     "StageSettings",
     "load_recipe",
     "recipe_schema",
@@ -164,10 +169,21 @@ class KnowledgeSettings(Settings):
         return self
 
 
+class PriorSettings(Settings):
+    """p(z|x) over the K passages of a query, for the RAG decodings and the `marginal` objective."""
+
+    kind: Literal["dense", "bm25", "hybrid"] = Field(
+        "dense", description="Softmax of q·d/τ, of BM25/τ, or of q·d/τ + λ·BM25. With bm25 the retriever learns nothing."
+    )
+    temperature: float | None = Field(None, gt=0, description="τ; default 1, and 0.05 for cosines.")
+    sparse_weight: float = Field(0.1, gt=0, description="λ of the hybrid prior.")
+
+
 class RetrieverSettings(Settings):
     """Which index answers a query, and with how many passages."""
 
     index: str | None = Field(None, description="An index of the knowledge base; default is hybrid if there is one.")
+    prior: PriorSettings = PriorSettings()
     k: int = Field(5, ge=1, description="Passages a query.")
     query_encoder: Path | None = Field(None, description="A query tower that raglan has tuned.")
 
@@ -222,7 +238,49 @@ class ConcatDecode(Settings):
     length_penalty: float = 1.0
 
 
-DecodeSettings = ConcatDecode
+class RagSequenceDecode(Settings):
+    """RAG-Sequence: an answer's probability is its mean over passages, weighted by p(z|x). Beams run passage by passage."""
+
+    kind: Literal["rag_sequence"]
+    mode: Literal["thorough", "fast"] = Field(
+        "thorough", description="`thorough` scores every candidate with every passage, `fast` only with those that found it."
+    )
+    beams: int = Field(1, ge=1, description="Candidates a passage; 1 is greedy.")
+    max_new_tokens: int = Field(32, ge=1)
+    length_penalty: float = Field(1.0, description="Within each passage's beams; candidates are ranked without.")
+    merge: Literal["ids", "text"] = Field("ids", description="`text` adds up candidates that read the same.")
+
+
+class SampleSettings(Settings):
+    """How tokens are drawn from the marginal distribution."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class RagTokenDecode(Settings):
+    """RAG-Token: every token comes from the mixture of all passages' next-token distributions."""
+
+    kind: Literal["rag_token"]
+    beams: int = Field(1, ge=1, description="1 is greedy.")
+    max_new_tokens: int = Field(32, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    length_penalty: float = 1.0
+    sample: SampleSettings | None = Field(None, description="Draw instead of searching.")
+    returns: int = Field(1, ge=1, description="Answers a question, from beams or draws; the best is the answer.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RagTokenDecode:
+        if self.sample is not None and self.beams > 1:
+            raise ValueError("give either sample or beams")
+        if self.sample is None and self.returns > self.beams:
+            raise ValueError(f"returns is {self.returns}, but there are only {self.beams} beams")
+        return self
+
+
+DecodeSettings = Annotated[ConcatDecode | RagSequenceDecode | RagTokenDecode, Field(discriminator="kind")]
 
 
 class QuestionData(Settings):
@@ -275,8 +333,33 @@ class LsrObjective(Settings):
         return self
 
 
+class MarginalObjective(Settings):
+    """RAG, trained end to end: −log Σ_k p(z_k|x) p(y|x,z_k), over whole answers or token by token."""
+
+    kind: Literal["marginal"]
+    over: Literal["sequence", "token"]
+    k: int = Field(5, ge=1, description="Passages a query, picked by the retriever as it is at that step.")
+    reduction: Literal["token", "example", "sum"] = Field("token", description="transformers and the paper sum.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="ε, on the predictive mixture.")
+    learn: tuple[Literal["query_encoder", "generator"], ...] = Field(
+        ("query_encoder", "generator"), min_length=1, description="What learns; the passage encoder and index stay fixed."
+    )
+    rates: dict[Literal["query_encoder", "generator"], float] = Field(
+        default_factory=dict, description="Learning rates that differ from train.learning_rate, by part."
+    )
+    freeze_retriever_steps: int = Field(0, ge=0, description="The query encoder starts to learn after so many steps.")
+    on_empty: Literal["closed_book", "skip"] = Field("closed_book", description="What a query without hits does.")
+
+    @model_validator(mode="after")
+    def _rates_of_what_learns(self) -> MarginalObjective:
+        for part in self.rates:
+            if part not in self.learn:
+                raise ValueError(f"rates names {part}, which is not in learn")
+        return self
+
+
 Data = Annotated[QuestionData | LessonData, Field(discriminator="kind")]
-ObjectiveSettings = Annotated[AnswerObjective | LsrObjective, Field(discriminator="kind")]
+ObjectiveSettings = Annotated[AnswerObjective | LsrObjective | MarginalObjective, Field(discriminator="kind")]
 
 
 def _number(value: Any) -> Any:
@@ -302,9 +385,9 @@ class StageSettings(Settings):
     train: Arguments = Field(default_factory=dict, description="transformers.TrainingArguments, verbatim.")
 
     @model_validator(mode="after")
-    def _lsr_asks_questions(self) -> StageSettings:
-        if self.objective.kind == "lsr" and self.data.kind != "questions":
-            raise ValueError("objective lsr needs data of kind questions")
+    def _retrieving_objectives_ask_questions(self) -> StageSettings:
+        if self.objective.kind != "answer" and self.data.kind != "questions":
+            raise ValueError(f"objective {self.objective.kind} needs data of kind questions")
         return self
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Answer", "Completion", "Document", "Example", "Hit", "Passage"]
+__all__ = ["Answer", "Candidate", "Completion", "Document", "Example", "Hit", "Passage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,23 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's."""
+
+    text: str
+    ids: tuple[int, ...]
+    logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt."""
+    """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt.
+
+    The RAG decodings add, in the order of `hits`: `prior` p(z|x); `posterior` p(z|x,y), which for `rag_token` is each
+    passage's share in the answer; and for `rag_token` also `token_posterior`, a row for each token of `ids`. All candidates
+    are kept, best first, the answer among them.
+    """
 
     query: str
     text: str
@@ -81,3 +96,8 @@ class Answer:
     knowledge: str = ""
     truncated: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+    prior: tuple[float, ...] = ()
+    posterior: tuple[float, ...] = ()
+    token_posterior: tuple[tuple[float, ...], ...] = ()
+    candidates: tuple[Candidate, ...] = ()

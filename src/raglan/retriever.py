@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from raglan.encoder import Encoder
 from raglan.errors import CorpusError, RecipeError
-from raglan.index import Index, Queries
+from raglan.index import BM25Index, Index, Queries
 from raglan.knowledge import KnowledgeBase
+from raglan.likelihood import passage_logprobs
 from raglan.progress import track
+from raglan.recipe import BM25Index as BM25Settings
+from raglan.recipe import PriorSettings
 from raglan.records import Hit
 
 __all__ = ["MAX_QUERY_CHARACTERS", "Retriever", "check_query"]
@@ -22,10 +27,12 @@ MAX_QUERY_CHARACTERS = 100_000
 class Retriever:
     """An index of a knowledge base, and the encoder whose query tower asks it."""
 
-    def __init__(self, base: KnowledgeBase, encoder: Encoder, *, index: str):
+    def __init__(self, base: KnowledgeBase, encoder: Encoder, *, index: str, prior: PriorSettings | None = None):
         base.check(encoder)
         self.base, self.encoder, self.name = base, encoder, index
         self.index: Index = base.index(index)
+        self.prior_settings = prior or PriorSettings()
+        self.temperature = self.prior_settings.temperature or self._usual_temperature()
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
         """The best k unique passages of each query, best first; fewer where fewer match.
@@ -57,6 +64,47 @@ class Retriever:
         if not found:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    def prior(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Tensor]:
+        """log p(z|x) over each query's own hits, in their order, float32 each. No gradient.
+
+        It does not depend on how the hits were found: fused ranks are no logits, so q·d, BM25 or both are computed here.
+        """
+        most = max((len(found) for found in hits), default=0)
+        if most == 0:
+            return [torch.zeros(0) for _ in hits]
+        rows = np.array([[hit.row for hit in found] + [-1] * (most - len(found)) for found in hits])
+        vectors = self.base.vectors.vectors(rows) if self.prior_settings.kind != "bm25" else None
+        scores = torch.zeros(rows.shape)
+        if vectors is not None:
+            scores = torch.from_numpy(np.einsum("bd,bkd->bk", self.encoder.embed_queries(list(queries)), vectors))
+        logprobs = self.prior_logprobs(scores, queries, rows)
+        return [row[: len(found)] for row, found in zip(logprobs, hits, strict=True)]
+
+    def prior_logprobs(self, doc_scores: Tensor, queries: Sequence[str], rows: np.ndarray) -> Tensor:
+        """q·d (B,K), with or without gradient, → log p(z|x) (B,K) by the recipe's prior; −inf where row is −1."""
+        present = torch.from_numpy(rows >= 0).to(doc_scores.device)
+        logits = doc_scores.float() / self.temperature
+        if self.prior_settings.kind != "dense":
+            sparse = torch.from_numpy(self._bm25.score(queries, rows)).to(doc_scores.device)
+            own = self.prior_settings.kind == "bm25"
+            logits = sparse / self.temperature if own else logits + self.prior_settings.sparse_weight * sparse
+        return passage_logprobs(logits, present=present)
+
+    @property
+    def _bm25(self) -> BM25Index:
+        for name, settings in self.base.settings.indexes.items():
+            if isinstance(settings, BM25Settings):
+                return cast(BM25Index, self.base.index(name))
+        raise RecipeError(
+            f"retriever.prior.kind is {self.prior_settings.kind!r}, but the knowledge base has no bm25 index",
+            hint="add one under knowledge.indexes and build again, or use the dense prior",
+        )
+
+    def _usual_temperature(self) -> float:
+        """Cosines lie so close together that τ = 1 is nearly flat; inner products and BM25 do not."""
+        cosine = self.encoder.similarity == "cosine" and self.prior_settings.kind != "bm25"
+        return 0.05 if cosine else 1.0
 
     def score(self, features: dict[str, Tensor], passage_vectors: Tensor) -> Tensor:
         """Inner products with gradient into the query tower only. Features of B queries, (B,K,D) → doc_scores (B,K)."""

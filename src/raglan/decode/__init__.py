@@ -1,7 +1,19 @@
 """Decodings, a table of kinds: how hits become an answer."""
 
+from collections.abc import Callable
+from typing import Any
+
+from raglan.decode.base import Asked
 from raglan.decode.concat import concat
+from raglan.decode.rag_sequence import rag_sequence
+from raglan.decode.rag_token import rag_token
+from raglan.records import Answer
 
-KINDS = {"concat": concat}
+KINDS: dict[str, Callable[[Any, Asked, Any], list[Answer]]] = {
+    "concat": concat,
+    "rag_sequence": rag_sequence,
+    "rag_token": rag_token,
+}
+NEEDS_PRIOR = {"rag_sequence", "rag_token"}
 
-__all__ = ["KINDS", "concat"]
+__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "concat", "rag_sequence", "rag_token"]

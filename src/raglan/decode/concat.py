@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from raglan.decode.base import Asked
 from raglan.generator import Generator
 from raglan.recipe import ConcatDecode
-from raglan.records import Answer, Hit
+from raglan.records import Answer
 
 __all__ = ["concat"]
 
 
-def concat(generator: Generator, queries: Sequence[str], hits: Sequence[Sequence[Hit]], settings: ConcatDecode) -> list[Answer]:
+def concat(generator: Generator, asked: Asked, settings: ConcatDecode) -> list[Answer]:
     """One answer a query from its hits, in order; a query without hits is asked closed book."""
     prompts = [
-        generator.prompt.render(query, [hit.passage for hit in found]) for query, found in zip(queries, hits, strict=True)
+        generator.prompt.render(query, [hit.passage for hit in found])
+        for query, found in zip(asked.queries, asked.hits, strict=True)
     ]
     completions = generator.generate(
         prompts, max_new_tokens=settings.max_new_tokens, beams=settings.beams, length_penalty=settings.length_penalty
@@ -29,5 +29,5 @@ def concat(generator: Generator, queries: Sequence[str], hits: Sequence[Sequence
             truncated=prompt.truncated,
             settings=settings.model_dump(),
         )  # fmt: skip
-        for query, found, prompt, written in zip(queries, hits, prompts, completions, strict=True)
+        for query, found, prompt, written in zip(asked.queries, asked.hits, prompts, completions, strict=True)
     ]

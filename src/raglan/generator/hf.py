@@ -42,7 +42,7 @@ from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.text import restore_surface
 
-__all__ = ["HFGenerator", "open_generator"]
+__all__ = ["HFGenerator", "open_generator", "padded", "quietly"]
 
 log = logging.getLogger(__name__)
 UNSCORED = -100
@@ -130,8 +130,8 @@ class HFGenerator(Generator):
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
-        inputs, mask = _padded([row["input_ids"] for row in rows], self.pad)
-        labels, _ = _padded([row["labels"] for row in rows], UNSCORED)
+        inputs, mask = padded([row["input_ids"] for row in rows], self.pad)
+        labels, _ = padded([row["labels"] for row in rows], UNSCORED)
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
     def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class HFGenerator(Generator):
             return self._reader_logprobs(batch, model)
         hidden = self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
         real = labels >= 0
-        values = chunked_token_logprobs(hidden[real], self._head, labels[real], chunk=self.settings.head_chunk)
+        values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -222,11 +222,11 @@ class HFGenerator(Generator):
     def _generate(
         self, prompts: Sequence[Rendered], max_new_tokens: int, beams: int, length_penalty: float
     ) -> list[Completion]:
-        ids, mask = _padded([list(prompt.ids) for prompt in prompts], self.pad, left=not self.is_seq2seq)
+        ids, mask = padded([list(prompt.ids) for prompt in prompts], self.pad, left=not self.is_seq2seq)
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         if self.is_seq2seq:
             inputs["decoder_input_ids"] = torch.tensor([self.prefix] * len(prompts), device=self.device)
-        with self.autocast(), _quiet():
+        with self.autocast(), quietly():
             output = self.model.generate(
                 **inputs, max_new_tokens=max_new_tokens, num_beams=beams, length_penalty=length_penalty, do_sample=False,
                 pad_token_id=self.pad, eos_token_id=self.ends, return_dict_in_generate=True, output_logits=True,
@@ -252,10 +252,13 @@ class HFGenerator(Generator):
     def _completion(self, prompt: Rendered, ids: list[int], logprobs: list[float]) -> Completion:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         finished, length = end is not None, len(ids) if end is None else end + 1
-        text = self.tokenizer.decode(ids[: length - finished], skip_special_tokens=True).strip()
-        if self.reader is not None:
-            text = restore_surface(text, list(prompt.sources))
-        return Completion(text, tuple(ids[:length]), float(sum(logprobs[:length])), finished)
+        return Completion(self.text(ids[:length], prompt.sources), tuple(ids[:length]), float(sum(logprobs[:length])), finished)
+
+    def text(self, ids: Sequence[int], sources: Sequence[str]) -> str:
+        """An answer's ids as text, without its end token; the reader's in the spelling of the passages it copied from."""
+        kept = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        return restore_surface(text, list(sources)) if self.reader is not None else text
 
     def _reader_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         output = model(**batch)
@@ -268,7 +271,7 @@ class HFGenerator(Generator):
     def _seq2seq_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         inputs["decoder_input_ids"] = self._decoder_inputs(batch["labels"])
-        return self._caught(model, inputs)[:, len(self.prefix) - 1 :]
+        return self.states_before_head(model, inputs)[:, len(self.prefix) - 1 :]
 
     def _causal_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         """States that predict the answer's tokens, (B,T,D): prompt and answer in one row, padded right."""
@@ -277,12 +280,12 @@ class HFGenerator(Generator):
         length = max(len(row) for row in rows)
         ids = torch.stack([nn.functional.pad(row, (0, length - len(row)), value=self.pad) for row in rows])
         whole = torch.stack([torch.arange(length, device=ids.device) < len(row) for row in rows]).long()
-        hidden = self._caught(model, {"input_ids": ids, "attention_mask": whole})
+        hidden = self.states_before_head(model, {"input_ids": ids, "attention_mask": whole})
         at = mask.sum(1)[:, None] - 1 + torch.arange(labels.shape[1], device=ids.device)[None]
         at = at.clamp_max(length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, at)
 
-    def _caught(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def states_before_head(self, model: nn.Module, inputs: dict[str, Any], *, use_cache: bool = False) -> Tensor:
         """What the LM head is given in a forward pass, while the head itself is given nothing to do."""
         head = self.model.get_output_embeddings()
         if head is None:
@@ -295,16 +298,16 @@ class HFGenerator(Generator):
 
         handle = head.register_forward_pre_hook(catch)
         try:
-            model(**inputs, use_cache=False)
+            model(**inputs, use_cache=use_cache)
         finally:
             handle.remove()
         if len(caught) != 1:
             raise GeneratorError(f"{type(self.model).__name__} used its LM head {len(caught)} times in one pass")
-        if not self._head_is_checked:
+        if not self._head_is_checked and not use_cache:
             self._check_head(inputs)
         return caught[0]
 
-    def _head(self, rows: Tensor) -> Tensor:
+    def head_logits(self, rows: Tensor) -> Tensor:
         """The model's logits from the head's input, (n,D) → (n,V)."""
         return self._finished(self.model.get_output_embeddings()(rows))
 
@@ -358,14 +361,14 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     if name == "embedded":
-        with _quiet():
+        with quietly():
             return reader_from_encoder(str(embedded_model()))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(name, settings)
     try:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with _quiet():
+        with quietly():
             loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True)
             model, found = loaded
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -411,7 +414,8 @@ def _weights_dtype(settings: GeneratorSettings) -> torch.dtype:
     return torch.bfloat16 if small else torch.float32
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of unlike length as ids (n,longest) and their mask, which comes from lengths and never from ids."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), value, dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -422,7 +426,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) ->
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """transformers prints loading reports and generation hints; the ones that matter are raised as errors here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

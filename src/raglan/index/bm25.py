@@ -47,6 +47,14 @@ class BM25Index(Index):
             return np.zeros(self._size, dtype=np.float32)
         return np.asarray(self._model.get_scores(known))
 
+    def score(self, queries: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """BM25 of these queries with passages (B,K) of theirs, (B,K) float32; 0 for row −1."""
+        found = np.zeros(rows.shape, dtype=np.float32)
+        for number, text in enumerate(queries):
+            real = rows[number] >= 0
+            found[number, real] = self.scores(text)[rows[number, real]]
+        return found
+
     @property
     def fingerprint(self) -> str:
         return directory_fingerprint(self.folder)

@@ -1,0 +1,46 @@
+"""What every decoding reads: questions, their hits, and log p(z|x) of those hits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raglan.prompt import Prompt, Rendered
+from raglan.records import Hit
+
+__all__ = ["Asked", "pad_prior"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """B questions with their hits and priors, ready to be decoded.
+
+    Attributes:
+        queries: (B,) questions.
+        hits: of each question, best first, possibly none.
+        doc_logprobs: of each question, log p(z|x) of its hits, in their order; None where a decoding needs none.
+    """
+
+    queries: Sequence[str]
+    hits: Sequence[Sequence[Hit]]
+    doc_logprobs: Sequence[Tensor] | None = None
+
+    def prompts(self, prompt: Prompt) -> list[list[Rendered]]:
+        """One prompt a passage; a question without hits has one, without a passage."""
+        return [
+            [prompt.render(query, [hit.passage]) for hit in found] or [prompt.render(query, [])]
+            for query, found in zip(self.queries, self.hits, strict=True)
+        ]
+
+    def priors(self) -> list[Tensor]:
+        """log p(z|x) of each question's prompts, float64; a question without hits is sure of its one prompt."""
+        assert self.doc_logprobs is not None
+        return [prior.double() if len(prior) else torch.zeros(1, dtype=torch.float64) for prior in self.doc_logprobs]
+
+
+def pad_prior(priors: Sequence[Tensor]) -> Tensor:
+    """Priors of unlike length → (B,K), −inf where a question has fewer passages."""
+    return torch.nn.utils.rnn.pad_sequence(list(priors), batch_first=True, padding_value=-torch.inf)
