@@ -15,6 +15,7 @@ from transformers import DPRConfig, DPRQuestionEncoder, RagConfig, RagSequenceFo
 
 from raglan.decode import Asked, rag_sequence, rag_token
 from raglan.generator import HFGenerator, encode_prompts
+from raglan.likelihood import marginal_logprob
 from raglan.prompt import Rendered
 from raglan.recipe import RagSequenceDecode, RagTokenDecode, SampleSettings
 from raglan.records import Hit, Passage
@@ -45,9 +46,7 @@ def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def asked(queries: list[str] = QUERIES, hits: list[list[int]] = HITS) -> Asked:
-    found = [
-        tuple(Hit(Passage(str(row), TEXTS[row]), row, 0.0, rank) for rank, row in enumerate(rows, 1)) for rows in hits
-    ]
+    found = [tuple(Hit(Passage(str(row), TEXTS[row]), row, 0.0, rank) for rank, row in enumerate(rows, 1)) for rows in hits]
     torch.manual_seed(1)
     return Asked(queries, found, [torch.randn(len(rows)).log_softmax(0) for rows in hits])
 
@@ -178,9 +177,9 @@ def test_beams_that_cover_everything_find_the_true_best(kind: str, tmp_path: Pat
     found = rag_sequence(generator, question, settings)[0]
     assert found.ids == max(by_sequence, key=by_sequence.__getitem__)
     assert found.logprob == pytest.approx(max(by_sequence.values()), abs=1e-4)
-    token = rag_token(
-        generator, question, RagTokenDecode(kind="rag_token", beams=words, max_new_tokens=2, length_penalty=0.0)
-    )[0]
+    token = rag_token(generator, question, RagTokenDecode(kind="rag_token", beams=words, max_new_tokens=2, length_penalty=0.0))[
+        0
+    ]
     assert token.ids == max(by_token, key=by_token.__getitem__)
     assert token.logprob == pytest.approx(max(by_token.values()), abs=1e-4)
 
@@ -194,9 +193,7 @@ def test_batched_is_one_by_one_and_order_of_passages_is_irrelevant(generator: HF
         together = decode(generator, question, settings)
         for place in range(3):
             order = list(reversed(range(len(HITS[place]))))
-            alone = Asked(
-                [QUERIES[place]], [[question.hits[place][k] for k in order]], [question.doc_logprobs[place][order]]
-            )
+            alone = Asked([QUERIES[place]], [[question.hits[place][k] for k in order]], [question.doc_logprobs[place][order]])
             found = decode(generator, alone, settings)[0]
             assert found.ids == together[place].ids
             assert found.logprob == pytest.approx(together[place].logprob, abs=1e-4)
@@ -301,7 +298,7 @@ def test_every_prompt_is_encoded_once(mode: str, tmp_path: Path) -> None:
         generator.model, {"input_ids": torch.tensor([[5]]), "decoder_input_ids": torch.tensor([[2]])}
     )
     counted = Counted(generator.model.get_encoder())
-    question = asked(QUERIES + ["by whom?"], [[0, 1, 2, 3, 0], [1, 2, 3, 0, 1], [2, 3, 1, 0, 2], [3, 0, 1, 2, 3]])
+    question = asked([*QUERIES, "by whom?"], [[0, 1, 2, 3, 0], [1, 2, 3, 0, 1], [2, 3, 1, 0, 2], [3, 0, 1, 2, 3]])
     rag_sequence(generator, question, RagSequenceDecode(kind="rag_sequence", mode=mode, beams=4, max_new_tokens=6))
     assert (counted.rows, counted.calls) == (20, 1)
 
@@ -356,3 +353,80 @@ def test_rag_token_is_transformers_rag_token(seed: int, beams: int, documents: i
     for row, answer in zip(found.tolist(), ours, strict=True):
         end = next((place for place, token in enumerate(row[1:], 1) if token == 2), len(row) - 1)
         assert tuple(row[1 : end + 1]) == answer.ids
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("documents", [1, 3])
+def test_rag_sequence_finds_what_transformers_finds_on_unpadded_contexts(seed: int, documents: int, tmp_path: Path) -> None:
+    """Theirs drops the attention mask when it makes candidates, so contexts have one length here. The best answer agrees."""
+    generator = sharpened(made("bart", tmp_path), 3.0 + seed)
+    generator.prefix = [2]
+    torch.manual_seed(seed)
+    question = asked(QUERIES[:2], [[0, 1, 2][:documents], [2, 3, 0][:documents]])
+    ids, mask, rows = contexts(generator, question, same_length=True)
+    scores = torch.randn(2, documents)
+    prepared = Given(question.queries, question.hits, list(scores.log_softmax(-1)), rows)
+    model = theirs(RagSequenceForGeneration, generator, documents)
+    with torch.no_grad():
+        found = model.generate(
+            context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=documents, num_beams=3,
+            num_return_sequences=1, max_length=8, min_length=0, do_sample=False, do_deduplication=True,
+        )  # fmt: skip
+    settings = RagSequenceDecode(kind="rag_sequence", beams=3, max_new_tokens=7)
+    for row, answer in zip(found.tolist(), rag_sequence(generator, prepared, settings), strict=True):
+        end = next((place for place, token in enumerate(row[1:], 1) if token == 2), len(row) - 1)
+        assert tuple(row[1 : end + 1]) == answer.ids
+
+
+class Given(Asked):
+    """Questions whose prompts are given."""
+
+    def __init__(self, queries: Any, hits: Any, doc_logprobs: Any, rows: list[list[Rendered]]):
+        super().__init__(queries, hits, doc_logprobs)
+        object.__setattr__(self, "rows", rows)
+
+    def prompts(self, prompt: Any) -> list[list[Rendered]]:
+        return self.rows  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("kind", [RagSequenceForGeneration, RagTokenForGeneration], ids=["sequence", "token"])
+@pytest.mark.parametrize(("documents", "seed"), [(1, 0), (2, 1), (5, 2)])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_losses_and_gradients_are_transformers_where_theirs_are_right(
+    kind: type, documents: int, seed: int, tokens: int, tmp_path: Path
+) -> None:
+    """Theirs is a sum over tokens and batch, and RAG-Sequence with one supervised token forgets the prior altogether."""
+    generator = made("bart", tmp_path)
+    generator.prefix = [1]  # theirs trains from <s> alone
+    torch.manual_seed(seed)
+    question = asked(QUERIES[:2], [[k % 4 for k in range(documents)], [(k + 2) % 4 for k in range(documents)]])
+    ids, mask, _ = contexts(generator, question, same_length=False)
+    answers = [[*[20, 31, 42][: tokens - 1], 2], [*[50, 61, 9][: tokens - 1], 2]]
+    labels = torch.tensor(answers)
+    model = theirs(kind, generator, documents)
+    over = "sequence" if kind is RagSequenceForGeneration else "token"
+    results = []
+    for ours in (False, True):
+        model.zero_grad()
+        scores = torch.linspace(-1, 1, 2 * documents).reshape(2, documents).requires_grad_()
+        if ours:
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": labels.repeat_interleave(documents, 0)}
+            each = generator.forward(batch).view(2, documents, tokens)
+            loss = -marginal_logprob(scores.log_softmax(-1), each, labels >= 0, over=over).sum()
+        else:
+            loss = model(
+                context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=documents, reduce_loss=True,
+                labels=torch.cat([torch.ones(2, 1, dtype=torch.long), labels], dim=1),
+            ).loss  # fmt: skip
+        loss.backward()
+        gradients = [p.grad.clone() for p in generator.model.parameters() if p.grad is not None]
+        results.append((loss.item(), scores.grad, gradients))
+    (theirs_loss, theirs_pull, theirs_all), (our_loss, our_pull, our_all) = results
+    if over == "sequence" and tokens == 1:
+        assert theirs_loss < our_loss or documents == 1
+        assert theirs_pull is None or float(theirs_pull.abs().max()) == 0
+        assert documents == 1 or float(our_pull.abs().max()) > 1e-6
+        return
+    assert our_loss == pytest.approx(theirs_loss, abs=1e-5, rel=1e-6)
+    assert torch.allclose(our_pull, theirs_pull, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(our_all, theirs_all, strict=True))

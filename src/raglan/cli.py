@@ -128,7 +128,11 @@ def answer(
         typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
         for hit in found.hits:
             mark = "*" if found.text and found.text in hit.passage.text else " "
-            typer.echo(f" {mark}[{hit.rank}] {hit.score:.4f} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
+            shares = _shares(found, hit.rank - 1)
+            told = f" p(z|x) {shares['prior']:.2f} p(z|x,y) {shares['posterior']:.2f}" if shares else ""
+            typer.echo(
+                f" {mark}[{hit.rank}] {hit.score:.4f}{told} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}"
+            )
 
 
 @app.command()
@@ -228,8 +232,14 @@ def _hit(hit: Any) -> dict[str, Any]:
 def _answer(found: Any) -> dict[str, Any]:
     return {
         "query": found.query, "answer": found.text, "logprob": found.logprob, "finished": found.finished,
-        "knowledge": found.knowledge, "passages": [_hit(hit) for hit in found.hits],
+        "knowledge": found.knowledge, "passages": [{**_hit(hit), **_shares(found, place)} for place, hit in enumerate(found.hits)],
+        "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
     }  # fmt: skip
+
+
+def _shares(found: Any, place: int) -> dict[str, float]:
+    """p(z|x) and p(z|x,y) of a passage, where the decoding knows them."""
+    return {"prior": found.prior[place], "posterior": found.posterior[place]} if found.posterior else {}
 
 
 def _interval(value: Any) -> dict[str, float]:

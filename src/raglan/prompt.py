@@ -61,6 +61,12 @@ class Prompt:
         """
         return self._fused(query, passages) if self.layout == "fused" else self._joined(query, passages)
 
+    @property
+    def answer_space(self) -> str:
+        """The white space behind the template, which belongs to the head of an answer."""
+        template = self.settings.template
+        return "" if self.layout != "joined" else template[len(template.rstrip()) :]
+
     def passage_text(self, passage: Passage, number: int) -> str:
         if not passage.title and self.settings.passage == "{title} / {text}":
             return passage.text

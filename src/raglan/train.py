@@ -3,7 +3,7 @@
     runs/<name>/stages/<stage>-<fingerprint>/
         work/         the trainer's checkpoints; a rerun goes on from the last whole one
         log.json      learning curves
-        result/       generator/ or query_encoder/, and manifest.json, written last
+        result/       generator/, query_encoder/ or both, and manifest.json, written last
     runs/<name>/scores.jsonl   language-model scores (lsr), shared by all settings that do not change them
 
 A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
@@ -37,11 +37,19 @@ from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.likelihood import lsr_target, normalised_entropy
-from raglan.objective import AnswerObjective, LsrObjective, Objective
+from raglan.objective import (
+    AnswerObjective,
+    LsrObjective,
+    MarginalObjective,
+    MarginalRow,
+    Objective,
+    learns_to_retrieve,
+)
 from raglan.objective.lsr import LsrRow
 from raglan.rag import RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
 from raglan.recipe import LsrObjective as LsrSettings
+from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import QuestionData, Recipe, StageSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
@@ -50,6 +58,7 @@ __all__ = ["Parts", "finished_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
+LEARNED = {"answer": "generator", "lsr": "query_encoder"}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -75,9 +84,10 @@ class _Stage:
         return self.folder / "result"
 
     def parts(self, before: Parts) -> Parts:
-        if self.settings.objective.kind == "answer":
-            return Parts(str(self.result / "generator"), before.query_encoder)
-        return Parts(before.generator, self.result / "query_encoder")
+        objective = self.settings.objective
+        learned = objective.learn if objective.kind == "marginal" else (LEARNED[objective.kind],)
+        generator = str(self.result / "generator") if "generator" in learned else before.generator
+        return Parts(generator, self.result / "query_encoder" if "query_encoder" in learned else before.query_encoder)
 
 
 def train(recipe: Recipe, *, only: str | None = None) -> Parts:
@@ -185,8 +195,10 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     objective_settings = stage.settings.objective
     if isinstance(objective_settings, AnswerSettings):
         objective, rows, held_out = _answer(recipe, stage, system, objective_settings)
-    else:
+    elif isinstance(objective_settings, LsrSettings):
         objective, rows, held_out = _lsr(recipe, stage, system, objective_settings)
+    else:
+        objective, rows, held_out = _marginal(recipe, stage, system, objective_settings)
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
     trainer = _trainer(recipe, stage, objective, rows, held_out)
     checkpoint = _last_whole(stage.folder / "work")
@@ -230,6 +242,32 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     return LsrObjective(system.retriever, settings), rows, held_out
 
 
+def _marginal(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: MarginalSettings
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    data, corpus = stage.settings.data, system.retriever.base.corpus
+    assert isinstance(data, QuestionData)
+    if recipe.generator.lora is None:
+        system.generator.model.float()
+    held_out: list[Example] = []
+    if data.dev is not None:
+        held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
+    examples = stage_examples(data, corpus, recipe.seed)
+    rows = [
+        MarginalRow(example.query, answer)
+        for example in examples
+        for answer in (example.answers if data.answers == "each" else example.answers[:1])
+    ]
+    if not learns_to_retrieve(settings, system.retriever):
+        if "query_encoder" in settings.learn:
+            log.warning("the prior is BM25's, so the query encoder learns nothing in stage %s", stage.name)
+        k = min(settings.k, len(corpus))
+        _, found = system.retriever.search([row.query for row in rows], k)  # it stays as it is, so search once
+        rows = [MarginalRow(row.query, row.answer, found[place]) for place, row in enumerate(rows)]
+    objective = MarginalObjective(system.retriever, system.generator, settings)
+    return objective, rows, [MarginalRow(example.query, example.answers[0]) for example in held_out]
+
+
 def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:
     """Candidates by the starting retriever and their language-model scores, both made once, before the first step."""
     retriever, generator = system.retriever, system.generator
@@ -271,11 +309,14 @@ def _warn_if_flat(sums: np.ndarray, candidates: np.ndarray, lengths: np.ndarray,
 
 
 def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:
-    if isinstance(objective, LsrObjective):
+    settings = stage.settings.objective
+    learned = settings.learn if settings.kind == "marginal" else (LEARNED[settings.kind],)
+    if "query_encoder" in learned:
         folder = stage.result / "query_encoder"
         shutil.rmtree(folder, ignore_errors=True)
-        system.retriever.encoder.save_query_tower(folder, gamma=objective.gamma, **figures)
-    else:
+        gamma = objective.gamma if isinstance(objective, LsrObjective) else system.retriever.temperature
+        system.retriever.encoder.save_query_tower(folder, gamma=gamma, **figures)
+    if "generator" in learned:
         folder = stage.result / "generator"
         shutil.rmtree(folder, ignore_errors=True)
         system.generator.save(folder, **figures)
@@ -301,11 +342,12 @@ class _StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:  # fmt: skip
+        self.objective.step = self.state.global_step
         loss, figures = self.objective.loss(inputs, module=model, items=num_items_in_batch)
         self._figures = {name: float(value) for name, value in figures.items()}
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # ranks are averaged, the division was by all their tokens
-        elif self.args.gradient_accumulation_steps > 1:
+        elif self.args.gradient_accumulation_steps > 1 and self.objective.division == "mean":
             loss = loss / self.current_gradient_accumulation_steps
         return loss
 
@@ -316,6 +358,30 @@ class _StageTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, its groups split by part where parts learn at rates of their own."""
+        optimizer = super().create_optimizer(model)
+        rates = getattr(getattr(self.objective, "settings", None), "rates", {})
+        parts = {id(p): name for name, found in self.objective.parameters().items() for p in found if name in rates}
+        groups = []
+        for group in optimizer.param_groups:
+            for name in (None, *rates):
+                params = [p for p in group["params"] if parts.get(id(p)) == name]
+                if params:
+                    groups.append({**group, "params": params, "lr": rates.get(name, group["lr"])})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Tied weights once: safetensors refuses names that share their storage, and loading ties them again."""
+        if state_dict is None and isinstance(self.objective, MarginalObjective):
+            names: dict[int, str] = {}
+            whole = cast(nn.Module, self.model).state_dict()
+            for name, tensor in whole.items():
+                names.setdefault(tensor.data_ptr(), name)
+            state_dict = {name: whole[name] for name in names.values()}
+        super()._save(output_dir, state_dict)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -373,7 +439,7 @@ def _trainer(
         train_dataset=_Rows(rows), eval_dataset=_Rows(held_out) if held_out else None,
     )  # fmt: skip
     trainer.objective = objective
-    trainer.model_accepts_loss_kwargs = isinstance(objective, AnswerObjective) and objective.reduction == "token"
+    trainer.model_accepts_loss_kwargs = objective.division == "items"
     trainer.loss_is_scaled_for_ga = True
     trainer._loss_shifts_labels = False  # labels are the answer's own tokens, for causal models too: count them all
     trainer.add_callback(_Curves(stage.folder / "log.json"))

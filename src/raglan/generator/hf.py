@@ -121,12 +121,22 @@ class HFGenerator(Generator):
         Raises:
             GeneratorError: the answer has no token.
         """
-        text = (prompt.answer_space + answer) if not self.is_seq2seq else answer
+        labels = self.answer_ids(answer, prompt.answer_space)
+        self._check_positions(len(prompt.ids), len(labels))
+        return {"input_ids": list(prompt.ids), "labels": labels}
+
+    def answer_ids(self, answer: str, space: str | None = None) -> list[int]:
+        """An answer's own ids with the end token. `space` is what the prompt's template leaves to it; default, this prompt's.
+
+        Raises:
+            GeneratorError: the answer has no token.
+        """
+        space = self.prompt.answer_space if space is None else space
+        text = answer if self.is_seq2seq else space + answer
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if not ids:
             raise GeneratorError(f"answer {answer!r} has no token in this model's vocabulary")
-        self._check_positions(len(prompt.ids), len(ids) + 1)
-        return {"input_ids": list(prompt.ids), "labels": [*ids, self.eos]}
+        return [*ids, self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
@@ -144,10 +154,23 @@ class HFGenerator(Generator):
         labels = batch["labels"]
         if self.reader is not None:
             return self._reader_logprobs(batch, model)
-        hidden = self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
+        hidden = self.answer_states(batch, model)
         real = labels >= 0
         values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
+
+    def answer_states(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """What the LM head reads to predict the answer's tokens, (B,T,D), with gradient.
+
+        Raises:
+            GeneratorError: the embedded reader, whose distribution is a mixture without a head.
+        """
+        if self.reader is not None:
+            raise GeneratorError(
+                "the embedded reader has no LM head, so its vocabulary cannot be smoothed", hint="objective.label_smoothing: 0"
+            )
+        model = model or self.model
+        return self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32 or next(self.model.parameters()).dtype == self.dtype:

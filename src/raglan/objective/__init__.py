@@ -1,9 +1,10 @@
-"""Objectives, a table of kinds: `answer` (the generator learns), `lsr` (the query encoder learns)."""
+"""Objectives, a table of kinds: `answer` (the generator learns), `lsr` (the query encoder learns), `marginal` (both)."""
 
 from raglan.objective.answer import AnswerObjective
 from raglan.objective.base import Objective
 from raglan.objective.lsr import LsrObjective
+from raglan.objective.marginal import MarginalObjective, MarginalRow, learns_to_retrieve
 
-KINDS: dict[str, type[Objective]] = {"answer": AnswerObjective, "lsr": LsrObjective}
+KINDS: dict[str, type[Objective]] = {"answer": AnswerObjective, "lsr": LsrObjective, "marginal": MarginalObjective}
 
-__all__ = ["KINDS", "AnswerObjective", "LsrObjective", "Objective"]
+__all__ = ["KINDS", "AnswerObjective", "LsrObjective", "MarginalObjective", "MarginalRow", "Objective", "learns_to_retrieve"]

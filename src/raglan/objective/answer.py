@@ -25,6 +25,7 @@ class AnswerObjective(Objective):
     def __init__(self, generator: HFGenerator, *, reduction: Literal["token", "example"] = "token"):
         self.generator, self.reduction = generator, reduction
         self.module = generator.model
+        self.division = "items" if reduction == "token" else "mean"
 
     def loss(
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None

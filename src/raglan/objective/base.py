@@ -16,9 +16,14 @@ class Objective(ABC):
 
     Attributes:
         module: what the trainer wraps, moves and saves.
+        division: how losses of accumulated parts of a batch come together: each is divided by the answer tokens of all
+            (`items`), or by the number of parts (`mean`), or not at all (`none`).
+        step: the optimizer's steps so far, kept by the trainer.
     """
 
     module: nn.Module
+    division: str = "mean"
+    step: int = 0
 
     @abstractmethod
     def loss(

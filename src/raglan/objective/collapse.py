@@ -1,0 +1,55 @@
+"""Retrieval collapse: the same passages come whatever is asked, and the generator learns to ignore them.
+
+Lewis et al. 2020 (§ 4.4 and appendix) saw it on story generation. It shows in what the search returns, so watching costs no
+forward pass: over windows of queries, the share of queries that hold one same passage, and how many best passages differ.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+
+__all__ = ["CollapseMonitor"]
+
+log = logging.getLogger(__name__)
+HINT = "freeze the retriever first (freeze_retriever_steps), lower its rate, raise temperature or k, or shorten the answers"
+
+
+class CollapseMonitor:
+    """Warns, once, after three windows in a row that have collapsed against the first.
+
+    A window has collapsed where the largest share of its queries that hold one same passage exceeds max(0.2, 4 × the first
+    window's), or where its distinct best passages fall below a quarter of the first's.
+    """
+
+    def __init__(self, window: int = 256):
+        self.window = window
+        self.warned = False
+        self.figures: list[tuple[float, float]] = []  # (largest share, distinct best / queries) of each window
+        self._seen: list[np.ndarray] = []
+        self._bad = 0
+
+    def see(self, rows: np.ndarray) -> None:
+        """Rows (B,K) that a batch of queries found; −1 is absent."""
+        self._seen += list(rows)
+        if len(self._seen) >= self.window:
+            self._close()
+
+    def _close(self) -> None:
+        seen, self._seen = self._seen, []
+        holders = Counter(row for rows in seen for row in {*rows.tolist()} - {-1})
+        share = max(holders.values(), default=0) / len(seen)
+        distinct = len({int(rows[0]) for rows in seen}) / len(seen)
+        self.figures.append((share, distinct))
+        first_share, first_distinct = self.figures[0]
+        collapsed = len(self.figures) > 1 and (share > max(0.2, 4 * first_share) or distinct < first_distinct / 4)
+        self._bad = self._bad + 1 if collapsed else 0
+        if self._bad >= 3 and not self.warned:
+            self.warned = True
+            log.warning(
+                "retrieval is collapsing: %.0f %% of the last %d questions share one passage (%.0f %% at first), and the best "
+                "passages are %.0f %% distinct (%.0f %% at first). %s",
+                100 * share, len(seen), 100 * first_share, 100 * distinct, 100 * first_distinct, HINT,
+            )  # fmt: skip

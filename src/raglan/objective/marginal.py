@@ -1,0 +1,235 @@
+"""`marginal`: retriever and generator learn together from answers alone (RAG, Lewis et al. 2020, §2.1 and §2.4).
+
+    loss = −log Σ_k p(z_k|x) p(y|x,z_k)           over: sequence
+         = −Σ_t log Σ_k p(z_k|x) p(y_t|x,z_k,y_<t) over: token
+
+No passage is labelled. The retriever is pulled towards the passages under which the answer was likely (its posterior), the
+generator learns most from those. Passages are picked by the query encoder as it is at that step, without gradient; their
+scores are then computed again with gradient, from the same query vectors. Passage encoder and index stay as they are.
+
+One forward pass a step: B query vectors, one search, B·K prompts, and nothing of size (B,K,T,V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raglan.generator import HFGenerator
+from raglan.index import Queries
+from raglan.likelihood import (
+    chunked_token_logprobs,
+    chunked_uniform_logprobs,
+    marginal_logprob,
+    normalised_entropy,
+    passage_posterior,
+    predictive_weights,
+    reduced,
+)
+from raglan.objective.base import Objective
+from raglan.objective.collapse import CollapseMonitor
+from raglan.recipe import MarginalObjective as MarginalSettings
+from raglan.retriever import Retriever
+
+__all__ = ["MarginalObjective", "MarginalRow", "learns_to_retrieve"]
+
+
+@dataclass(frozen=True)
+class MarginalRow:
+    """A question and one answer; `candidates` (K,) rows where the query encoder is frozen and retrieval was done before."""
+
+    query: str
+    answer: str
+    candidates: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one forward pass gives: (B,K), (B,K,T), (B,T), rows (B,K), and the uniform term of label smoothing (B,T)."""
+
+    doc_logprobs: Tensor
+    token_logprobs: Tensor
+    answer_mask: Tensor
+    rows: np.ndarray
+    uniform: Tensor | None = None
+
+
+class MarginalObjective(Objective):
+    """Rows are `MarginalRow`s. What `settings.learn` names has gradients, and nothing else."""
+
+    def __init__(self, retriever: Retriever, generator: HFGenerator, settings: MarginalSettings):
+        self.retriever, self.generator, self.settings = retriever, generator, settings
+        self.k = min(settings.k, len(retriever.base.corpus))
+        self.searches = learns_to_retrieve(settings, retriever)
+        self.module: _Joint = _Joint(retriever.encoder.split(), generator.model, self._scored)
+        self.division = {"token": "items", "example": "mean", "sum": "none"}[settings.reduction]
+        for name, parameter in self.module.query_encoder.named_parameters():
+            parameter.requires_grad_(self.searches and "pooler" not in name)
+        if "generator" not in settings.learn:
+            generator.model.requires_grad_(False)
+        self.vectors = retriever.base.vectors
+        self.monitor = CollapseMonitor()
+
+    def loss(
+        self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        scored: Scored = (module or self.module)(batch)
+        over, epsilon = self.settings.over, self.settings.label_smoothing
+        nll = -marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=over)
+        kept = ~torch.isinf(nll) if self.settings.on_empty == "skip" else torch.ones_like(nll, dtype=torch.bool)
+        nll = torch.where(kept, nll, 0.0)
+        if scored.uniform is not None:
+            nll = (1 - epsilon) * nll - epsilon * torch.where(kept, scored.uniform.sum(-1), 0.0)
+        mask = scored.answer_mask & kept[:, None]
+        skipped = int((~kept).sum())
+        own = items if self.settings.reduction == "token" and not skipped else None
+        loss = reduced(nll[kept], mask[kept], reduction=self.settings.reduction, items=own) if kept.any() else nll.sum()
+        if self.module.training:
+            self.monitor.see(scored.rows)
+        return loss, _figures(scored, nll.detach(), mask)
+
+    def collate(self, rows: Sequence[MarginalRow]) -> dict[str, Any]:
+        queries = [row.query for row in rows]
+        features = self.retriever.encoder.features(queries)
+        batch: dict[str, Any] = {f"query_{name}": value for name, value in features.items()}
+        candidates = [row.candidates for row in rows if row.candidates is not None]
+        if len(candidates) == len(rows):
+            batch["candidates"] = torch.from_numpy(np.stack(candidates))
+        answers = [self.generator.answer_ids(row.answer) for row in rows]
+        longest = max(map(len, answers))
+        labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in answers])
+        return {**batch, "labels": labels, "queries": queries}
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        parts: dict[str, nn.Module] = {"query_encoder": self.module.query_encoder, "generator": self.module.generator}
+        learning = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        return {name: found for name, found in learning.items() if name in self.settings.learn and found}
+
+    @torch.no_grad()
+    def validate(self, rows: Sequence[MarginalRow]) -> dict[str, float]:
+        """Marginal negative log-likelihood per answer token, K passages searched anew."""
+        was_training = self.module.training
+        self.module.eval()
+        total, count = 0.0, 0
+        for start in range(0, len(rows), 16):
+            scored = self._forward(self.collate(rows[start : start + 16]))
+            value = marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=self.settings.over)
+            present = ~torch.isinf(value)
+            total -= float(value[present].sum())
+            count += int(scored.answer_mask[present].sum())
+        self.module.train(was_training)
+        return {"loss": total / max(count, 1)}
+
+    def _forward(self, batch: dict[str, Any]) -> Scored:
+        with self.generator.autocast():
+            found: Scored = self.module(batch)
+        return found
+
+    def _scored(self, batch: dict[str, Any]) -> Scored:
+        """The whole step inside the module's one forward, so that a wrapper (DDP, FSDP) sees it as one."""
+        device = self.generator.device
+        queries, labels = batch["queries"], batch["labels"].to(device)
+        doc_scores, rows = self._picked(batch, device)
+        doc_logprobs = self.retriever.prior_logprobs(doc_scores, queries, rows)
+        empty = ~(rows >= 0).any(1)
+        if self.settings.on_empty == "closed_book" and empty.any():
+            certain = torch.zeros_like(doc_logprobs).masked_fill(torch.arange(self.k, device=device) > 0, -torch.inf)
+            doc_logprobs = torch.where(torch.from_numpy(empty).to(device)[:, None], certain, doc_logprobs)
+        asked = ~torch.isneginf(doc_logprobs.detach())
+        pairs = asked.nonzero().tolist()
+        if not pairs:
+            return Scored(doc_logprobs, torch.zeros((*asked.shape, labels.shape[1]), device=device), labels >= 0, rows)
+        prompts = [self._prompt(queries[b], int(rows[b, k])) for b, k in pairs]
+        states = self.generator.collate([{"input_ids": list(p.ids), "labels": []} for p in prompts])
+        states["labels"] = labels[[b for b, _ in pairs]]
+        if self.settings.label_smoothing:
+            return self._smoothed(doc_logprobs, states, asked, labels, rows)
+        each = self.generator.forward(states, self.module.generator)
+        return Scored(doc_logprobs, _spread(each, asked), labels >= 0, rows)
+
+    def _picked(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
+        """q·d (B,K), with gradient where the query encoder learns, and the rows (B,K) the search found."""
+        queries = batch["queries"]
+        given = batch.get("candidates")
+        if given is not None:
+            rows = given.cpu().numpy()
+        if given is not None and self.retriever.prior_settings.kind == "bm25":
+            return torch.zeros(rows.shape, device=device), rows
+        features = {name.removeprefix("query_"): v.to(device) for name, v in batch.items() if name.startswith("query_")}
+        learning = self.searches and self.step >= self.settings.freeze_retriever_steps
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learning):
+            vectors = self.retriever.encoder.forward(features)
+        if given is None:
+            _, rows = self.retriever.index.search(Queries(queries, vectors.detach().float().cpu().numpy()), self.k)
+        passages = torch.from_numpy(self.vectors.vectors(rows)).to(device)
+        with torch.autocast(device.type, enabled=False):  # bfloat16 merges ranks: scores stay float32
+            return (vectors.float()[:, None, :] * passages).sum(-1), rows
+
+    def _prompt(self, query: str, row: int) -> Any:
+        return self.generator.prompt.render(query, [self.retriever.base.corpus[row]] if row >= 0 else [])
+
+    def _smoothed(
+        self, doc_logprobs: Tensor, states: dict[str, Tensor], asked: Tensor, labels: Tensor, rows: np.ndarray
+    ) -> Scored:
+        generator, chunk = self.generator, self.generator.settings.head_chunk
+        hidden = generator.answer_states(states, self.module.generator)  # (R,T,D), R = present pairs
+        real = states["labels"].to(hidden.device) >= 0
+        values = chunked_token_logprobs(hidden[real], generator.head_logits, states["labels"][real], chunk=chunk)
+        each = _spread(torch.zeros(real.shape, device=values.device).masked_scatter(real, values), asked)
+        mask = labels >= 0
+        weights = predictive_weights(doc_logprobs, each, mask, over=self.settings.over)  # (B,K,T)
+        spread = hidden.new_zeros((*asked.shape, *hidden.shape[1:])).index_put(tuple(asked.nonzero().T), hidden)
+        at = mask.nonzero(as_tuple=True)
+        mixed = chunked_uniform_logprobs(
+            spread.transpose(1, 2)[at], generator.head_logits, weights.transpose(1, 2)[at], chunk=chunk
+        )
+        uniform = torch.zeros(mask.shape, device=mixed.device).masked_scatter(mask, mixed)
+        return Scored(doc_logprobs, each, mask, rows, uniform)
+
+
+def learns_to_retrieve(settings: MarginalSettings, retriever: Retriever) -> bool:
+    """Whether the query encoder gets a gradient. BM25 scores carry none."""
+    return "query_encoder" in settings.learn and retriever.prior_settings.kind != "bm25"
+
+
+class _Joint(nn.Module):
+    """Query encoder and generator as one module with one forward pass."""
+
+    query_encoder: nn.Module
+    generator: nn.Module
+
+    def __init__(self, query_encoder: nn.Module, generator: nn.Module, step: Any):
+        super().__init__()
+        self.query_encoder, self.generator = query_encoder, generator
+        self._step = step
+
+    def forward(self, batch: dict[str, Any]) -> Scored:
+        return self._step(batch)  # type: ignore[no-any-return]
+
+
+def _spread(each: Tensor, asked: Tensor) -> Tensor:
+    """Rows of the present pairs (R,T) → (B,K,T), 0 where absent."""
+    whole = each.new_zeros((*asked.shape, each.shape[-1]))
+    return whole.index_put(tuple(asked.nonzero().T), each)
+
+
+@torch.no_grad()
+def _figures(scored: Scored, nll: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    prior, rows = scored.doc_logprobs.detach(), scored.rows
+    posterior = passage_posterior(prior, scored.token_logprobs.detach(), scored.answer_mask)
+    log_posterior = posterior.clamp_min(1e-30).log()
+    gain = torch.where(posterior > 0, posterior * (log_posterior - torch.where(torch.isneginf(prior), 0.0, prior)), 0.0)
+    return {
+        "nll_token": nll.sum() / mask.sum().clamp_min(1), "nll_example": nll.mean(),
+        "prior_entropy": normalised_entropy(prior).mean(),
+        "posterior_entropy": normalised_entropy(log_posterior.masked_fill(posterior == 0, -torch.inf)).mean(),
+        "posterior_gain": gain.sum(-1).mean(),
+        "best_agrees": (prior.argmax(-1) == posterior.argmax(-1)).float().mean(),
+        "distinct_top1": torch.tensor(len(set(rows[:, 0].tolist())) / max(len(rows), 1)),
+        "absent": torch.tensor(float((rows < 0).mean())),
+    }  # fmt: skip

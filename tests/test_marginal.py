@@ -1,0 +1,274 @@
+"""The `marginal` objective: its loss by loops, who gets gradients, missing passages, smoothing, memory, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from raglan.cli import app
+from raglan.generator import HFGenerator
+from raglan.knowledge import build_knowledge
+from raglan.objective import MarginalObjective, MarginalRow
+from raglan.objective.collapse import CollapseMonitor
+from raglan.rag import RAG
+from raglan.recipe import MarginalObjective as MarginalSettings
+from raglan.recipe import PriorSettings, load_recipe
+from raglan.retriever import Retriever
+from test_generator import made, plain_logprobs
+from test_kill import small_recipe
+from test_rag_decode import next_logprobs
+
+ROWS = [("who built the tower?", "odo"), ("when was the lighthouse built?", "1790"), ("who was the miller?", "a miller")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("marginal")
+    build_knowledge(load_recipe(small_recipe(path)).knowledge)
+    return path
+
+
+@pytest.fixture
+def system(folder: Path) -> RAG:
+    return RAG.open(load_recipe(folder / "small.yaml"))
+
+
+def objective(system: RAG, *, generator: HFGenerator | None = None, **settings: Any) -> MarginalObjective:
+    chosen = MarginalSettings(**{"kind": "marginal", "over": "sequence", "k": 3, **settings})
+    return MarginalObjective(system.retriever, generator or system.generator, chosen)
+
+
+def batch(made_for: MarginalObjective, rows: list[tuple[str, str]] = ROWS) -> dict[str, Any]:
+    return made_for.collate([MarginalRow(query, answer) for query, answer in rows])
+
+
+@pytest.mark.parametrize("over", ["sequence", "token"])
+@pytest.mark.parametrize("kind", ["bart", "llama", "reader"])
+def test_loss_equals_its_twin(kind: str, over: str, system: RAG, tmp_path: Path) -> None:
+    generator = made(kind, tmp_path)
+    aim = objective(system, generator=generator, over=over, reduction="sum")
+    loss, figures = aim.loss(batch(aim))
+    total = 0.0
+    retriever = system.retriever
+    for query, answer in ROWS:
+        hits = retriever.retrieve([query], 3)[0]
+        vector = retriever.encoder.embed_queries([query])[0].astype(np.float64)
+        stored = retriever.base.vectors.vectors(np.array([hit.row for hit in hits])).astype(np.float64)
+        weights = np.exp((stored @ vector) / retriever.temperature)
+        prior = weights / weights.sum()
+        each = np.exp([plain_logprobs(generator, generator.prompt.render(query, [hit.passage]), answer) for hit in hits])
+        total -= math.log(prior @ each.prod(1)) if over == "sequence" else np.log(prior @ each).sum()
+    assert loss.item() == pytest.approx(total, rel=2e-3)
+    assert figures["absent"].item() == 0
+
+
+@pytest.mark.parametrize(
+    "learn", [("query_encoder", "generator"), ("generator",), ("query_encoder",)], ids=["both", "generator", "query_encoder"]
+)
+def test_exactly_what_learns_has_gradients(learn: tuple[str, ...], system: RAG) -> None:
+    aim = objective(system, learn=learn)
+    passage = {name: p.detach().clone() for name, p in system.retriever.encoder.passage_tower.named_parameters()}
+    assert set(aim.parameters()) == set(learn)
+    loss, _ = aim.loss(batch(aim))
+    loss.backward()
+    for name, part in (("query_encoder", aim.module.query_encoder), ("generator", aim.module.generator)):
+        moved = [p for p in part.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert bool(moved) == (name in learn)
+        wanted = {id(p) for p in aim.parameters().get(name, [])}
+        assert all(id(p) in wanted for p in moved)
+    assert all(torch.equal(passage[name], p) for name, p in system.retriever.encoder.passage_tower.named_parameters())
+    assert all(p.grad is None for p in system.retriever.encoder.passage_tower.parameters())
+
+
+def test_the_retriever_waits_as_long_as_it_is_told(system: RAG) -> None:
+    aim = objective(system, freeze_retriever_steps=5)
+    for step, learns in ((4, False), (5, True)):
+        aim.step = step
+        aim.module.zero_grad()
+        aim.loss(batch(aim))[0].backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in aim.module.query_encoder.parameters()) == learns
+
+
+def test_one_passage_teaches_the_retriever_nothing(system: RAG) -> None:
+    aim = objective(system, k=1)
+    aim.loss(batch(aim))[0].backward()
+    gradients = [p.grad for p in aim.parameters()["query_encoder"] if p.grad is not None]
+    assert all(float(g.abs().max()) < 1e-7 for g in gradients)
+
+
+@pytest.mark.parametrize("over", ["sequence", "token"])
+def test_no_hits_is_a_closed_book_row_or_is_left_out(over: str, system: RAG, folder: Path) -> None:
+    recipe = load_recipe(folder / "small.yaml", ["retriever.index=bm25"])
+    asks = RAG.open(recipe)
+    lost = ("zzz qqq", "odo")  # no word of it is in the corpus
+    closed = objective(asks, over=over, reduction="sum")
+    alone = closed.loss(batch(closed, [lost]))[0]
+    prompt = asks.generator.prompt.render(lost[0], [])
+    assert alone.item() == pytest.approx(-sum(plain_logprobs(asks.generator, prompt, lost[1])), rel=2e-3)
+    alone.backward()
+    skip = objective(asks, over=over, reduction="token", on_empty="skip")
+    both = skip.loss(batch(skip, [ROWS[0], lost]))[0]
+    assert both.item() == pytest.approx(skip.loss(batch(skip, [ROWS[0]]))[0].item(), rel=1e-4)
+    nothing = skip.loss(batch(skip, [lost]))[0]
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_fewer_hits_than_k_are_absent_and_not_the_last_passage(folder: Path) -> None:
+    asks = RAG.open(load_recipe(folder / "small.yaml", ["retriever.index=bm25"]))
+    size = len(asks.retriever.base.corpus)
+    aim = objective(asks, k=size)
+    loss, figures = aim.loss(batch(aim, [(asks.retriever.base.corpus[0].title, "odo")]))  # a word of one passage
+    assert 0 < figures["absent"].item() < 1
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for part in aim.parameters().values() for p in part if p.grad is not None)
+
+
+@pytest.mark.parametrize("prior", ["dense", "bm25", "hybrid"])
+def test_priors(prior: str, folder: Path) -> None:
+    asks = RAG.open(load_recipe(folder / "small.yaml", ["retriever.index=bm25", f"retriever.prior={{kind: {prior}}}"]))
+    queries = [query for query, _ in ROWS]
+    hits = asks.retriever.retrieve(queries, 4)
+    found = asks.retriever.prior(queries, hits)
+    for query, own, logprobs in zip(queries, hits, found, strict=True):
+        assert float(logprobs.exp().sum()) == pytest.approx(1, abs=1e-5)
+        sparse = np.array([hit.score for hit in own])
+        stored = asks.retriever.base.vectors.vectors(np.array([hit.row for hit in own]))
+        dense = stored @ asks.retriever.encoder.embed_queries([query])[0]
+        logits = {"dense": dense / 0.05, "bm25": sparse, "hybrid": dense / 0.05 + 0.1 * sparse}[prior]
+        expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert logprobs.exp().tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    aim = objective(asks)
+    assert ("query_encoder" in aim.parameters()) == (prior != "bm25")
+
+
+def test_a_bm25_prior_without_such_an_index_is_named(folder: Path) -> None:
+    from raglan.errors import RecipeError
+
+    system = RAG.open(load_recipe(folder / "small.yaml"))
+    base = system.retriever.base
+    base.settings = base.settings.model_copy(update={"indexes": {"dense": base.settings.indexes["dense"]}})
+    retriever = Retriever(base, system.retriever.encoder, index="dense", prior=PriorSettings(kind="bm25"))
+    with pytest.raises(RecipeError, match="no bm25 index"):
+        retriever.prior(["who?"], retriever.retrieve(["who?"], 2))
+
+
+@pytest.mark.parametrize("over", ["sequence", "token"])
+@pytest.mark.parametrize("kind", ["bart", "llama"])
+def test_label_smoothing_is_that_of_the_full_distribution(kind: str, over: str, system: RAG, tmp_path: Path) -> None:
+    generator = made(kind, tmp_path)
+    plain = objective(system, generator=generator, over=over, reduction="sum")
+    zero = objective(system, generator=generator, over=over, reduction="sum", label_smoothing=0.0)
+    assert torch.equal(plain.loss(batch(plain))[0], zero.loss(batch(zero))[0])
+    aim = objective(system, generator=generator, over=over, reduction="sum", label_smoothing=0.1)
+    loss = aim.loss(batch(aim))[0]
+    loss.backward()
+    total = 0.0
+    for query, answer in ROWS:
+        hits = system.retriever.retrieve([query], 3)[0]
+        prior = system.retriever.prior([query], [hits])[0].double()
+        ids = generator.answer_ids(answer)
+        prompts = [generator.prompt.render(query, [hit.passage]) for hit in hits]
+        weights = prior.clone()
+        for t, token in enumerate(ids):
+            each = torch.stack([next_logprobs(generator, prompt, tuple(ids[:t])) for prompt in prompts])
+            mixed = (weights[:, None] + each).logsumexp(0)
+            total -= 0.9 * float(mixed[token]) + 0.1 * float(mixed.mean())
+            weights = (weights + each[:, token]).log_softmax(0) if over == "sequence" else weights
+    assert loss.item() == pytest.approx(total, rel=2e-3)
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of vocabulary size that any operation of a step gives."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.words, self.rows = words, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.words:
+                self.rows = max(self.rows, tensor.numel() // self.words)
+        return output
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_no_tensor_of_all_answer_tokens_and_all_words(epsilon: float, system: RAG, tmp_path: Path) -> None:
+    generator = made("bart", tmp_path, head_chunk=8)
+    aim = objective(system, generator=generator, label_smoothing=epsilon)
+    aim.loss(batch(aim))  # the one-time check of the head
+    words = generator.model.config.vocab_size
+    long = [(query, "the old miller built a tower by the sea") for query, _ in ROWS]
+    with Largest(words) as largest:
+        aim.loss(batch(aim, long))[0].backward()
+    rows = len(long) * 3 * len(generator.answer_ids(long[0][1]))
+    assert rows > 200
+    assert 0 < largest.rows <= 32  # one chunk (BART's tied head gives (D,V) gradients of 32 rows)
+
+
+def test_splitting_a_batch_changes_nothing(system: RAG) -> None:
+    aim = objective(system)
+    whole = batch(aim)
+    items = (whole["labels"] >= 0).sum()
+    together = aim.loss(whole, items=items)[0]
+    parts = sum(aim.loss(batch(aim, [row]), items=items)[0] for row in ROWS)
+    assert together.item() == pytest.approx(float(parts), rel=1e-4)
+
+
+def test_the_monitor_warns_of_collapse_and_not_of_health(caplog: pytest.LogCaptureFixture) -> None:
+    chance = np.random.default_rng(0)
+    healthy, sick = CollapseMonitor(window=64), CollapseMonitor(window=64)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(8):
+            healthy.see(chance.integers(0, 500, (64, 5)))
+        assert not healthy.warned
+        assert not caplog.records
+        sick.see(chance.integers(0, 500, (64, 5)))
+        for _ in range(3):
+            sick.see(np.tile(np.arange(5), (64, 1)))
+    assert sick.warned
+    assert "collapsing" in caplog.text
+
+
+def test_training_through_the_command_line_saves_both_parts_and_resumes(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    data = {"kind": "questions", "path": recipe["stages"]["read"]["data"]["path"]}
+    recipe["stages"] = {
+        "joint": {
+            "data": data,
+            "objective": {"kind": "marginal", "over": "token", "k": 3, "rates": {"query_encoder": 1e-3}},
+            "train": {"learning_rate": 5e-3, "max_steps": 12, "per_device_train_batch_size": 8, "save_steps": 4, "logging_steps": 2},
+        }
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(recipe))
+    runner = CliRunner()
+    assert runner.invoke(app, ["build", str(path)]).exit_code == 0
+    done = runner.invoke(app, ["train", str(path)])
+    assert done.exit_code == 0, done.output
+    stage = next((load_recipe(path).run / "stages").iterdir())
+    curve = [row for row in json.loads((stage / "log.json").read_text()) if "loss" in row]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert {"prior_entropy", "posterior_gain", "distinct_top1"} <= set(curve[0])
+    tuned = load_file(stage / "result" / "query_encoder" / "model.safetensors")
+    start = load_file(tmp_path / recipe["knowledge"]["encoder"]["model"] / "model.safetensors")
+    moved = [name for name, value in tuned.items() if name in start and not torch.equal(value, start[name])]
+    assert moved
+    answered = runner.invoke(app, ["answer", str(path), ROWS[0][0], "decode.kind=rag_token", "--json"])
+    assert answered.exit_code == 0, answered.output
+    found = json.loads(answered.stdout)[0]
+    assert sum(hit["prior"] for hit in found["passages"]) == pytest.approx(1, abs=1e-4)
+    assert sum(hit["posterior"] for hit in found["passages"]) == pytest.approx(1, abs=1e-4)
