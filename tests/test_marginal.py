@@ -251,7 +251,7 @@ def test_training_through_the_command_line_saves_both_parts_and_resumes(tmp_path
         "joint": {
             "data": data,
             "objective": {"kind": "marginal", "over": "token", "k": 3, "rates": {"query_encoder": 1e-3}},
-            "train": {"learning_rate": 5e-3, "max_steps": 12, "per_device_train_batch_size": 8, "save_steps": 4, "logging_steps": 2},
+            "train": {"learning_rate": 5e-3, "max_steps": 12, "per_device_train_batch_size": 8, "logging_steps": 2},
         }
     }  # fmt: skip
     path.write_text(yaml.safe_dump(recipe))

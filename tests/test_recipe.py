@@ -60,12 +60,15 @@ def test_overrides_reach_stages_and_are_yaml(tmp_path: Path, vessen: Path) -> No
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
+        ("decode: {kind: rag_token, beam: 2}", ["decode.beam: unknown key; did you mean 'beams'?"]),
+        ("generator: {modes: x}", ["generator.modes: unknown key; did you mean 'model'?"]),
         ("retreiver: {k: 3}", ["retreiver: unknown key; did you mean 'retriever'?"]),
         ("retriever: {k: many}", ["retriever.k: ", "is 'many'"]),
         ("retriever: {k: 0}", ["retriever.k: ", "greater than or equal to 1", "is 0"]),
         ("retriever: {k: many}\nprompt: {max_tokenz: 9}", ["2 faults", "is 'many'", "did you mean 'max_tokens'?"]),
         ("retriever: {index: colbert}", ["'colbert'", "dense, bm25, hybrid"]),
-        ("decode: {kind: beam}", ["decode.kind", "'concat'"]),
+        ("decode: {kind: beam}", ["decode.kind: is 'beam'", "'concat', 'rag_sequence', 'rag_token'"]),
+        ("objective: {over: token}\ndata: {kind: lessons}", ["objective.kind: is missing"]),
         ("prompt: {template: x}", ["template must hold {question}"]),
         ("stages: {a: {data: {kind: lessons}, objective: {kind: answer}}}", ["either stages or one objective"]),
         ("generator: {model: 7}", ["generator.model", "is 7"]),

@@ -232,7 +232,8 @@ def _hit(hit: Any) -> dict[str, Any]:
 def _answer(found: Any) -> dict[str, Any]:
     return {
         "query": found.query, "answer": found.text, "logprob": found.logprob, "finished": found.finished,
-        "knowledge": found.knowledge, "passages": [{**_hit(hit), **_shares(found, place)} for place, hit in enumerate(found.hits)],
+        "knowledge": found.knowledge,
+        "passages": [{**_hit(hit), **_shares(found, place)} for place, hit in enumerate(found.hits)],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
     }  # fmt: skip
 

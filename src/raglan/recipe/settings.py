@@ -1,34 +1,11 @@
-"""A recipe: one YAML file, a whole experiment, checked before anything is computed.
-
-All faults are reported at once, each with where it stands, its value, and the nearest valid name. `a.b.c=value` on the
-command line overrides a key; `train.…` overrides every stage's training arguments too. Relative paths are relative to
-the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
-"""
+"""What a recipe may say: one class a group of settings, each field with its type, default, bounds and meaning."""
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-
-from raglan.errors import RecipeError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "AnswerObjective",
@@ -54,9 +31,9 @@ __all__ = [
     "Recipe",
     "RetrieverSettings",
     "SampleSettings",
+    "Settings",
     "StageSettings",
-    "load_recipe",
-    "recipe_schema",
+    "number",
 ]
 
 
@@ -280,7 +257,13 @@ class RagTokenDecode(Settings):
         return self
 
 
-DecodeSettings = Annotated[ConcatDecode | RagSequenceDecode | RagTokenDecode, Field(discriminator="kind")]
+def _concat_unless_said(value: Any) -> Any:
+    return {"kind": "concat", **value} if isinstance(value, dict) else value
+
+
+DecodeSettings = Annotated[
+    ConcatDecode | RagSequenceDecode | RagTokenDecode, Field(discriminator="kind"), BeforeValidator(_concat_unless_said)
+]
 
 
 class QuestionData(Settings):
@@ -362,7 +345,7 @@ Data = Annotated[QuestionData | LessonData, Field(discriminator="kind")]
 ObjectiveSettings = Annotated[AnswerObjective | LsrObjective | MarginalObjective, Field(discriminator="kind")]
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """YAML 1.1 reads 2e-4 as text; here it is a number, as everywhere else."""
     try:
         return float(value) if isinstance(value, str) else value
@@ -371,7 +354,7 @@ def _number(value: Any) -> Any:
 
 
 def _numbers(arguments: Any) -> Any:
-    return {k: _number(v) for k, v in arguments.items()} if isinstance(arguments, dict) else arguments
+    return {k: number(v) for k, v in arguments.items()} if isinstance(arguments, dict) else arguments
 
 
 Arguments = Annotated[dict[str, Any], BeforeValidator(_numbers)]
@@ -448,165 +431,3 @@ class Recipe(Settings):
         if self.objective is not None and self.data is not None:
             stages = {self.objective.kind: StageSettings(data=self.data, objective=self.objective)}
         return {name: stage.model_copy(update={"train": {**self.train, **stage.train}}) for name, stage in stages.items()}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
-
-    Args:
-        path: the YAML file.
-        overrides: "dotted.key=value" strings; values are YAML.
-
-    Raises:
-        RecipeError: with every fault in one message.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"there is no recipe {path}", hint="give the path of a .yaml file; examples/ holds some")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise RecipeError(f"{path} is not YAML: {fault}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
-    _override(tree, overrides)
-    faults = _training_faults(tree)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        faults += [f"{_place(fault['loc'])}: {_explain(fault)}" for fault in error.errors()]
-    if faults:
-        many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        told = "\n  ".join([f"{path} has {many}:", *faults])
-        raise RecipeError(told, hint="`raglan schema` prints all keys with their types")
-    return _resolve(recipe, path.resolve().parent)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of recipes, with the training arguments of the installed transformers."""
-    schema = Recipe.model_json_schema()
-    arguments = {"type": "object", "properties": dict.fromkeys(sorted(_training_fields()), True)}
-    for owner in (schema, schema["$defs"]["StageSettings"]):
-        owner["properties"]["train"] |= arguments | {"additionalProperties": False}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"override {text!r} is not of the form key=value", hint="as in train.learning_rate=2e-4")
-        steps = key.split(".")
-        parsed = _scalar(value)
-        _assign(tree, steps, parsed, key)
-        if steps[0] == "train" and isinstance(tree.get("stages"), dict):
-            for stage in (stage for stage in tree["stages"].values() if isinstance(stage, dict)):
-                _assign(stage, steps, parsed, key)
-
-
-def _assign(tree: dict[str, Any], steps: Sequence[str], value: Any, key: str) -> None:
-    for step in steps[:-1]:
-        tree = tree.setdefault(step, {})
-        if not isinstance(tree, dict):
-            raise RecipeError(f"override {key}: {step} is not a group of settings")
-    tree[steps[-1]] = value
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return _number(yaml.safe_load(text))
-    except yaml.YAMLError as fault:
-        raise RecipeError(f"override value {text!r} is not YAML: {fault}") from None
-
-
-def _place(steps: Sequence[int | str]) -> str:
-    """The dotted place in the file; the discriminator values that pydantic puts in between are left out."""
-    kinds = {"dense", "bm25", "hybrid", "questions", "lessons", "answer", "lsr"}
-    places = [str(step) for i, step in enumerate(steps) if i == 0 or step not in kinds or steps[i - 1] in ("indexes", "stages")]
-    return ".".join(places) or "recipe"
-
-
-def _explain(fault: Mapping[str, Any]) -> str:
-    name = str(fault["loc"][-1]) if fault["loc"] else ""
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, sorted(set(_names())), n=1)
-        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if fault["type"] == "missing":
-        return "is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    value = fault.get("input")
-    return message if isinstance(value, dict | BaseModel) else f"{message[:1].lower()}{message[1:]}, but is {value!r}"
-
-
-@cache
-def _names() -> tuple[str, ...]:
-    def below(model: type[Settings]) -> Iterator[str]:
-        for child in model.__subclasses__():
-            yield from child.model_fields
-            yield from below(child)
-
-    return tuple(below(Settings))
-
-
-@cache
-def _training_fields() -> dict[str, Any]:
-    """The fields of transformers.TrainingArguments with their types."""
-    from transformers import TrainingArguments
-
-    types = get_type_hints(TrainingArguments)
-    return {field.name: types[field.name] for field in fields(TrainingArguments) if field.init and field.name != "output_dir"}
-
-
-def _training_faults(tree: dict[str, Any]) -> list[str]:
-    """What is wrong with the training arguments, of the recipe and of every stage, beside pydantic's own findings."""
-    stages = tree.get("stages")
-    places = {"train": tree.get("train")}
-    if isinstance(stages, dict):
-        places |= {f"stages.{name}.train": stage.get("train") for name, stage in stages.items() if isinstance(stage, dict)}
-    return [
-        f"{place}.{name}: {fault}"
-        for place, arguments in places.items()
-        if isinstance(arguments, dict)
-        for name, value in arguments.items()
-        if (fault := _training_fault(str(name), _number(value)))
-    ]
-
-
-def _training_fault(name: str, value: Any) -> str | None:
-    if name not in _training_fields():
-        near = difflib.get_close_matches(name, _training_fields(), n=1)
-        return "no field of transformers.TrainingArguments" + (f"; did you mean {near[0]!r}?" if near else "")
-    kind = _training_fields()[name]
-    if kind in (int, float, bool, str):
-        try:
-            TypeAdapter(kind).validate_python(value)
-        except ValidationError as fault:
-            return f"{fault.errors()[0]['msg'].lower()}, but is {value!r}"
-    return None
-
-
-def _expanded(text: str) -> str:
-    """${NAME} in a path is the environment variable of that name."""
-    for name in re.findall(r"\$\{(\w+)\}", text):
-        if name not in os.environ:
-            raise RecipeError(f"path {text!r} needs the environment variable {name}, which is not set", hint=f"export {name}=…")
-    return os.path.expandvars(text)
-
-
-def _resolve(value: Any, base: Path) -> Any:
-    """Paths made absolute, relative to the recipe's folder; model names that are folders there too."""
-    if isinstance(value, Path):
-        value = Path(_expanded(str(value)))
-        return value if value.is_absolute() else Path(os.path.normpath(base / value))
-    if isinstance(value, tuple):
-        return tuple(_resolve(item, base) for item in value)
-    if isinstance(value, dict):
-        return {key: _resolve(item, base) for key, item in value.items()}
-    if isinstance(value, BaseModel):
-        changes = {name: _resolve(getattr(value, name), base) for name in type(value).model_fields}
-        for name in ("model", "query_model"):
-            text = changes.get(name)
-            if isinstance(text, str) and text != "embedded" and (base / text).is_dir():
-                changes[name] = str(base / text)
-        return value.model_copy(update=changes)
-    return value
