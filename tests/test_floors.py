@@ -15,7 +15,7 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever"],
     ["objective", "rag"],
-    ["lessons", "data", "scores", "train", "evaluate"],
+    ["lessons", "data", "scores", "trainer", "train", "evaluate"],
     ["report"],
     ["cli", "__main__"],
 ]

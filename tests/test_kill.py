@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,10 @@ while True:
         if done:
             break
         time.sleep(0.005)
+    if done and kills < 10 and os.waitstatus_to_exitcode(status) == 0:  # done before ten kills: once more, afresh
+        print(json.dumps({"early": kills}), flush=True)
+        sys.stdin.readline()
+        continue
     if done:
         print(json.dumps({"done": os.waitstatus_to_exitcode(status), "kills": kills}), flush=True)
         break
@@ -60,10 +68,13 @@ while True:
 """
 
 
-def attempts(what: str, path: Path, longest: float, look: object, *, start: int = 0) -> int:
-    """Run the driver; after every kill call `look`. Returns how many kills there were before the work was done.
+def attempts(
+    what: str, path: Path, longest: float, look: Callable[[], None], *, start: int = 0, afresh: Callable[[], None] | None = None
+) -> int:
+    """Run the driver; after every kill call `look`. Returns how many kills there were: ten.
 
-    From the tenth attempt on nothing is killed; `start=10` is a straight run.
+    Work that is done before the tenth begins again after `afresh` has taken its result away. From the tenth kill on nothing
+    is killed; `start=10` is a straight run.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, what, str(path), str(longest), str(start)],
@@ -77,7 +88,11 @@ def attempts(what: str, path: Path, longest: float, look: object, *, start: int 
             process.wait()
             assert event["done"] == 0
             return int(event["kills"])
-        look()  # type: ignore[operator]
+        if "early" in event:
+            assert afresh is not None
+            afresh()
+        else:
+            look()
         process.stdin.write("on\n")
         process.stdin.flush()
     raise AssertionError("the driver died")
@@ -97,7 +112,14 @@ def test_build_survives_ten_kills(tmp_path: Path) -> None:
         for shard in (tmp_path / "kb" / "building").rglob("vectors/*.npy"):  # none is encoded twice
             assert times.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns
 
-    assert attempts("build", tmp_path / "settings.json", 1.5, look) >= 5
+    def afresh() -> None:
+        build_knowledge(first.settings)  # the pointer goes back, and the finished version goes
+        times.clear()
+        for folder in (tmp_path / "kb" / "versions").iterdir():
+            if folder.name != first.version:
+                shutil.rmtree(folder)
+
+    assert attempts("build", tmp_path / "settings.json", 1.5, look, afresh=afresh) == 10
     assert len(times) > 10, "hardly a shard survived a kill"
     last = KnowledgeBase.open(tmp_path / "kb")
     assert last.version != first.version
@@ -160,10 +182,54 @@ def test_train_survives_ten_kills_and_ends_where_a_straight_run_ends(tmp_path: P
         for name, parts in finished_parts(load_recipe(path)):  # whatever counts as finished opens and answers
             assert name == "untuned" or parts.open(load_recipe(path)).answer(["who built bcd"])
 
-    kills = attempts("train", path, 1.0, look)
-    assert kills >= 4
+    def afresh() -> None:
+        shutil.rmtree(load_recipe(path).run / "stages")
+
+    assert attempts("train", path, 1.0, look, afresh=afresh) == 10
     straight = small_recipe(tmp_path, name="straight")
     assert attempts("train", straight, 0, look, start=10) == 10
+    ours, theirs = (finished_parts(load_recipe(p))[-1][1].open(load_recipe(p)) for p in (path, straight))
+    for a, b in ((ours.generator.model, theirs.generator.model),
+                 (ours.retriever.encoder.query_tower, theirs.retriever.encoder.query_tower)):  # fmt: skip
+        for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+            assert np.allclose(p.detach().numpy(), q.detach().numpy(), atol=1e-4), name
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_saves_the_step_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
+    """A `marginal` stage, two models in one module with tied weights; no checkpoint but the one that Ctrl-C asks for."""
+    path = small_recipe(tmp_path)
+    text = path.read_text()
+    stages = text[text.index("stages:") : text.index("evaluate:")]
+    joint = """stages:
+  joint:
+    data: {kind: questions, path: train.jsonl}
+    objective: {kind: marginal, over: sequence, k: 2}
+    train: {num_train_epochs: 40, save_steps: 100000, learning_rate: 1e-4}
+"""
+    path.write_text(text.replace(stages, joint))
+    build_knowledge(load_recipe(path).knowledge)
+    command = [sys.executable, "-m", "raglan", "train", str(path)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
+    run = load_recipe(path).run / "stages"
+    deadline = time.monotonic() + 120
+    while not list(run.glob("joint-*/log.json")):  # written after the second step
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "goes on where it stopped" in told
+    saved = [int(folder.name.rpartition("-")[2]) for folder in run.glob("joint-*/work/checkpoint-*")]
+    assert len(saved) == 1
+    assert 2 <= saved[0] < 200
+    again = subprocess.run(command, capture_output=True, text=True, env=quiet, check=True)
+    assert f"goes on from checkpoint-{saved[0]}" in again.stderr
+    straight = small_recipe(tmp_path, name="straight")
+    straight.write_text(path.read_text().replace("name: small", "name: straight"))
+    subprocess.run([*command[:-1], str(straight)], capture_output=True, env=quiet, check=True)
     ours, theirs = (finished_parts(load_recipe(p))[-1][1].open(load_recipe(p)) for p in (path, straight))
     for a, b in ((ours.generator.model, theirs.generator.model),
                  (ours.retriever.encoder.query_tower, theirs.retriever.encoder.query_tower)):  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import DPRConfig, DPRQuestionEncoder, RagConfig, RagSequenceFo
 
 from raglan.decode import Asked, rag_sequence, rag_token
 from raglan.generator import HFGenerator, encode_prompts
-from raglan.likelihood import marginal_logprob
+from raglan.likelihood import marginal_logprob, sequence_logprob
 from raglan.prompt import Rendered
 from raglan.recipe import RagSequenceDecode, RagTokenDecode, SampleSettings
 from raglan.records import Hit, Passage
@@ -213,10 +213,27 @@ def test_a_question_without_hits_is_asked_closed_book(generator: HFGenerator) ->
         assert answer.hits == answer.prior == answer.posterior == answer.token_posterior == ()
 
 
-def test_fast_adds_what_is_found_twice_and_merging_by_text_adds_what_reads_the_same() -> None:
-    """Worked example I: the arithmetic of candidates, on totals given by hand."""
-    from raglan.likelihood import sequence_logprob
+def test_merging_by_text_adds_what_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = sharpened(made("bart", tmp_path))
+    question = asked()
+    settings = RagSequenceDecode(kind="rag_sequence", beams=3, max_new_tokens=4)
+    apart = rag_sequence(generator, question, settings)
+    monkeypatch.setattr(generator, "text", lambda ids, sources: "same" if len(ids) > 1 else "short")
+    for before, after in zip(
+        apart, rag_sequence(generator, question, settings.model_copy(update={"merge": "text"})), strict=True
+    ):
+        groups: dict[str, list[float]] = {}
+        for candidate in before.candidates:
+            groups.setdefault("same" if len(candidate.ids) > 1 else "short", []).append(math.exp(candidate.logprob))
+        assert {c.text: c.logprob for c in after.candidates} == pytest.approx(
+            {text: math.log(sum(values)) for text, values in groups.items()}, abs=1e-6
+        )
+        assert after.text == max(groups, key=lambda text: sum(groups[text]))
+        assert sum(after.posterior) == pytest.approx(1)
 
+
+def test_what_is_found_twice_is_added() -> None:
+    """Worked example I: the arithmetic of candidates, on totals given by hand."""
     prior = torch.tensor([[0.4, 0.3, 0.3]], dtype=torch.float64).log()
     found = torch.tensor([[[0.1], [0.5], [0.5]]], dtype=torch.float64).log()
     assert sequence_logprob(prior, found, torch.ones(1, 1)).exp().item() == pytest.approx(0.34)
@@ -263,6 +280,7 @@ def test_length_and_ngram_rules_act_on_the_mixture(tmp_path: Path) -> None:
             ids = (*ids, int(mixed.argmax()))
         assert blocked[place].ids == ids
     shortest = min(len(answer.ids) for answer in plain)
+    assert shortest < 40
     longer = rag_token(
         generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=40, min_new_tokens=min(40, shortest + 2))
     )
@@ -274,7 +292,7 @@ def test_a_models_own_generation_settings_do_not_act_before_the_mixture(tmp_path
     question = asked()
     before = [a.ids for a in rag_token(generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=6))]
     config = generator.model.generation_config
-    config.no_repeat_ngram_size, config.repetition_penalty, config.forced_bos_token_id, config.min_length = 1, 3.0, 7, 5
+    config.no_repeat_ngram_size, config.repetition_penalty, config.forced_eos_token_id, config.use_cache = 1, 3.0, 7, False
     after = [a.ids for a in rag_token(generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=6))]
     assert before == after
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import tiny
 from raglan.generator import HFGenerator
-from raglan.generator.reader import LockedDropout
+from raglan.generator.reader import GROUP, LockedDropout
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Passage
 
@@ -153,3 +153,15 @@ def test_a_training_pass_drops_by_row_only(generator: HFGenerator) -> None:
     kinds = [m for m in generator.model.modules() if "Dropout" in type(m).__name__]
     assert all(isinstance(m, LockedDropout) or m.p == 0 for m in kinds)
     assert sum(isinstance(m, LockedDropout) and m.p > 0 for m in kinds) > 0
+
+
+def test_blocks_of_unlike_length_are_encoded_in_groups_and_come_back_in_place(generator: HFGenerator) -> None:
+    texts = ["a tower " * n for n in (1, 9, 2, 14, 3, 1, 7, 5, 12, 2, 1, 6, 11, 4, 8)]
+    assert len(texts) > GROUP
+    ids = prompt_ids(generator, *texts)
+    with torch.no_grad():
+        whole = generator.model.encoder(ids).last_hidden_state[0]
+        starts = (ids[0] == 2).nonzero().flatten().tolist()
+        for begin, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+            alone = generator.model.encoder(ids[:, begin:end]).last_hidden_state[0]
+            assert torch.allclose(whole[begin:end], alone, atol=1e-5)

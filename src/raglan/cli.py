@@ -81,7 +81,8 @@ def retrieve(
     """Print the passages that a question finds, with their scores."""
     from raglan.encoder import Encoder
     from raglan.knowledge import KnowledgeBase
-    from raglan.retriever import Retriever, check_query
+    from raglan.retriever import Retriever
+    from raglan.text import check_query
 
     check_query(question)
     path = load_recipe(kb).knowledge.path if kb.suffix in (".yaml", ".yml") else kb
@@ -108,7 +109,7 @@ def answer(
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
-    from raglan.retriever import check_query
+    from raglan.text import check_query
     from raglan.train import Parts, finished_parts
 
     overrides = [word for word in questions if _is_override(word)]
@@ -180,14 +181,14 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Recipes that have been evaluated.")],
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes that have been evaluated; several stand side by side.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     change: Annotated[list[str] | None, typer.Option("--set", help="A setting changed in all of them: a.b.c=value.")] = None,
 ) -> None:
     """Write one self-contained HTML page: before and after, curves, examples."""
     from raglan.report import write_report
 
-    write_report([load_recipe(run, change or []) for run in runs], output)
+    write_report([load_recipe(path, change or []) for path in recipes], output)
     typer.echo(str(output))
 
 
@@ -204,6 +205,11 @@ def main() -> None:
     except RaglanError as fault:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)
+        sys.exit(2)
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        print(f"error: {fault.strerror}: {fault.filename}\nhint: check the path, its permissions and the disk", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # typer's for Ctrl-C

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,13 +25,19 @@ import pyarrow.parquet
 from raglan.errors import CorpusError, MissingExtra, require
 from raglan.progress import track
 from raglan.records import Document, Example
-from raglan.text import SPACELESS
+from raglan.text import SPACELESS, check_query, half_character
 
 __all__ = ["Reading", "read_documents", "read_examples"]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 TEXTS = (".md", ".markdown", ".txt")
 CONVERTED = (".html", ".htm", ".pdf", ".docx")
+ENCODINGS = "set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip"
+UNREADABLE = "check the file and its permissions, or set on_error: skip"
+LINES = 'each line is one JSON object, as in {"id": "a", "text": "…"}'
+QUESTIONS = (
+    'each line is one JSON object in UTF-8, as in {"id": "1", "query": "Who …?", "answers": ["…"], "relevant": ["passage id"]}'
+)
 
 
 @dataclass
@@ -69,14 +76,16 @@ def read_documents(
         if ending not in (*TABLES, *TEXTS, *CONVERTED):
             reading.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
             continue
-        reading.files += 1
         try:
+            if half_character(str(path)) is not None:
+                raise CorpusError(f"the file name {str(path)!r} is not UTF-8", hint="rename it, or set on_error: skip")
             found = _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
             empty = [document.id for document in found if not document.text.strip()]
             reading.skipped += [(str(path), f"row {identity!r} holds no text") for identity in empty]
             if not found:
                 reading.skipped.append((str(path), "holds no row"))
             reading.documents += [document for document in found if document.text.strip()]
+            reading.files += 1
         except MissingExtra:
             raise
         except CorpusError as fault:
@@ -99,11 +108,11 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     if path.is_dir():
         examples = list(_beir_examples(path, split))
     elif path.is_file():
-        examples = [_example(row, path, line) for line, row in _json_lines(path, "utf-8")]
+        examples = [_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS)]
     else:
         raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file or a BEIR folder")
     if not examples:
-        raise CorpusError(f"{path} holds no question")
+        raise CorpusError(f"{path} holds no question", hint=QUESTIONS)
     seen: set[str] = set()
     for example in examples:
         if example.id in seen:
@@ -144,12 +153,12 @@ def _text(path: Path, encoding: str) -> str:
     except UnicodeDecodeError as fault:
         raise CorpusError(
             f"{path} is not {encoding}: byte {fault.object[fault.start]:#04x} at position {fault.start}",
-            hint="set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip",
+            hint=ENCODINGS,
         ) from None
     except LookupError:
-        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python") from None
+        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
     except OSError as fault:
-        raise CorpusError(f"{path} cannot be read: {fault.strerror}") from None
+        raise CorpusError(f"{path} cannot be read: {fault.strerror}", hint=UNREADABLE) from None
 
 
 def _marked(encoding: str) -> str:
@@ -200,32 +209,38 @@ def _rows(path: Path, ending: str, encoding: str) -> Iterator[tuple[int, dict[st
         try:
             table = pyarrow.parquet.read_table(path)
         except (OSError, pyarrow.ArrowException) as fault:
-            raise CorpusError(f"{path} cannot be read as .parquet: {fault}") from None
+            raise CorpusError(f"{path} cannot be read as .parquet: {fault}", hint=UNREADABLE) from None
         yield from enumerate(table.to_pylist(), 1)
 
 
-def _json_lines(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path, encoding: str, *, cure: str = ENCODINGS) -> Iterator[tuple[int, dict[str, Any]]]:
     opened = gzip.open if path.name.endswith(".gz") else open
+    number = 0
     try:
         with opened(path, "rt", encoding=_marked(encoding)) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _json_object(line, path, number)
     except LookupError:
-        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python") from None
+        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
     except UnicodeDecodeError as fault:
-        raise CorpusError(f"{path} is not {encoding}: {fault.reason}", hint="set knowledge.encoding") from None
-    except (OSError, EOFError) as fault:
-        raise CorpusError(f"{path} cannot be read: {fault}") from None
+        byte = fault.object[fault.start]
+        raise CorpusError(
+            f"{path} is not {encoding}: byte {byte:#04x} after line {number} ({fault.reason})", hint=cure
+        ) from None
+    except (OSError, EOFError, zlib.error) as fault:
+        raise CorpusError(f"{path} cannot be read: {fault}", hint=UNREADABLE) from None
 
 
 def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as fault:
-        raise CorpusError(f"{path}, line {number} is not JSON: {fault}") from None
+        raise CorpusError(f"{path}, line {number} is not JSON: {fault}", hint=LINES) from None
     if not isinstance(value, dict):
-        raise CorpusError(f"{path}, line {number} is {type(value).__name__}, not an object")
+        raise CorpusError(f"{path}, line {number} is {type(value).__name__}, not an object", hint=LINES)
+    if "\\u" in line and (half := half_character(json.dumps(value, ensure_ascii=False))) is not None:
+        raise CorpusError(f"{path}, line {number} holds {half!r}, half a character", hint="mend its \\u escape")
     return value
 
 
@@ -238,10 +253,8 @@ def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapp
     given = row.get(columns["id"], row.get("_id"))
     identity = f"{path.stem}:{number}" if given is None else str(given)
     title, text = str(row.get(columns["title"]) or ""), str(row[columns["text"]] or "")
-    try:
-        (identity + title + text).encode()
-    except UnicodeEncodeError as fault:
-        raise CorpusError(f"{path}, row {number} holds {fault.object[fault.start]!r}, half a character") from None
+    if (half := half_character(identity + title + text)) is not None:
+        raise CorpusError(f"{path}, row {number} holds {half!r}, half a character", hint="write the file as valid UTF-8")
     return Document(identity, text, title, str(path), whole)
 
 
@@ -264,23 +277,34 @@ def _check(reading: Reading, paths: Iterable[Path]) -> None:
 
 
 def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:
-    place = f"{path}, line {line}"
+    try:
+        return _checked(row, line)
+    except CorpusError as fault:
+        raise CorpusError(f"{path}, line {line}: {fault.message}", hint=fault.hint or QUESTIONS) from None
+
+
+def _checked(row: Mapping[str, Any], line: int) -> Example:
     query = row.get("query", row.get("question"))
     if not isinstance(query, str) or not query.strip():
-        raise CorpusError(f"{place}: `query` is {query!r}; it must be a question in words")
+        raise CorpusError(f"`query` is {query!r}; it must be a question in words")
+    check_query(query)
     answers, relevant = row.get("answers", []), row.get("relevant", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise CorpusError(f"{place}: `answers` is {answers!r}; it must be a list of texts")
+        raise CorpusError(f"`answers` is {answers!r}; it must be a list of texts")
+    if any(not answer.strip() for answer in answers):
+        raise CorpusError(
+            f"`answers` is {answers!r}; an answer is empty", hint="leave it out; `answers: []` is a question without one"
+        )
     if not isinstance(relevant, list):
-        raise CorpusError(f"{place}: `relevant` is {relevant!r}; it must be a list of passage ids")
+        raise CorpusError(f"`relevant` is {relevant!r}; it must be a list of passage ids")
     evidence = [item for item in relevant if isinstance(item, dict)]
     if any("document" not in item for item in evidence):
-        raise CorpusError(f"{place}: `relevant` holds an object without `document`")
+        raise CorpusError("`relevant` holds an object without `document`")
     grades, history = row.get("grades") or {}, row.get("history") or []
     if not isinstance(grades, dict) or not all(isinstance(grade, int) for grade in grades.values()):
-        raise CorpusError(f"{place}: `grades` is {grades!r}; it must map passage ids to whole numbers")
+        raise CorpusError(f"`grades` is {grades!r}; it must map passage ids to whole numbers")
     if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
-        raise CorpusError(f"{place}: `history` is {history!r}; it must be a list of texts")
+        raise CorpusError(f"`history` is {history!r}; it must be a list of texts")
     known = {"id", "query", "question", "answers", "relevant", "grades", "history"}
     metadata = {key: value for key, value in row.items() if key not in known}
     return Example(
@@ -298,14 +322,20 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
     queries = next((folder / name for name in ("queries.jsonl", "queries.jsonl.gz") if (folder / name).is_file()), None)
     judged = folder / "qrels" / f"{split}.tsv"
     if queries is None or not judged.is_file():
-        raise CorpusError(f"{folder} is no BEIR folder with a {split} split: it needs queries.jsonl and qrels/{split}.tsv")
+        raise CorpusError(
+            f"{folder} is no BEIR folder with a {split} split: it needs queries.jsonl and qrels/{split}.tsv",
+            hint="training reads qrels/train.tsv, evaluation qrels/test.tsv; or give a .jsonl file of questions",
+        )
     grades: dict[str, dict[str, int]] = {}
     for number, judgement in enumerate(_text(judged, "utf-8").splitlines(), 1):
         cells = judgement.split("\t")
         if number == 1 and not cells[-1].lstrip("-").isdigit():
             continue
         if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
-            raise CorpusError(f"{judged}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {judgement!r}")
+            raise CorpusError(
+                f"{judged}, line {number} is not `query-id<TAB>corpus-id<TAB>score`: {judgement!r}",
+                hint="part the three cells by tabs; the score is a whole number",
+            )
         grades.setdefault(cells[0], {})[cells[1]] = int(cells[2])
     for line, row in _json_lines(queries, "utf-8"):
         identity = str(row.get("_id", row.get("id")))
@@ -315,4 +345,7 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
             asked = {"answers": [], **row, "id": identity, "query": row.get("text"), "relevant": relevant, "grades": graded}
             yield _example(asked, queries, line)
     if grades:
-        raise CorpusError(f"{judged} judges queries that are not in {queries.name}: {', '.join(list(grades)[:5])}")
+        raise CorpusError(
+            f"{judged} judges queries that are not in {queries.name}: {', '.join(list(grades)[:5])}",
+            hint="take both files from the same collection",
+        )

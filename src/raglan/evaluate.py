@@ -101,7 +101,7 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     system.retriever.check_k(system.k)
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
     hits = system.retriever.retrieve([example.query for example in examples], deepest)
-    rows = [_retrieval_row(example, found, settings) for example, found in zip(examples, hits, strict=True)]
+    rows = [_retrieval_row(example, found, settings, system.k) for example, found in zip(examples, hits, strict=True)]
     answered = [place for place, example in enumerate(examples) if example.answers]
     for mode in settings.modes:
         places = [place for place in answered if mode != "gold" or examples[place].relevant]
@@ -129,7 +129,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
     return {name: paired_bootstrap(before.values(name), after.values(name)) for name in names}
 
 
-def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings) -> dict[str, Any]:
+def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings, kept: int) -> dict[str, Any]:
     ranking = [hit.passage.id for hit in hits]
     grades = dict(example.grades) or dict.fromkeys(example.relevant, 1)
     texts = [f"{hit.passage.title}\n{hit.passage.text}" for hit in hits]
@@ -141,7 +141,7 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
         "id": example.id, "query": example.query, "answers": list(example.answers), "relevant": list(example.relevant),
         "hits": [
             {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
-            for h in hits[:10]
+            for h in hits[: max(10, kept)]
         ],
         "predictions": {},
         "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},

@@ -35,7 +35,7 @@ from raglan.errors import CheckpointError, CorpusError, IndexMismatch
 from raglan.index import BM25Index, HybridIndex, Index
 from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
-from raglan.progress import track
+from raglan.progress import counting, track
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import HybridIndex as HybridSettings
@@ -189,15 +189,17 @@ class _Build:
         missing = [start for start in starts if not (folder / f"{start:09d}.npy").is_file()]
         began = time.monotonic()
         encoded = 0
-        for start in track(missing, "encoding", done=len(starts) - len(missing)):
-            texts = [passage_text(p) for p in passages[start : start + SHARD]]
-            half = folder / f"{start:09d}.part"
-            with open(half, "wb") as file:
-                np.save(file, self.encoder.embed_passages(texts))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(half, folder / f"{start:09d}.npy")
-            encoded += len(texts)
+        done = len(passages) - sum(min(SHARD, len(passages) - start) for start in missing)
+        with counting(len(passages), "encoding", done=done) as seen:
+            for start in missing:
+                texts = [passage_text(p) for p in passages[start : start + SHARD]]
+                half = folder / f"{start:09d}.part"
+                with open(half, "wb") as file:
+                    np.save(file, self.encoder.embed_passages(texts, seen=seen))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(half, folder / f"{start:09d}.npy")
+                encoded += len(texts)
         return encoded, max(time.monotonic() - began, 1e-9)
 
     def _reuse(self, folder: Path) -> None:

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-__all__ = ["console", "track"]
+__all__ = ["console", "counting", "track"]
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def counting(total: int, label: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how many more are done; for work that goes on in pieces of unlike size."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Progress(*_columns(), console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+        yield lambda more: bar.advance(task, more)
 
 
 def track(items: Sequence[T], label: str, *, done: int = 0) -> Iterable[T]:
@@ -21,11 +41,12 @@ def track(items: Sequence[T], label: str, *, done: int = 0) -> Iterable[T]:
 
 
 def _shown(items: Sequence[T], label: str, done: int) -> Iterator[T]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*_columns(), console=console, transient=True) as bar:
         task = bar.add_task(label, total=done + len(items), completed=done)
         for item in items:
             yield item
             bar.advance(task)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -19,6 +19,7 @@ from typing import Any
 from raglan.errors import RecipeError
 from raglan.recipe import PromptSettings
 from raglan.records import Passage
+from raglan.text import shortened
 
 __all__ = ["Prompt", "Rendered"]
 
@@ -76,7 +77,7 @@ class Prompt:
         opens, closes = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         question = self._ids(query)
         room = self.budget - len(question) - 3
-        self._check_room(room, len(question))
+        self._check_room(room, query)
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
         ids: list[int] = [] if texts else [opens, *question, closes]
         cut, starved = 0, False
@@ -93,7 +94,7 @@ class Prompt:
         lengths = [len(self._ids(text)) for text in texts]
         fixed = len(self._whole(query, []))
         room = self.budget - fixed - len(texts) * len(self._ids(self.settings.separator))
-        self._check_room(self.budget - fixed + 1, len(self._ids(query)))
+        self._check_room(self.budget - fixed + 1, query)
         if texts:
             self._check_passages(room, len(texts))
         shares = _shares(lengths, room)
@@ -106,7 +107,7 @@ class Prompt:
             longest = max(range(len(shares)), key=shares.__getitem__)  # joins can cost a token more than their parts
             shares[longest] = max(0, shares[longest] - over)
         if over > 0:
-            self._check_room(-over, len(self._ids(query)))
+            self._check_room(-over, query)
         cut = sum(lengths) - sum(min(a, b) for a, b in zip(lengths, shares, strict=True))
         least = self.settings.min_passage_tokens
         starved = any(share < min(length, least) for share, length in zip(shares, lengths, strict=True))
@@ -160,10 +161,11 @@ class Prompt:
                 hint="lower retriever.k, or raise prompt.max_tokens if the model allows it",
             )
 
-    def _check_room(self, room: int, question: int) -> None:
+    def _check_room(self, room: int, query: str) -> None:
         if room < 1:
             raise RecipeError(
-                f"the question has {question} tokens and does not fit into a prompt of {self.budget}",
+                f"the question has {len(self._ids(query))} tokens and does not fit into a prompt of {self.budget}: "
+                f"{shortened(query)!r}",
                 hint="questions are never cut: raise prompt.max_tokens if the model allows it, or shorten the question",
             )
 

@@ -12,7 +12,8 @@ from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import DecodeSettings, Recipe
 from raglan.records import Answer, Hit
-from raglan.retriever import Retriever, check_query
+from raglan.retriever import Retriever
+from raglan.text import check_query
 
 __all__ = ["RAG"]
 

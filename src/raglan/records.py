@@ -85,7 +85,7 @@ class Answer:
 
     The RAG decodings add, in the order of `hits`: `prior` p(z|x); `posterior` p(z|x,y), which for `rag_token` is each
     passage's share in the answer; and for `rag_token` also `token_posterior`, a row for each token of `ids`. All candidates
-    are kept, best first, the answer among them.
+    are kept, the answer first and the rest by their log-probability.
     """
 
     query: str

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raglan.encoder import Encoder
-from raglan.errors import CorpusError, RecipeError
+from raglan.errors import RecipeError
 from raglan.index import BM25Index, Index, Queries
 from raglan.knowledge import KnowledgeBase
 from raglan.likelihood import passage_logprobs
@@ -18,10 +18,9 @@ from raglan.progress import track
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import PriorSettings
 from raglan.records import Hit
+from raglan.text import check_query
 
-__all__ = ["MAX_QUERY_CHARACTERS", "Retriever", "check_query"]
-
-MAX_QUERY_CHARACTERS = 100_000
+__all__ = ["Retriever"]
 
 
 class Retriever:
@@ -116,14 +115,3 @@ class Retriever:
             raise RecipeError(f"k is {k}, but the knowledge base holds {len(self.base.corpus)} passages", hint="ask for fewer")
         if k < 1:
             raise RecipeError(f"k is {k}; it must be at least 1")
-
-
-def check_query(query: str) -> None:
-    """Refuse what cannot be a question."""
-    if not query.strip():
-        raise CorpusError("the question is empty", hint="ask something, as in: raglan answer recipe.yaml 'Who …?'")
-    if len(query) > MAX_QUERY_CHARACTERS:
-        raise CorpusError(
-            f"the question has {len(query):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
-            hint="put long texts among the documents, and ask about them",
-        )

@@ -10,12 +10,52 @@ import re
 import unicodedata
 from functools import lru_cache
 
-__all__ = ["answer_words", "normalise_answer", "restore_surface", "terms"]
+from raglan.errors import CorpusError
+
+__all__ = [
+    "MAX_QUERY_CHARACTERS",
+    "answer_words",
+    "check_query",
+    "half_character",
+    "normalise_answer",
+    "restore_surface",
+    "shortened",
+    "terms",
+]
+
+MAX_QUERY_CHARACTERS = 100_000
 
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _TERM = re.compile(rf"[{SPACELESS}]+|(?:(?![{SPACELESS}])[^\W_])+")
+
+
+def check_query(query: str) -> None:
+    """Refuse what cannot be a question. Raises CorpusError."""
+    if not query.strip():
+        raise CorpusError("the question is empty", hint="ask something, as in: raglan answer recipe.yaml 'Who …?'")
+    if len(query) > MAX_QUERY_CHARACTERS:
+        raise CorpusError(
+            f"the question has {len(query):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
+            hint="put long texts among the documents, and ask about them",
+        )
+    if (half := half_character(query)) is not None:
+        raise CorpusError(f"the question holds {half!r}, half a character", hint="give it as valid UTF-8")
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    """The head of a text, for messages."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def half_character(text: str) -> str | None:
+    """The first surrogate that stands alone: what bytes that are no UTF-8, or a torn JSON escape, leave behind."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        return text[fault.start]
+    return None
 
 
 def normalise_answer(text: str) -> str:

@@ -12,29 +12,21 @@ come out of the stages before), so a changed setting trains anew and an unchange
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import set_seed
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
 from raglan.data import answer_rows, load_examples, stage_examples
-from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.likelihood import lsr_target, normalised_entropy
@@ -54,13 +46,13 @@ from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import QuestionData, Recipe, StageSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
+from raglan.trainer import Interrupt, StageTrainer, last_whole, stage_trainer
 
 __all__ = ["Parts", "finished_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
 LEARNED = {"answer": "generator", "lsr": "query_encoder"}
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -161,29 +153,6 @@ def _stages(recipe: Recipe) -> list[tuple[_Stage, Parts]]:
     return stages
 
 
-class _KeepMemory(TrainerCallback):
-    """Let glibc keep freed blocks: a training step on a CPU frees and takes the same gigabyte over and over.
-
-    Measured with the embedded reader: a fifth off the step, a quarter of the page faults (docs/log.md). Rows of many lengths
-    leave holes, so unused pages go back whenever the process holds half of the machine's memory. Elsewhere than on Linux
-    nothing happens.
-    """
-
-    def __init__(self) -> None:
-        self.libc: Any = ctypes.CDLL(None) if sys.platform == "linux" and not torch.cuda.is_available() else object()
-        if hasattr(self.libc, "mallopt"):
-            for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28)):
-                self.libc.mallopt(parameter, value)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if hasattr(self.libc, "malloc_trim") and 2 * _resident_pages() > os.sysconf("SC_PHYS_PAGES"):
-            self.libc.malloc_trim(0)
-
-
-def _resident_pages() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1])
-
-
 def folder_stamp(name: str | Path | None) -> list[list[Any]]:
     """What a local model folder holds, by name, size and time; nothing for hub names and the embedded models."""
     folder = Path(name) if name is not None else Path()
@@ -204,15 +173,28 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     else:
         objective, rows, held_out = _marginal(recipe, stage, system, objective_settings)
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
-    trainer = _trainer(recipe, stage, objective, rows, held_out)
-    checkpoint = _last_whole(stage.folder / "work")
+    trainer = stage_trainer(recipe, stage.settings, stage.folder, objective, rows, held_out)
+    checkpoint = last_whole(stage.folder / "work")
     if checkpoint is not None:
         log.info("stage %s goes on from %s", stage.name, checkpoint.name)
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _keep(stage, system, objective, {"rows": len(rows), "steps": trainer.state.global_step})
+    if interrupt.asked:
+        raise KeyboardInterrupt
+    if trainer.is_world_process_zero():
+        _finish(stage, recipe, system, objective, trainer, len(rows), began)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _finish(
+    stage: _Stage, recipe: Recipe, system: RAG, objective: Objective, trainer: StageTrainer, rows: int, began: float
+) -> None:
+    """Keep what was learned, then say that the stage is done, then drop the checkpoints."""
+    _keep(stage, system, objective, {"rows": rows, "steps": trainer.state.global_step})
     write_manifest(stage.result, KIND, {
         "stage": stage.name, "settings": stage.settings.model_dump(mode="json"), "recipe": recipe.name,
-        "knowledge": system.retriever.base.version, "rows": len(rows), "steps": trainer.state.global_step,
+        "knowledge": system.retriever.base.version, "rows": rows, "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step, "seconds": round(time.monotonic() - began, 1),
     })  # fmt: skip
     shutil.rmtree(stage.folder / "work", ignore_errors=True)
@@ -324,179 +306,3 @@ def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, A
         folder = stage.result / "generator"
         shutil.rmtree(folder, ignore_errors=True)
         system.generator.save(folder, **figures)
-
-
-class _Rows(Dataset[Any]):
-    def __init__(self, rows: Sequence[Any]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.rows[place]
-
-
-class _StageTrainer(Trainer):
-    """The loss and the validation are the objective's; everything else is transformers'."""
-
-    objective: Objective
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:  # fmt: skip
-        self.objective.step = self.state.global_step
-        loss, figures = self.objective.loss(inputs, module=model, items=num_items_in_batch)
-        self._figures = {name: float(value) for name, value in figures.items()}
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # ranks are averaged, the division was by all their tokens
-        elif self.args.gradient_accumulation_steps > 1 and self.objective.division == "mean":
-            loss = loss / self.current_gradient_accumulation_steps
-        return loss
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {
-            f"eval_{name}": value for name, value in self.objective.validate(cast(_Rows, self.eval_dataset).rows).items()
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's, its groups split by part where parts learn at rates of their own."""
-        optimizer = super().create_optimizer(model)
-        rates = getattr(getattr(self.objective, "settings", None), "rates", {})
-        parts = {id(p): name for name, found in self.objective.parameters().items() for p in found if name in rates}
-        groups = []
-        for group in optimizer.param_groups:
-            for name in (None, *rates):
-                params = [p for p in group["params"] if parts.get(id(p)) == name]
-                if params:
-                    groups.append({**group, "params": params, "lr": rates.get(name, group["lr"])})
-        optimizer.param_groups[:] = groups
-        return optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Tied weights once: safetensors refuses names that share their storage, and loading ties them again."""
-        if state_dict is None and isinstance(self.objective, MarginalObjective):
-            names: dict[int, str] = {}
-            whole = cast(nn.Module, self.model).state_dict()
-            for name, tensor in whole.items():
-                names.setdefault(tensor.data_ptr(), name)
-            state_dict = {name: whole[name] for name in names.values()}
-        super()._save(output_dir, state_dict)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs = {**logs, **getattr(self, "_figures", {})}
-        super().log(logs, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in cast(_Rows, self.train_dataset).rows]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return _ByLength(lengths, batch, self.args.seed)
-
-
-class _ByLength(Sampler[int]):
-    """Rows of like length together, in an order that follows from seed and epoch alone.
-
-    transformers' own sampler draws its order from the global generator, which a resumed run restores only afterwards: it
-    then skips batches of another order, so that some rows are learned from twice and others not at all.
-    """
-
-    def __init__(self, lengths: list[int], batch: int, seed: int):
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
-
-
-class _Curves(TrainerCallback):
-    """Keeps the learning curves on disk while training runs."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            write_json(self.path, state.log_history)
-
-
-def _trainer(
-    recipe: Recipe, stage: _Stage, objective: Objective, rows: Sequence[Any], held_out: Sequence[Any]
-) -> _StageTrainer:
-    work = stage.folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    _learning(objective)
-    trainer = _StageTrainer(
-        model=objective.module, args=_arguments(recipe, stage, work, bool(held_out)), data_collator=objective.collate,
-        train_dataset=_Rows(rows), eval_dataset=_Rows(held_out) if held_out else None,
-    )  # fmt: skip
-    trainer.objective = objective
-    trainer.model_accepts_loss_kwargs = objective.division == "items"
-    trainer.loss_is_scaled_for_ga = True
-    trainer._loss_shifts_labels = False  # labels are the answer's own tokens, for causal models too: count them all
-    trainer.add_callback(_Curves(stage.folder / "log.json"))
-    trainer.add_callback(_KeepMemory())
-    if not sys.stderr.isatty():
-        trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _learning(objective: Objective) -> None:
-    """Exactly the objective's parameters require a gradient."""
-    wanted = [parameter for part in objective.parameters().values() for parameter in part]
-    if not wanted:
-        raise RecipeError("nothing learns: every parameter is frozen", hint="shorten generator.freeze")
-    kept = {id(parameter) for parameter in wanted}
-    for parameter in objective.module.parameters():
-        parameter.requires_grad_(id(parameter) in kept)
-
-
-def _arguments(recipe: Recipe, stage: _Stage, work: Path, validates: bool) -> TrainingArguments:
-    given = stage.settings.train
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 32, "num_train_epochs": 3, "learning_rate": 2e-4, "warmup_steps": 0.05,
-        "lr_scheduler_type": "linear", "weight_decay": 0.01, "logging_steps": 10, "save_steps": 100, "save_total_limit": 1,
-        "bf16": bfloat16_is_faster() and recipe.generator.dtype in ("auto", "bfloat16"),
-        "use_cpu": not torch.cuda.is_available(), "report_to": [], "seed": recipe.seed, "remove_unused_columns": False,
-        "disable_tqdm": not sys.stderr.isatty(), "dataloader_pin_memory": torch.cuda.is_available(),
-    }  # fmt: skip
-    if stage.settings.objective.kind == "answer":
-        defaults["train_sampling_strategy"] = "group_by_length"
-    if validates and "eval_strategy" not in given:
-        defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
-    if given.get("load_best_model_at_end") and stage.settings.objective.kind == "lsr":
-        defaults |= {"metric_for_best_model": "mrr@10", "greater_is_better": True}
-    if not validates and given.get("eval_strategy", "no") != "no":
-        raise RecipeError(f"stage {stage.name!r} wants evaluations but has no held-out questions", hint="give data.dev")
-    try:
-        return TrainingArguments(**{**defaults, **given, "output_dir": str(work)})
-    except (TypeError, ValueError) as fault:
-        raise RecipeError(f"stages.{stage.name}.train: {fault}", hint="fields are transformers.TrainingArguments'") from None
-
-
-def _last_whole(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed.
-
-    The trainer writes its state after weights, optimizer and generators, and removes the checkpoint before only then.
-    """
-    found = []
-    for folder in work.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append(folder)
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

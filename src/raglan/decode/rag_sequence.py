@@ -5,6 +5,8 @@
 `thorough` takes p(y | x, z_k) from every passage; `fast` takes it as 0 where the passage's own beams lack y. A pair that was
 scored by its own beam is not scored again, and no prompt is encoded twice.
 
+A `fast` answer's posterior, like its score, counts only the passages that found it.
+
 Deviation from transformers: candidates are never normalised by length, and contributions of a repeated y are added.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from raglan.decode.base import Asked
 from raglan.generator import EncodedPrompts, HFGenerator, Written, encode_prompts
 from raglan.likelihood import passage_posterior, sequence_logprob
+from raglan.progress import track
 from raglan.prompt import Rendered
 from raglan.recipe import RagSequenceDecode
 from raglan.records import Answer, Candidate
@@ -31,7 +34,7 @@ def rag_sequence(generator: HFGenerator, asked: Asked, settings: RagSequenceDeco
     """One answer a query. All B·K prompts of a batch are encoded in one call and decoded in one call."""
     prompts, priors = asked.prompts(generator.prompt), asked.priors()
     answers: dict[int, Answer] = {}
-    for group in by_tokens(prompts, generator.settings.batch_tokens):
+    for group in track(list(by_tokens(prompts, generator.settings.batch_tokens // settings.beams)), "reading"):
         encoded = encode_prompts(generator, [prompt for place in group for prompt in prompts[place]])
         written = encoded.write(
             max_new_tokens=settings.max_new_tokens, beams=settings.beams, length_penalty=settings.length_penalty
@@ -110,10 +113,15 @@ def _answer(
         Candidate(text, ids, marginal, ids[-1] in generator.ends)
         for text, ids, marginal in zip(texts, table, marginals, strict=True)
     ]
-    best = max(range(len(candidates)), key=marginals.__getitem__)
-    posterior = passage_posterior(priors, totals, mask)[best].tolist()
     ranked = sorted(_merged(candidates) if settings.merge == "text" else candidates, key=lambda c: -c.logprob)
     chosen = ranked[0]
+    same = [
+        place
+        for place, c in enumerate(candidates)
+        if c.ids == chosen.ids or (settings.merge == "text" and c.text == chosen.text)
+    ]
+    together = totals[same].logsumexp(0, keepdim=True)
+    posterior = passage_posterior(prior[None], together, mask[:1])[0].tolist()
     hits = tuple(asked.hits[place])
     return Answer(
         query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished, hits=hits,

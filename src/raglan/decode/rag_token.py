@@ -27,6 +27,7 @@ from raglan.decode.base import Asked, pad_prior
 from raglan.decode.rag_sequence import by_tokens
 from raglan.generator import EncodedPrompts, HFGenerator, encode_prompts
 from raglan.likelihood import attribution, token_logprob, token_posterior
+from raglan.progress import track
 from raglan.prompt import Rendered
 from raglan.recipe import RagTokenDecode
 from raglan.records import Answer, Candidate
@@ -38,7 +39,9 @@ def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) ->
     """One answer a query (`returns` of them among its candidates). Log-probabilities are those of the mixture, unaltered."""
     prompts, priors = asked.prompts(generator.prompt), asked.priors()
     answers: dict[int, Answer] = {}
-    for group in by_tokens(prompts, generator.settings.batch_tokens):
+    for group in track(
+        list(by_tokens(prompts, generator.settings.batch_tokens // max(settings.beams, settings.returns))), "reading"
+    ):
         doc_logprobs = pad_prior([priors[place] for place in group])  # (B,K)
         most = doc_logprobs.shape[1]
         rows = [(prompts[place] + [prompts[place][0]] * most)[:most] for place in group]  # absent ones stand in, weight 0
@@ -113,7 +116,11 @@ def _decoded(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDe
 def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> LogitsProcessorList:
     looking_back: list[LogitsProcessor] = []
     if settings.min_new_tokens:
-        looking_back.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, encoded.generator.ends))
+        looking_back.append(
+            MinNewTokensLengthLogitsProcessor(
+                0, settings.min_new_tokens, encoded.generator.ends, device=str(encoded.generator.device)
+            )
+        )
     if settings.no_repeat_ngram_size:
         looking_back.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
     chain: list[LogitsProcessor] = [
@@ -131,10 +138,12 @@ def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagToke
 def _scored(encoded: EncodedPrompts, found: Sequence[Sequence[Sequence[int]]], passages: int) -> list[Tensor]:
     """Of each query, (returns,K,T) log p(y_t | x, z_k, y_<t) of its answers under every passage."""
     pairs = [
-        (query * passages + k, ids) for query, answers in enumerate(found) for ids in answers for k in range(passages)
-    ]  # fmt: skip
-    scores = encoded.score([row for row, _ in pairs], [ids for _, ids in pairs])
-    return list(scores.unflatten(0, (len(found), -1, passages)))
+        (query * passages + k, tuple(ids)) for query, answers in enumerate(found) for ids in answers for k in range(passages)
+    ]
+    distinct = list(dict.fromkeys(pairs))  # draws repeat
+    place = {pair: number for number, pair in enumerate(distinct)}
+    scores = encoded.score([row for row, _ in distinct], [ids for _, ids in distinct])
+    return list(scores[[place[pair] for pair in pairs]].unflatten(0, (len(found), -1, passages)))
 
 
 def _answer(
@@ -160,5 +169,5 @@ def _answer(
         hits=tuple(asked.hits[place]), truncated=any(prompt.truncated for prompt in prompts), settings=settings.model_dump(),
         ids=chosen.ids, prior=tuple(doc_logprobs.exp()[:real].tolist()), posterior=tuple(share),
         token_posterior=tuple(map(tuple, by_token[0, :real, : len(chosen.ids)].T.tolist())) if real else (),
-        candidates=tuple(candidates),
+        candidates=(chosen, *sorted((c for c in candidates if c is not chosen), key=lambda c: -c.logprob)),
     )  # fmt: skip

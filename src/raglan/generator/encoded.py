@@ -33,6 +33,8 @@ NEUTRAL: dict[str, Any] = {
     "min_length": 0, "min_new_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": None,
     "begin_suppress_tokens": None, "bad_words_ids": None, "sequence_bias": None, "exponential_decay_length_penalty": None,
     "guidance_scale": None, "renormalize_logits": False, "remove_invalid_values": False, "early_stopping": False,
+    "use_cache": True, "cache_implementation": None, "stop_strings": None, "watermarking_config": None, "max_time": None,
+    "prompt_lookup_num_tokens": None,
 }  # fmt: skip
 
 
@@ -59,16 +61,17 @@ class EncodedPrompts(ABC):
     @torch.no_grad()
     def sequences(
         self, *, max_new_tokens: int, beams: int = 1, returns: int = 1, length_penalty: float = 1.0,
-        processors: Sequence[LogitsProcessor] = (), draw: bool = False,
+        processors: Sequence[LogitsProcessor] = (), draw: bool = False, scores: bool = False,
     ) -> tuple[list[list[int]], Any]:  # fmt: skip
         """R·returns id lists without prompt and forced prefix, cut behind the end token, and transformers' output."""
+        self.generator.check_positions(self.ids.shape[1], max_new_tokens)
         width = max(beams, returns)
         with self.generator.autocast(), quietly():
             output = self.model.generate(
                 **self._inputs(width), **NEUTRAL, max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=returns,
                 length_penalty=length_penalty, do_sample=draw, pad_token_id=self.generator.pad,
                 eos_token_id=self.generator.ends, logits_processor=LogitsProcessorList(processors),
-                return_dict_in_generate=True, output_scores=beams > 1,
+                return_dict_in_generate=True, output_scores=scores,
             )  # fmt: skip
         return [self._cut(row) for row in output.sequences[:, self.start :].tolist()], output
 
@@ -77,7 +80,7 @@ class EncodedPrompts(ABC):
         greedy = _Greedy()
         ids, output = self.sequences(
             max_new_tokens=max_new_tokens, beams=beams, returns=beams, length_penalty=length_penalty,
-            processors=[greedy] if beams == 1 else [],
+            processors=[greedy] if beams == 1 else [], scores=beams > 1,
         )  # fmt: skip
         if beams == 1:
             logprobs = greedy.totals([len(row) for row in ids])

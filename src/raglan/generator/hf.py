@@ -37,10 +37,11 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Generator
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
+from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
-from raglan.text import restore_surface
+from raglan.text import restore_surface, shortened
 
 __all__ = ["HFGenerator", "open_generator", "padded", "quietly"]
 
@@ -89,11 +90,11 @@ class HFGenerator(Generator):
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
     ) -> list[Completion]:
         for prompt in prompts:
-            self._check_positions(len(prompt.ids), max_new_tokens)
+            self.check_positions(len(prompt.ids), max_new_tokens)
         completions: dict[int, Completion] = {}
         was_training = self.model.training
         self.model.eval()
-        for places in self._by_length([len(prompt.ids) for prompt in prompts]):
+        for places in track(list(self._by_length([len(prompt.ids) for prompt in prompts])), "reading"):
             part = [prompts[place] for place in places]
             completions.update(zip(places, self._generate(part, max_new_tokens, beams, length_penalty), strict=True))
         self.model.train(was_training)
@@ -106,7 +107,7 @@ class HFGenerator(Generator):
         found: dict[int, np.ndarray] = {}
         was_training = self.model.training
         self.model.eval()
-        for places in self._by_length([len(row["input_ids"]) + len(row["labels"]) for row in rows]):
+        for places in track(list(self._by_length([len(row["input_ids"]) + len(row["labels"]) for row in rows])), "scoring"):
             batch = self.collate([rows[place] for place in places])
             with torch.no_grad(), self.autocast():
                 logprobs = self.forward(batch).float().cpu().numpy()
@@ -122,7 +123,7 @@ class HFGenerator(Generator):
             GeneratorError: the answer has no token.
         """
         labels = self.answer_ids(answer, prompt.answer_space)
-        self._check_positions(len(prompt.ids), len(labels))
+        self.check_positions(len(prompt.ids), len(labels), f", answer {shortened(answer)!r}")
         return {"input_ids": list(prompt.ids), "labels": labels}
 
     def answer_ids(self, answer: str, space: str | None = None) -> list[int]:
@@ -135,7 +136,9 @@ class HFGenerator(Generator):
         text = answer if self.is_seq2seq else space + answer
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if not ids:
-            raise GeneratorError(f"answer {answer!r} has no token in this model's vocabulary")
+            raise GeneratorError(
+                f"answer {answer!r} has no token in this model's vocabulary", hint="correct or remove it in the question file"
+            )
         return [*ids, self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -170,6 +173,7 @@ class HFGenerator(Generator):
                 "the embedded reader has no LM head, so its vocabulary cannot be smoothed", hint="objective.label_smoothing: 0"
             )
         model = model or self.model
+        batch = {name: value.to(self.device) for name, value in batch.items()}
         return self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -198,12 +202,12 @@ class HFGenerator(Generator):
         self.tokenizer.save_pretrained(str(folder))
         write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
 
-    def _check_positions(self, prompt: int, answer: int) -> None:
+    def check_positions(self, prompt: int, answer: int, which: str = "") -> None:
         """Learned positions end somewhere; behind them lies an IndexError."""
         used = answer + len(self.prefix) if self.is_seq2seq else prompt + answer
         if self._positions is not None and used > self._positions:
             raise GeneratorError(
-                f"prompt and answer need {used} positions, the model has {self._positions}",
+                f"prompt and answer need {used} positions, the model has {self._positions}{which}",
                 hint="lower prompt.max_tokens or decode.max_new_tokens, or shorten the answer",
             )
 

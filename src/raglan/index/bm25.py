@@ -11,6 +11,7 @@ import numpy as np
 
 from raglan.artifact import directory_fingerprint
 from raglan.index.base import Index, Queries
+from raglan.progress import track
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.text import terms
 
@@ -63,7 +64,7 @@ class BM25Index(Index):
 def build_bm25(texts: Sequence[str], settings: BM25Settings, folder: Path) -> dict[str, float]:
     """Index texts (row = position)."""
     model = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
-    tokens = [terms(text) or [""] for text in texts]
+    tokens = [terms(text) or [""] for text in track(texts, "terms")]
     model.index(tokens, show_progress=False)
     model.save(str(folder), show_progress=False)
     return {"terms": len(model.vocab_dict)}

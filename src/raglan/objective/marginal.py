@@ -12,7 +12,7 @@ One forward pass a step: B query vectors, one search, B·K prompts, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class MarginalObjective(Objective):
         self.retriever, self.generator, self.settings = retriever, generator, settings
         self.k = min(settings.k, len(retriever.base.corpus))
         self.searches = learns_to_retrieve(settings, retriever)
-        self.module: _Joint = _Joint(retriever.encoder.split(), generator.model, self._scored)
+        self.module: _Joint = _Joint(retriever.encoder.split(), generator.model, self._scored, self._learns)
         self.division = {"token": "items", "example": "mean", "sum": "none"}[settings.reduction]
         for name, parameter in self.module.query_encoder.named_parameters():
             parameter.requires_grad_(self.searches and "pooler" not in name)
@@ -81,17 +81,17 @@ class MarginalObjective(Objective):
         scored: Scored = (module or self.module)(batch)
         over, epsilon = self.settings.over, self.settings.label_smoothing
         nll = -marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=over)
-        kept = ~torch.isinf(nll) if self.settings.on_empty == "skip" else torch.ones_like(nll, dtype=torch.bool)
-        nll = torch.where(kept, nll, 0.0)
-        if scored.uniform is not None:
-            nll = (1 - epsilon) * nll - epsilon * torch.where(kept, scored.uniform.sum(-1), 0.0)
-        mask = scored.answer_mask & kept[:, None]
-        skipped = int((~kept).sum())
-        own = items if self.settings.reduction == "token" and not skipped else None
-        loss = reduced(nll[kept], mask[kept], reduction=self.settings.reduction, items=own) if kept.any() else nll.sum()
+        kept = ~torch.isneginf(scored.doc_logprobs).all(1)  # a question without hits, where such are left out
+        figures = _figures(scored, nll.detach(), kept)
         if self.module.training:
             self.monitor.see(scored.rows)
-        return loss, _figures(scored, nll.detach(), mask)
+        if not kept.any():
+            learning = [p for part in self.parameters().values() for p in part]
+            return torch.stack([p.sum() * 0 for p in learning]).sum(), figures
+        if scored.uniform is not None:
+            nll = (1 - epsilon) * nll - epsilon * scored.uniform.sum(-1)
+        own = items if self.settings.reduction == "token" else None
+        return reduced(nll[kept], scored.answer_mask[kept], reduction=self.settings.reduction, items=own), figures
 
     def collate(self, rows: Sequence[MarginalRow]) -> dict[str, Any]:
         queries = [row.query for row in rows]
@@ -125,6 +125,12 @@ class MarginalObjective(Objective):
         self.module.train(was_training)
         return {"loss": total / max(count, 1)}
 
+    def _learns(self, part: str) -> bool:
+        """Whether a part learns at this step. One that does not runs as at inference, without dropout."""
+        if part == "query_encoder":
+            return self.searches and self.step >= self.settings.freeze_retriever_steps
+        return part in self.settings.learn
+
     def _forward(self, batch: dict[str, Any]) -> Scored:
         with self.generator.autocast():
             found: Scored = self.module(batch)
@@ -145,8 +151,9 @@ class MarginalObjective(Objective):
         if not pairs:
             return Scored(doc_logprobs, torch.zeros((*asked.shape, labels.shape[1]), device=device), labels >= 0, rows)
         prompts = [self._prompt(queries[b], int(rows[b, k])) for b, k in pairs]
+        self.generator.check_positions(max(len(prompt.ids) for prompt in prompts), labels.shape[1])
         states = self.generator.collate([{"input_ids": list(p.ids), "labels": []} for p in prompts])
-        states["labels"] = labels[[b for b, _ in pairs]]
+        states = {**states, "labels": labels[[b for b, _ in pairs]]}
         if self.settings.label_smoothing:
             return self._smoothed(doc_logprobs, states, asked, labels, rows)
         each = self.generator.forward(states, self.module.generator)
@@ -161,8 +168,7 @@ class MarginalObjective(Objective):
         if given is not None and self.retriever.prior_settings.kind == "bm25":
             return torch.zeros(rows.shape, device=device), rows
         features = {name.removeprefix("query_"): v.to(device) for name, v in batch.items() if name.startswith("query_")}
-        learning = self.searches and self.step >= self.settings.freeze_retriever_steps
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learning):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns("query_encoder")):
             vectors = self.retriever.encoder.forward(features)
         if given is None:
             _, rows = self.retriever.index.search(Queries(queries, vectors.detach().float().cpu().numpy()), self.k)
@@ -203,13 +209,28 @@ class _Joint(nn.Module):
     query_encoder: nn.Module
     generator: nn.Module
 
-    def __init__(self, query_encoder: nn.Module, generator: nn.Module, step: Any):
+    _keys_to_ignore_on_save = None  # the trainer asks for it where names are missing: tied weights are saved once
+
+    def __init__(
+        self, query_encoder: nn.Module, generator: nn.Module, step: Callable[[dict[str, Any]], Scored],
+        learns: Callable[[str], bool],
+    ):  # fmt: skip
         super().__init__()
         self.query_encoder, self.generator = query_encoder, generator
-        self._step = step
+        self._step, self._learns = step, learns
 
     def forward(self, batch: dict[str, Any]) -> Scored:
-        return self._step(batch)  # type: ignore[no-any-return]
+        return self._step(batch)
+
+    def train(self, mode: bool = True) -> _Joint:
+        super().train(mode)
+        for name, part in (("query_encoder", self.query_encoder), ("generator", self.generator)):
+            part.train(mode and self._learns(name))
+        return self
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The generator is what needs the memory."""
+        self.generator.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
 
 
 def _spread(each: Tensor, asked: Tensor) -> Tensor:
@@ -219,17 +240,23 @@ def _spread(each: Tensor, asked: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _figures(scored: Scored, nll: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    prior, rows = scored.doc_logprobs.detach(), scored.rows
-    posterior = passage_posterior(prior, scored.token_logprobs.detach(), scored.answer_mask)
-    log_posterior = posterior.clamp_min(1e-30).log()
-    gain = torch.where(posterior > 0, posterior * (log_posterior - torch.where(torch.isneginf(prior), 0.0, prior)), 0.0)
-    return {
-        "nll_token": nll.sum() / mask.sum().clamp_min(1), "nll_example": nll.mean(),
-        "prior_entropy": normalised_entropy(prior).mean(),
-        "posterior_entropy": normalised_entropy(log_posterior.masked_fill(posterior == 0, -torch.inf)).mean(),
-        "posterior_gain": gain.sum(-1).mean(),
-        "best_agrees": (prior.argmax(-1) == posterior.argmax(-1)).float().mean(),
+def _figures(scored: Scored, nll: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """Means over the questions that count; the loss without smoothing, whatever is learned from."""
+    rows = scored.rows
+    about = {
         "distinct_top1": torch.tensor(len(set(rows[:, 0].tolist())) / max(len(rows), 1)),
         "absent": torch.tensor(float((rows < 0).mean())),
+        "without_hits": torch.tensor(float((rows < 0).all(1).mean())),
+    }
+    if not kept.any():
+        return about
+    prior, each, mask = scored.doc_logprobs.detach()[kept], scored.token_logprobs.detach()[kept], scored.answer_mask[kept]
+    posterior = passage_posterior(prior, each, mask)
+    log_posterior = posterior.clamp_min(1e-30).log().masked_fill(torch.isneginf(prior), -torch.inf)
+    gain = torch.where(posterior > 0, posterior * (log_posterior - prior), 0.0)
+    return about | {
+        "nll_token": nll[kept].sum() / mask.sum(), "nll_example": nll[kept].mean(),
+        "prior_entropy": normalised_entropy(prior).mean(), "posterior_entropy": normalised_entropy(log_posterior).mean(),
+        "posterior_gain": gain.sum(-1).mean(),
+        "best_agrees": (prior.argmax(-1) == posterior.argmax(-1)).float().mean(),
     }  # fmt: skip

@@ -36,7 +36,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise RecipeError(f"{path} is not YAML: {fault}") from None
+        raise RecipeError(
+            f"{path} is not YAML: {fault}", hint="see docs/recipes.md, or start from a file in examples/"
+        ) from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
     _override(tree, overrides)
@@ -55,7 +57,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of recipes, with the training arguments of the installed transformers."""
     schema = Recipe.model_json_schema()
-    arguments = {"type": "object", "properties": dict.fromkeys(sorted(_training_fields()), True)}
+    documents = schema["$defs"]["KnowledgeSettings"]["properties"]["documents"]
+    for key in ("type", "items"):
+        documents.pop(key, None)
+    plain = {int: "integer", float: "number", bool: "boolean", str: "string"}
+    arguments = {"type": "object", "properties": {
+        name: {"type": [plain[kind], "string"]} if kind in plain else True for name, kind in sorted(_training_fields().items())
+    }}  # fmt: skip
     for owner in (schema, schema["$defs"]["StageSettings"]):
         owner["properties"]["train"] |= arguments | {"additionalProperties": False}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

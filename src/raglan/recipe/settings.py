@@ -120,7 +120,10 @@ class KnowledgeSettings(Settings):
     """Documents, and the knowledge base that is built from them."""
 
     path: Path = Field(description="The knowledge base's folder.")
-    documents: tuple[Path, ...] = Field(description="Files and folders; a folder is read whole, or as BEIR if it is that.")
+    documents: tuple[Path, ...] = Field(
+        description="A file or folder, or several; a folder is read whole, or as BEIR if it is that.",
+        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    )
     columns: ColumnSettings = ColumnSettings()
     encoding: str = Field("utf-8", description="Encoding of text files.")
     on_error: Literal["stop", "skip"] = Field("stop", description="What a file that cannot be read does.")
