@@ -85,7 +85,7 @@ def test_exactly_what_learns_has_gradients(learn: tuple[str, ...], system: RAG) 
     for name, part in (("query_encoder", aim.module.query_encoder), ("generator", aim.module.generator)):
         moved = [p for p in part.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
         assert bool(moved) == (name in learn)
-        assert len(moved) > 0.8 * len(aim.parameters().get(name, []))
+        assert len(moved) >= 0.8 * len(aim.parameters().get(name, []))
         wanted = {id(p) for p in aim.parameters().get(name, [])}
         assert all(id(p) in wanted for p in moved)
     assert all(torch.equal(passage[name], p) for name, p in system.retriever.encoder.passage_tower.named_parameters())
