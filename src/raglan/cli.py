@@ -193,6 +193,31 @@ def report(
 
 
 @app.command()
+def swap(
+    kb: Annotated[Path, typer.Argument(help="A knowledge base folder, or a recipe.")],
+    version: Annotated[str | None, typer.Argument(help="The version that is to answer; none lists all.")] = None,
+    back: Annotated[bool, typer.Option("--back", help="The version that was finished before the current one.")] = False,
+) -> None:
+    """List a knowledge base's versions, or make another one answer. Nothing is trained or built."""
+    from raglan.knowledge import KnowledgeBase
+
+    path = load_recipe(kb).knowledge.path if kb.suffix in (".yaml", ".yml") else kb
+    current = KnowledgeBase.open(path).version
+    known = KnowledgeBase.versions(path)
+    if back:
+        place = known.index(current)
+        if place == 0:
+            raise RecipeError(f"{path} has no version before {current}", hint="raglan swap lists the versions there are")
+        version = known[place - 1]
+    if version is not None:
+        KnowledgeBase.publish(path, version)
+    for name in known:
+        made = KnowledgeBase.open(path, version=name).manifest
+        mark = "*" if name == (version or current) else " "
+        typer.echo(f"{mark} {name}  {made['documents']} documents, {made['passages']} passages")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, with which editors complete and check them."""
     typer.echo(json.dumps(recipe_schema(), indent=2))

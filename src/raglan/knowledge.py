@@ -77,6 +77,15 @@ class KnowledgeBase:
         return cls(path / "versions" / name, read_manifest(path / "versions" / name, KIND))
 
     @staticmethod
+    def publish(path: Path, version: str) -> None:
+        """Make a finished version the current one, atomically. Raises CheckpointError where it is not there."""
+        known = KnowledgeBase.versions(path)
+        if version not in known:
+            told = ", ".join(known) or "none"
+            raise CheckpointError(f"{path} has no version {version!r}; finished are {told}", hint="raglan swap lists them")
+        point(Path(path) / "current", version)
+
+    @staticmethod
     def versions(path: Path) -> list[str]:
         """All finished versions, oldest first."""
         found = [f for f in (Path(path) / "versions").glob("*") if (f / "manifest.json").is_file()]

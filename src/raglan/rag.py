@@ -1,10 +1,15 @@
-"""A RAG system: retriever + prompt + generator + decoding → answers."""
+"""A RAG system: retriever + prompt + generator + decoding → answers.
+
+What it knows is the knowledge base and not the weights, so `swap` changes it in one assignment, while others are asking:
+a question that has begun is answered from the version it began with, and every answer names its version.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 from raglan.decode import KINDS, NEEDS_PRIOR, Asked
 from raglan.encoder import Encoder
@@ -20,12 +25,16 @@ __all__ = ["RAG"]
 
 @dataclass
 class RAG:
-    """Asks the retriever, then the generator. `k` passages a query unless a call says otherwise."""
+    """Asks the retriever, then the generator. `k` passages a query unless a call says otherwise.
+
+    Threads may share it: questions wait for each other, since tokenizers and the models' hooks serve one at a time.
+    """
 
     retriever: Retriever
     generator: HFGenerator
     decode: DecodeSettings
     k: int
+    _turn: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
     def open(cls, recipe: Recipe, *, generator: str | None = None, query_encoder: Path | None = None) -> RAG:
@@ -48,11 +57,36 @@ class RAG:
         """
         for query in queries:
             check_query(query)
-        return self.read(queries, self.retriever.retrieve(queries, self.k if k is None else k))
+        with self._turn:
+            retriever = self.retriever  # a swap from here on is for the next question
+            return self._read(retriever, queries, retriever.retrieve(queries, self.k if k is None else k))
 
     def read(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
         """One answer a query from given hits; none means closed book."""
+        with self._turn:
+            return self._read(self.retriever, queries, hits)
+
+    def swap(self, path: Path | None = None, *, version: str | None = None) -> str:
+        """Answer from another knowledge base, or from another version of this one; no weight is loaded again.
+
+        Args:
+            path: the other base's folder; default this one's.
+            version: one of its finished versions; default its current one.
+
+        Returns:
+            The version that answers from now on.
+
+        Raises:
+            CheckpointError: no such base or version.
+            IndexMismatch: built by another passage encoder. What was known before then stays.
+        """
+        own = self.retriever.base.folder.parent.parent
+        base = KnowledgeBase.open(own if path is None else path, version=version)
+        self.retriever = self.retriever.over(base)
+        return base.version
+
+    def _read(self, retriever: Retriever, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
         kind = self.decode.kind
-        prior = self.retriever.prior(queries, hits) if kind in NEEDS_PRIOR else None
+        prior = retriever.prior(queries, hits) if kind in NEEDS_PRIOR else None
         answers = KINDS[kind](self.generator, Asked(queries, hits, prior), self.decode)
-        return [replace(answer, knowledge=self.retriever.base.version) for answer in answers]
+        return [replace(answer, knowledge=retriever.base.version) for answer in answers]

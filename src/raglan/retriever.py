@@ -33,6 +33,10 @@ class Retriever:
         self.prior_settings = prior or PriorSettings()
         self.temperature = self.prior_settings.temperature or self._usual_temperature()
 
+    def over(self, base: KnowledgeBase) -> Retriever:
+        """The same encoder, index name and prior over another knowledge base. Raises IndexMismatch."""
+        return Retriever(base, self.encoder, index=self.name, prior=self.prior_settings)
+
     def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
         """The best k unique passages of each query, best first; fewer where fewer match.
 

@@ -111,17 +111,28 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
 
 def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
     """("untuned", …), then each finished stage's name with the parts as they stand after it."""
-    found = [("untuned", Parts())]
-    for stage, before in _stages(recipe):
-        if not (stage.result / MANIFEST).is_file():
-            break
-        found.append((stage.name, stage.parts(before)))
+    found = _finished(recipe)
+    if len(found) == 1:  # what a system knows may be changed without training it again
+        for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
+            other = _finished(recipe, version)
+            if len(other) > 1:
+                log.info("the parts were trained on version %s of the knowledge base", version)
+                return other
     missing = [name for name in recipe.trainings() if name not in dict(found)]
     if missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
         log.warning(
             "stage %s is trained, but with other settings, documents or questions than the recipe's now; it is not used",
             missing[0],
         )
+    return found
+
+
+def _finished(recipe: Recipe, version: str | None = None) -> list[tuple[str, Parts]]:
+    found = [("untuned", Parts())]
+    for stage, before in _stages(recipe, version):
+        if not (stage.result / MANIFEST).is_file():
+            break
+        found.append((stage.name, stage.parts(before)))
     return found
 
 
@@ -134,9 +145,12 @@ def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
-def _stages(recipe: Recipe) -> list[tuple[_Stage, Parts]]:
-    """Each stage with the parts that go into it; names of folders follow from everything that does."""
-    made_of: list[Any] = [KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
+def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Parts]]:
+    """Each stage with the parts that go into it; names of folders follow from everything that does.
+
+    `version` of the knowledge base is the current one unless it is named.
+    """
+    made_of: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
     shared = [
         recipe.prompt.model_dump(mode="json"), recipe.generator.model_dump(mode="json", exclude={"batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
