@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from raglan import cli
 from test_kill import small_recipe
 
-COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "schema"]
+COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "swap", "schema"]
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -60,6 +63,7 @@ def test_the_whole_job(call, recipe: str, folder: Path) -> None:
     code, out, _ = call("evaluate", recipe, *short)
     assert "gold/em" in out
     assert "difference" in out
+    assert re.search(r"^retrieved/em is (better|worse|unchanged|not clearly changed): ", out, re.M)
     code, out, _ = call("answer", recipe, "who built the tower?", *short)
     assert code == 0
     assert out.startswith("Q: who built the tower?\nA: ")
@@ -71,11 +75,34 @@ def test_the_whole_job(call, recipe: str, folder: Path) -> None:
     assert call("train", str(shortened))[0] == call("evaluate", str(shortened))[0] == 0
     code, out, _ = call("report", str(shortened), "-o", str(folder / "report.html"))
     assert code == 0
+    looked_at(folder / "report.html")
     page = (folder / "report.html").read_text()
     assert "Before and after" in page
     assert "Plotly.newPlot" in page
     assert 'src="http' not in page
     assert page.count("<article") == 20
+
+
+def looked_at(page: Path) -> None:
+    """In a real browser, at desktop and at phone width: nothing sticks out, every plot is drawn, no error is logged."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if chromium is None:
+        warnings.warn("no chromium: the report was not looked at in a browser", stacklevel=2)
+        return
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width in (1280, 390):
+            tab = browser.new_page(viewport={"width": width, "height": 900})
+            faults: list[str] = []
+            tab.on("pageerror", lambda fault, seen=faults: seen.append(str(fault)))
+            tab.goto(page.resolve().as_uri())
+            tab.wait_for_selector(".js-plotly-plot svg.main-svg")
+            plots, drawn = tab.locator(".js-plotly-plot").count(), tab.locator(".js-plotly-plot:has(svg.main-svg)").count()
+            assert plots == drawn > 0
+            assert tab.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
+            assert not faults
+        browser.close()
 
 
 def test_schema_is_json(call) -> None:
@@ -102,6 +129,11 @@ def bad(tmp_path: Path, folder: Path, recipe: str) -> dict[str, tuple[list[str],
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "twice.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n')
     (folder / "lost.jsonl").write_text('{"id": "1", "query": "q", "answers": ["a"], "relevant": ["nobody"]}\n')
+    (folder / "half.jsonl").write_text('{"id": "1", "query": "who \\ud800?", "answers": ["a"]}\n')
+    (folder / "qlatin.jsonl").write_bytes(b'{"id": "1", "query": "caf\xe9?", "answers": ["a"]}\n')
+    good = '{"id": "1", "query": "who?", "answers": ["a"]}\n'
+    (folder / "noanswer.jsonl").write_text(good + '{"id": "2", "query": "who?", "answers": [""]}\n')
+    (folder / "longq.jsonl").write_text(json.dumps({"id": "1", "query": "w" * 1_000_000, "answers": ["a"]}) + "\n")
     (folder / "weightless").mkdir(exist_ok=True)
     (folder / "weightless" / "config.json").write_text((folder / "reader" / "config.json").read_text())
     docs = "documents: corpus.jsonl"
@@ -113,6 +145,25 @@ def bad(tmp_path: Path, folder: Path, recipe: str) -> dict[str, tuple[list[str],
         ),
         "missing file": (["build", changed("missing", (docs, "documents: none.jsonl"))], ["no file or folder", "none.jsonl"]),
         "empty folder": (["build", changed("empty", (docs, "documents: empty"))], ["no document was found", "empty"]),
+        "half a character": (["answer", recipe, "who \udce9?"], ["holds '\\udce9', half a character"]),
+        "half a character in a file": (
+            ["evaluate", changed("half", ("questions: dev.jsonl", "questions: half.jsonl"))],
+            ["half.jsonl, line 1", "half a character"],
+        ),
+        "questions not utf-8": (
+            ["evaluate", changed("qlatin", ("questions: dev.jsonl", "questions: qlatin.jsonl"))],
+            ["qlatin.jsonl is not utf-8", "0xe9"],
+        ),
+        "empty answer": (
+            ["evaluate", changed("noanswer", ("questions: dev.jsonl", "questions: noanswer.jsonl"))],
+            ["noanswer.jsonl, line 2", "an answer is empty"],
+        ),
+        "question too long in a file": (
+            ["evaluate", changed("longq", ("questions: dev.jsonl", "questions: longq.jsonl"))],
+            ["longq.jsonl, line 1", "1,000,000 characters"],
+        ),
+        "a file for a folder": (["build", changed("file", ("path: kb", "path: corpus.jsonl"))], ["corpus.jsonl", "directory"]),
+        "no such version": (["swap", recipe, "nothing"], ["no version 'nothing'", "finished are"]),
         "unreadable pdf": (["build", changed("pdf", (docs, "documents: broken.pdf"))], ["broken.pdf", "on_error: skip"]),
         "not utf-8": (["build", changed("latin", (docs, "documents: latin.txt"))], ["latin.txt", "0xe9", "knowledge.encoding"]),
         "duplicate ids": (["build", changed("twice", (docs, "documents: twice.jsonl"))], ["'a' occurs twice"]),
@@ -148,6 +199,7 @@ def test_bad_input_names_itself_and_its_cure(call, recipe: str, folder: Path, tm
         code, out, err = call(*words)
         assert code == 2, f"{name}: exit code {code}\n{err}"
         assert "Traceback" not in err + out, name
+        assert "\nhint: " in err, f"{name} says no cure: {err}"
         for part in wanted:
             assert part in " ".join(err.split()), f"{name}: {part!r} is not in {err}"
 

@@ -87,9 +87,11 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as fault:
-        raise CheckpointError(f"{path} is not JSON: {fault}") from None
+        raise CheckpointError(
+            f"{path} is not JSON: {fault}", hint="the folder is damaged: remove it and make it again"
+        ) from None
     if manifest.get("kind") != kind:
-        raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}")
+        raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}", hint=f"give the folder of a {kind}")
     for name, size in manifest.get("files", {}).items():
         file = Path(folder) / name
         if not file.is_file() or file.stat().st_size != size:

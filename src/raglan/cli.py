@@ -19,6 +19,7 @@ from rich.table import Table
 
 from raglan import __version__
 from raglan.errors import RaglanError, RecipeError
+from raglan.metrics import answer_recall
 from raglan.progress import console
 from raglan.recipe import load_recipe, recipe_schema
 
@@ -124,11 +125,11 @@ def answer(
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return
-    console.print(f"[dim]system: {stage}[/dim]")
+    console.print(f"[dim]system: {stage}; * marks passages that hold the answer[/dim]")
     for found in answers:
         typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
         for hit in found.hits:
-            mark = "*" if found.text and found.text in hit.passage.text else " "
+            mark = "*" if _cited(found, hit) else " "
             shares = _shares(found, hit.rank - 1)
             told = f" p(z|x) {shares['prior']:.2f} p(z|x,y) {shares['posterior']:.2f}" if shares else ""
             typer.echo(
@@ -175,6 +176,8 @@ def evaluate(
 
     Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
     console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by bootstrap over questions")
+    for name in (name for name in ("retrieved/em", "recall@1") if name in differences):
+        typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
 
@@ -264,9 +267,16 @@ def _answer(found: Any) -> dict[str, Any]:
     return {
         "query": found.query, "answer": found.text, "logprob": found.logprob, "finished": found.finished,
         "knowledge": found.knowledge,
-        "passages": [{**_hit(hit), **_shares(found, place)} for place, hit in enumerate(found.hits)],
+        "passages": [
+            {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
+        ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
     }  # fmt: skip
+
+
+def _cited(found: Any, hit: Any) -> bool:
+    """Whether a passage holds the answer's words."""
+    return bool(found.text) and answer_recall([hit.passage.text], [found.text]) > 0
 
 
 def _shares(found: Any, place: int) -> dict[str, float]:
@@ -276,6 +286,14 @@ def _shares(found: Any, place: int) -> dict[str, float]:
 
 def _interval(value: Any) -> dict[str, float]:
     return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+
+
+def _verdict(name: str, before: Any, after: Any, difference: Any) -> str:
+    """In words, whether a figure has changed."""
+    change = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not clearly changed"
+    change = "unchanged" if difference.low == difference.high == 0 else change
+    apart = "" if before.overlaps(after) else "; the two intervals do not overlap"
+    return f"{name} is {change}: {_percent(difference, sign=True)} points{apart}"
 
 
 def _percent(value: Any, *, sign: bool = False) -> str:

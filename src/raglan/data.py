@@ -76,7 +76,10 @@ def _passages_with(item: dict[str, Any], example: Example, corpus: Corpus, sourc
     quote = "".join(str(item.get("quote", "")).split())
     passages = [corpus[row] for row in corpus.rows_of_document(str(item["document"]))]
     if not passages:
-        raise CorpusError(f"{source}: question {example.id!r} names document {item['document']!r}, which is not in the corpus")
+        raise CorpusError(
+            f"{source}: question {example.id!r} names document {item['document']!r}, which is not in the corpus",
+            hint="names are those that `raglan build` gave: the file's path below knowledge.documents",
+        )
     if not quote:
         return [passage.id for passage in passages]
     letters = _letters(passages)

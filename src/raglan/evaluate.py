@@ -124,7 +124,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Interval]:
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
     """after − before for every figure both have, paired by question."""
     if [row["id"] for row in before.rows] != [row["id"] for row in after.rows]:
-        raise RecipeError(f"{before.folder} and {after.folder} answer different questions")
+        raise RecipeError(
+            f"{before.folder} and {after.folder} answer different questions",
+            hint="measure both with the same evaluate.questions and limit",
+        )
     names = [name for name in before.figures if name in after.figures]
     return {name: paired_bootstrap(before.values(name), after.values(name)) for name in names}
 

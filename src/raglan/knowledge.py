@@ -98,7 +98,10 @@ class KnowledgeBase:
     def index(self, name: str) -> Index:
         """The index of that name. Raises CheckpointError with the names there are."""
         if name not in self.settings.indexes:
-            raise CheckpointError(f"{self.folder} has no index {name!r}; it has {', '.join(self.settings.indexes)}")
+            raise CheckpointError(
+                f"{self.folder} has no index {name!r}; it has {', '.join(self.settings.indexes)}",
+                hint="name one of these, or add it under knowledge.indexes and build again",
+            )
         return self.indexes[name]
 
     @cached_property

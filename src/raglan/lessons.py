@@ -112,7 +112,10 @@ def lessons(corpus: Corpus, count: int, *, seed: int = 0) -> list[Example]:
         if len(made) >= count or len(made) == before:
             break
     if not made:
-        raise CorpusError("no lesson can be cut from this corpus: no sentence holds a name, a number or a quoted word")
+        raise CorpusError(
+            "no lesson can be cut from this corpus: no sentence holds a name, a number or a quoted word",
+            hint="lessons need prose; give the stage questions instead (data.kind: questions)",
+        )
     if len(made) < count:
         log.warning("only %d of %d lessons can be cut from this corpus", len(made), count)
     return made

@@ -118,4 +118,4 @@ class Retriever:
         if k > len(self.base.corpus):
             raise RecipeError(f"k is {k}, but the knowledge base holds {len(self.base.corpus)} passages", hint="ask for fewer")
         if k < 1:
-            raise RecipeError(f"k is {k}; it must be at least 1")
+            raise RecipeError(f"k is {k}; it must be at least 1", hint="-k 5, or retriever.k in the recipe")
