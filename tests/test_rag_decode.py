@@ -279,12 +279,12 @@ def test_length_and_ngram_rules_act_on_the_mixture(tmp_path: Path) -> None:
             mixed[list(ids)] = -math.inf
             ids = (*ids, int(mixed.argmax()))
         assert blocked[place].ids == ids
-    shortest = min(len(answer.ids) for answer in plain)
-    assert shortest < 40
-    longer = rag_token(
-        generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=40, min_new_tokens=min(40, shortest + 2))
-    )
-    assert all(len(answer.ids) >= min(40, shortest + 2) for answer in longer)
+    generator.ends = [plain[0].ids[3]]  # a token that greedy search writes soon, as end token
+    soon = rag_token(generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=40))[0]
+    assert len(soon.ids) <= 4
+    later = rag_token(generator, question, RagTokenDecode(kind="rag_token", max_new_tokens=40, min_new_tokens=8))[0]
+    assert len(later.ids) >= 8
+    assert later.ids[: len(soon.ids) - 1] == soon.ids[:-1]
 
 
 def test_a_models_own_generation_settings_do_not_act_before_the_mixture(tmp_path: Path) -> None:
