@@ -338,6 +338,7 @@ def reader_from_encoder(folder: str, *, decoder_layers: int = 2) -> tuple[Reader
     config = ReaderConfig(
         encoder=bert.config.to_diff_dict(),
         decoder_layers=decoder_layers,
+        dropout=bert.config.hidden_dropout_prob,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.sep_token_id,
         decoder_start_token_id=tokenizer.cls_token_id,
