@@ -65,7 +65,8 @@ def test_a_base_of_another_encoder_is_refused_and_nothing_changes(two: tuple[Pat
 def test_eight_threads_lose_no_question_and_mix_no_versions(two: tuple[Path, str, str]) -> None:
     path, first, second = two
     system = RAG.open(load_recipe(path, ["decode.kind=rag_token", "decode.max_new_tokens=2"]))
-    answers, faults, asking = [], [], threading.Event()
+    answers, faults, answered = [], [], threading.Semaphore(0)
+    asking = threading.Event()
     asking.set()
 
     def ask() -> None:
@@ -74,18 +75,20 @@ def test_eight_threads_lose_no_question_and_mix_no_versions(two: tuple[Path, str
                 answers.extend(system.answer(["what year was the tower built"]))
             except Exception as fault:  # noqa: BLE001 - any fault at all is what is looked for
                 faults.append(fault)
+            answered.release()
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
-    for turn in range(30):
-        system.swap(version=(first, second)[turn % 2])
-        wanted = len(answers) + 3
-        while len(answers) < wanted and not faults:
-            pass
-    asking.clear()
-    for thread in threads:
-        thread.join()
+    try:
+        for turn in range(30):
+            system.swap(version=(first, second)[turn % 2])
+            for _ in range(3):
+                assert answered.acquire(timeout=60), "nobody was answered for a minute"
+    finally:
+        asking.clear()
+        for thread in threads:
+            thread.join(timeout=60)
     assert not faults
     assert {answer.knowledge for answer in answers} == {first, second}
     for answer in answers:
