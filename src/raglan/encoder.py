@@ -111,16 +111,15 @@ class Encoder:
         plain = _plain(tokenizer)
         return sum(len(encoding) > limit for encoding in plain.encode_batch_fast(list(texts)))
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """Query features (see `features`) → (B,D), with gradient into the query tower."""
-        vectors: Tensor = self.query_tower(dict(features), **self._task("query"))["sentence_embedding"]
+    def forward(self, features: dict[str, Tensor], *, side: Side = "query") -> Tensor:
+        """Features (see `features`) of one side → (B,D), with gradient into that side's tower."""
+        vectors: Tensor = self._tower(side)(dict(features), **self._task(side))["sentence_embedding"]
         return self._normalised(vectors.float())
 
-    def features(self, queries: Sequence[str]) -> dict[str, Tensor]:
+    def features(self, texts: Sequence[str], *, side: Side = "query") -> dict[str, Tensor]:
         """What `forward` takes, on the CPU."""
-        prompt = self._prompt("query")
-        features: dict[str, Any] = self.query_tower.preprocess(list(queries), prompt=prompt, **self._task("query"))
-        whole = {k: torch.full((len(queries),), v) for k, v in features.items() if isinstance(v, int)}  # a prompt's length
+        features: dict[str, Any] = self._tower(side).preprocess(list(texts), prompt=self._prompt(side), **self._task(side))
+        whole = {k: torch.full((len(texts),), v) for k, v in features.items() if isinstance(v, int)}  # a prompt's length
         return {**whole, **{name: value for name, value in features.items() if isinstance(value, Tensor)}}
 
     def split(self) -> SentenceTransformer:
@@ -130,6 +129,11 @@ class Encoder:
             self.query_tower = copy.deepcopy(self.passage_tower)
         self.passage_tower.requires_grad_(False)
         return self.query_tower
+
+    def snapshot(self) -> Encoder:
+        """This encoder with a passage tower of its own that no longer learns: what a new index is built by."""
+        passage = copy.deepcopy(self.passage_tower).eval().requires_grad_(False)
+        return Encoder(passage, self.query_tower, self.settings)
 
     @property
     def passage_fingerprint(self) -> str:
@@ -152,6 +156,10 @@ class Encoder:
             "similarity": self.similarity, "dimension": self.dimension, "dtype": str(self.dtype).removeprefix("torch."),
         }  # fmt: skip
 
+    def save_passage_tower(self, folder: Path) -> None:
+        """Write the passage tower as a sentence-transformers model, for `knowledge.encoder.model`."""
+        self.passage_tower.save(str(folder), create_model_card=False)
+
     def save_query_tower(self, folder: Path, **figures: Any) -> None:
         """Write the query tower as a sentence-transformers model that remembers its passage tower."""
         self.query_tower.save(str(folder), create_model_card=False)
@@ -170,7 +178,7 @@ class Encoder:
     def _embed(self, side: Side, texts: Sequence[str], batch_size: int | None) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32)
-        tower = self.query_tower if side == "query" else self.passage_tower
+        tower = self._tower(side)
         encode = tower.encode_query if side == "query" else tower.encode_document
         with self._autocast():
             vectors = encode(
@@ -178,6 +186,9 @@ class Encoder:
                 convert_to_tensor=True, show_progress_bar=False, normalize_embeddings=self.similarity == "cosine",
             )  # fmt: skip
         return np.asarray(self._normalised(vectors.float()).cpu().numpy(), dtype=np.float32)
+
+    def _tower(self, side: Side) -> SentenceTransformer:
+        return self.query_tower if side == "query" else self.passage_tower
 
     def _normalised(self, vectors: Tensor) -> Tensor:
         return torch.nn.functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
@@ -191,7 +202,7 @@ class Encoder:
         given = self.settings.query_prompt if side == "query" else self.settings.passage_prompt
         if given is not None:
             return given
-        prompts = (self.query_tower if side == "query" else self.passage_tower).prompts
+        prompts = self._tower(side).prompts
         names = ("query",) if side == "query" else ("document", "passage", "corpus")
         return next((prompts[name] for name in names if prompts.get(name)), None)
 

@@ -42,7 +42,7 @@ from raglan.recipe import HybridIndex as HybridSettings
 from raglan.recipe import KnowledgeSettings
 from raglan.records import Passage
 
-__all__ = ["KnowledgeBase", "build_knowledge"]
+__all__ = ["KnowledgeBase", "build_knowledge", "passage_text", "reencoded"]
 
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
@@ -147,6 +147,7 @@ class _Build:
     encoder: Encoder
     reading: Reading
     folder: Path
+    source: dict[str, Any]  # what the manifest says of the documents
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -163,8 +164,7 @@ class _Build:
             )  # fmt: skip
         figures = {name: self._index(name, passages) for name in self.settings.indexes}
         write_manifest(self.folder, KIND, {
-            "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity,
-            "input_files": self.reading.files, "documents": len(self.reading.documents), "skipped": self.reading.skipped,
+            "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity, **self.source,
             "passages": len(passages), "dimension": self.encoder.dimension,
             "overlong": overlong, "index_figures": figures,
             "corpus": Corpus(self.folder / "corpus").fingerprint, "seconds": round(time.monotonic() - began, 2),
@@ -236,7 +236,7 @@ class _Build:
         return build_dense(sorted((self.folder / "vectors").glob("*.npy")), settings, folder)
 
 
-def _same_file(old: Path, new: Path) -> None:
+def _same_file(old: Path | str, new: Path | str) -> None:
     """A hard link, or a copy where the file system has none."""
     try:
         os.link(old, new)
@@ -267,12 +267,34 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
     if not (final / "manifest.json").is_file():
         working = settings.path / "building" / version
         working.mkdir(parents=True, exist_ok=True)
-        _Build(settings, encoder, reading, working).run()
+        source = {"input_files": reading.files, "documents": len(reading.documents), "skipped": reading.skipped}
+        _Build(settings, encoder, reading, working, source).run()
         publish(working, final)
     point(settings.path / "current", version)
     with suppress(OSError):
         (settings.path / "building").rmdir()  # unless another build goes on there
     return KnowledgeBase.open(settings.path)
+
+
+def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBase:
+    """The passages of `base` with the vectors of another passage tower, as a version of the knowledge base in `path`.
+
+    It becomes that knowledge base's current version. What others have opened stays as it is; a version that was made
+    before is not made again.
+    """
+    indexes = base.manifest["settings"]["indexes"]
+    version = fingerprint([base.manifest["corpus"], encoder.identity, indexes])
+    final = path / "versions" / version
+    if not (final / "manifest.json").is_file():
+        working = path / "building" / version
+        shutil.rmtree(working, ignore_errors=True)
+        shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=_same_file)
+        settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings})
+        source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
+        _Build(settings, encoder, Reading(), working, source).run()
+        publish(working, final)
+    point(path / "current", version)
+    return KnowledgeBase.open(path)
 
 
 def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) -> str:

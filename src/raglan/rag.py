@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
+from raglan.artifact import read_manifest
 from raglan.decode import KINDS, NEEDS_PRIOR, Asked
 from raglan.encoder import Encoder
 from raglan.generator import HFGenerator, open_generator
@@ -20,7 +21,9 @@ from raglan.records import Answer, Hit
 from raglan.retriever import Retriever
 from raglan.text import check_query
 
-__all__ = ["RAG"]
+__all__ = ["PRIOR", "RAG"]
+
+PRIOR = "prior"
 
 
 @dataclass
@@ -37,13 +40,23 @@ class RAG:
     _turn: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
-    def open(cls, recipe: Recipe, *, generator: str | None = None, query_encoder: Path | None = None) -> RAG:
-        """The system of a recipe; `generator` and `query_encoder` are folders of tuned parts to use instead of its own."""
-        base = KnowledgeBase.open(recipe.knowledge.path)
-        tower = query_encoder or recipe.retriever.query_encoder
-        retriever = Retriever(
-            base, Encoder.open(recipe.knowledge.encoder, query_encoder=tower), index=recipe.index, prior=recipe.retriever.prior
-        )
+    def open(
+        cls, recipe: Recipe, *, generator: str | None = None, query_encoder: Path | None = None,
+        passage_encoder: Path | None = None, knowledge: Path | None = None, prior: Path | None = None,
+    ) -> RAG:  # fmt: skip
+        """The system of a recipe; the rest are folders of tuned parts to use instead of its own.
+
+        A tuned passage encoder comes with `knowledge`, the same passages encoded by it.
+        """
+        base = KnowledgeBase.open(knowledge or recipe.knowledge.path)
+        named = recipe.knowledge.encoder
+        if passage_encoder is not None:
+            named = named.model_copy(update={"model": str(passage_encoder)})
+        encoder = Encoder.open(named, query_encoder=query_encoder or recipe.retriever.query_encoder)
+        weights = recipe.retriever.prior
+        if prior is not None:
+            weights = weights.model_copy(update=read_manifest(prior, PRIOR)["values"])
+        retriever = Retriever(base, encoder, index=recipe.index, prior=weights)
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})

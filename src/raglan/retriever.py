@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
@@ -20,7 +20,38 @@ from raglan.recipe import PriorSettings
 from raglan.records import Hit
 from raglan.text import check_query
 
-__all__ = ["Retriever"]
+__all__ = ["Prior", "Retriever"]
+
+
+class Prior(nn.Module):
+    """What the softmax of p(z|x) is taken of: q·d/τ, BM25/τ, or q·d/τ + λ·BM25.
+
+    log τ and log λ are constants unless the `marginal` objective learns them, so τ and λ stay positive.
+    """
+
+    def __init__(self, settings: PriorSettings, *, usual_temperature: float):
+        super().__init__()
+        self.kind = settings.kind
+        self.log_temperature = _constant(settings.temperature or usual_temperature)
+        self.log_sparse_weight = _constant(settings.sparse_weight) if self.kind == "hybrid" else None
+
+    def logits(self, dense: Tensor, sparse: Tensor | None) -> Tensor:
+        """q·d (B,K) and BM25 scores (B,K), which a dense prior has none of, → (B,K)."""
+        tau = self.log_temperature.to(dense.device).exp()
+        if sparse is None:
+            return dense / tau
+        if self.log_sparse_weight is None:
+            return sparse / tau
+        return dense / tau + self.log_sparse_weight.to(dense.device).exp() * sparse
+
+    def values(self) -> dict[str, float]:
+        """τ, and λ of a hybrid prior, by the names a recipe gives them."""
+        logs = {"temperature": self.log_temperature, "sparse_weight": self.log_sparse_weight}
+        return {name: float(value.detach().exp()) for name, value in logs.items() if value is not None}
+
+
+def _constant(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(value, dtype=torch.float32).log(), requires_grad=False)
 
 
 class Retriever:
@@ -31,11 +62,17 @@ class Retriever:
         self.base, self.encoder, self.name = base, encoder, index
         self.index: Index = base.index(index)
         self.prior_settings = prior or PriorSettings()
-        self.temperature = self.prior_settings.temperature or self._usual_temperature()
+        self.weights = Prior(self.prior_settings, usual_temperature=self._usual_temperature())
 
     def over(self, base: KnowledgeBase) -> Retriever:
         """The same encoder, index name and prior over another knowledge base. Raises IndexMismatch."""
-        return Retriever(base, self.encoder, index=self.name, prior=self.prior_settings)
+        other = Retriever(base, self.encoder, index=self.name, prior=self.prior_settings)
+        other.weights = self.weights
+        return other
+
+    def adopt(self, base: KnowledgeBase) -> None:
+        """Search another version from now on, unchecked: while the passage tower learns, it is ahead of any index."""
+        self.base, self.index = base, base.index(self.name)
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
         """The best k unique passages of each query, best first; fewer where fewer match.
@@ -81,18 +118,21 @@ class Retriever:
         scores = torch.zeros(rows.shape)
         if vectors is not None:
             scores = torch.from_numpy(np.einsum("bd,bkd->bk", self.encoder.embed_queries(list(queries)), vectors))
-        logprobs = self.prior_logprobs(scores, queries, rows)
+        logprobs = self.prior_logprobs(scores, queries, rows).detach()
         return [row[: len(found)] for row, found in zip(logprobs, hits, strict=True)]
 
     def prior_logprobs(self, doc_scores: Tensor, queries: Sequence[str], rows: np.ndarray) -> Tensor:
         """q·d (B,K), with or without gradient, → log p(z|x) (B,K) by the recipe's prior; −inf where row is −1."""
         present = torch.from_numpy(rows >= 0).to(doc_scores.device)
-        logits = doc_scores.float() / self.temperature
+        sparse = None
         if self.prior_settings.kind != "dense":
             sparse = torch.from_numpy(self._bm25.score(queries, rows)).to(doc_scores.device)
-            own = self.prior_settings.kind == "bm25"
-            logits = sparse / self.temperature if own else logits + self.prior_settings.sparse_weight * sparse
-        return passage_logprobs(logits, present=present)
+        return passage_logprobs(self.weights.logits(doc_scores.float(), sparse), present=present)
+
+    @property
+    def temperature(self) -> float:
+        """τ of the prior, as it is now."""
+        return self.weights.values()["temperature"]
 
     @property
     def _bm25(self) -> BM25Index:

@@ -3,7 +3,8 @@
     runs/<name>/stages/<stage>-<fingerprint>/
         work/         the trainer's checkpoints; a rerun goes on from the last whole one
         log.json      learning curves
-        result/       generator/, query_encoder/ or both, and manifest.json, written last
+        result/       what learned: generator/, query_encoder/, passage_encoder/ with its knowledge/, prior/;
+                    and manifest.json, written last
     runs/<name>/scores.jsonl   language-model scores (lsr), shared by all settings that do not change them
 
 A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
@@ -17,7 +18,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import set_seed
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
 from raglan.data import answer_rows, load_examples, stage_examples
 from raglan.errors import RecipeError
-from raglan.knowledge import KnowledgeBase
+from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.likelihood import lsr_target, normalised_entropy
 from raglan.objective import (
     AnswerObjective,
@@ -39,14 +40,15 @@ from raglan.objective import (
     learns_to_retrieve,
 )
 from raglan.objective.lsr import LsrRow
-from raglan.rag import RAG
+from raglan.objective.staleness import Refresher
+from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import QuestionData, Recipe, StageSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
-from raglan.trainer import Interrupt, StageTrainer, last_whole, stage_trainer
+from raglan.trainer import INDEX_STATE, Interrupt, Refreshing, StageTrainer, last_whole, stage_trainer
 
 __all__ = ["Parts", "finished_parts", "train"]
 
@@ -61,9 +63,12 @@ class Parts:
 
     generator: str | None = None
     query_encoder: Path | None = None
+    passage_encoder: Path | None = None
+    knowledge: Path | None = None
+    prior: Path | None = None
 
     def open(self, recipe: Recipe) -> RAG:
-        return RAG.open(recipe, generator=self.generator, query_encoder=self.query_encoder)
+        return RAG.open(recipe, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,20 @@ class _Stage:
     def result(self) -> Path:
         return self.folder / "result"
 
-    def parts(self, before: Parts) -> Parts:
+    @property
+    def learned(self) -> set[str]:
+        """What the result holds."""
         objective = self.settings.objective
-        learned = objective.learn if objective.kind == "marginal" else (LEARNED[objective.kind],)
-        generator = str(self.result / "generator") if "generator" in learned else before.generator
-        return Parts(generator, self.result / "query_encoder" if "query_encoder" in learned else before.query_encoder)
+        if not isinstance(objective, MarginalSettings):
+            return {LEARNED[objective.kind]}
+        tower = {"query_encoder", "knowledge"} if "passage_encoder" in objective.learn else set()
+        return {*objective.learn, *tower}  # a query tower belongs to one passage tower, and so does an index
+
+    def parts(self, before: Parts) -> Parts:
+        new: dict[str, Any] = {name: self.result / name for name in self.learned}
+        if "generator" in new:
+            new["generator"] = str(new["generator"])
+        return replace(before, **new)
 
 
 def train(recipe: Recipe, *, only: str | None = None) -> Parts:
@@ -189,6 +203,10 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
     trainer = stage_trainer(recipe, stage.settings, stage.folder, objective, rows, held_out)
     checkpoint = last_whole(stage.folder / "work")
+    if isinstance(objective, MarginalObjective) and objective.refresher is not None:
+        trainer.add_callback(Refreshing(objective.refresher))
+        if checkpoint is not None:
+            objective.refresher.restore(json.loads((checkpoint / INDEX_STATE).read_text(encoding="utf-8")))
     if checkpoint is not None:
         log.info("stage %s goes on from %s", stage.name, checkpoint.name)
     interrupt = Interrupt()
@@ -259,12 +277,14 @@ def _marginal(
         for answer in (example.answers if data.answers == "each" else example.answers[:1])
     ]
     if not learns_to_retrieve(settings, system.retriever):
-        if "query_encoder" in settings.learn:
-            log.warning("the prior is BM25's, so the query encoder learns nothing in stage %s", stage.name)
+        if {"query_encoder", "passage_encoder"} & set(settings.learn):
+            log.warning("the prior is BM25's, so no encoder learns anything in stage %s", stage.name)
         k = min(settings.k, len(corpus))
         _, found = system.retriever.search([row.query for row in rows], k)  # it stays as it is, so search once
         rows = [MarginalRow(row.query, row.answer, found[place]) for place, row in enumerate(rows)]
     objective = MarginalObjective(system.retriever, system.generator, settings)
+    if settings.staleness is not None and settings.staleness.kind == "refresh":
+        objective.refresher = Refresher(system.retriever, settings.staleness, stage.folder / "work" / "knowledge")
     return objective, rows, [MarginalRow(example.query, example.answers[0]) for example in held_out]
 
 
@@ -309,14 +329,19 @@ def _warn_if_flat(sums: np.ndarray, candidates: np.ndarray, lengths: np.ndarray,
 
 
 def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:
-    settings = stage.settings.objective
-    learned = settings.learn if settings.kind == "marginal" else (LEARNED[settings.kind],)
+    learned, retriever = stage.learned, system.retriever
+    for name in learned:
+        shutil.rmtree(stage.result / name, ignore_errors=True)
+    encoder = retriever.encoder
+    if "passage_encoder" in learned:
+        encoder = encoder.snapshot()  # its fingerprint is that of the passage tower as it is now
+        encoder.save_passage_tower(stage.result / "passage_encoder")
+        reencoded(retriever.base, encoder, stage.result / "knowledge")
     if "query_encoder" in learned:
-        folder = stage.result / "query_encoder"
-        shutil.rmtree(folder, ignore_errors=True)
-        gamma = objective.gamma if isinstance(objective, LsrObjective) else system.retriever.temperature
-        system.retriever.encoder.save_query_tower(folder, gamma=gamma, **figures)
+        gamma = objective.gamma if isinstance(objective, LsrObjective) else retriever.temperature
+        encoder.save_query_tower(stage.result / "query_encoder", gamma=gamma, **figures)
+    if "prior" in learned:
+        (stage.result / "prior").mkdir(parents=True)
+        write_manifest(stage.result / "prior", PRIOR, {"values": retriever.weights.values()})
     if "generator" in learned:
-        folder = stage.result / "generator"
-        shutil.rmtree(folder, ignore_errors=True)
-        system.generator.save(folder, **figures)
+        system.generator.save(stage.result / "generator", **figures)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -29,11 +30,13 @@ from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
 from raglan.objective import MarginalObjective, Objective
+from raglan.objective.staleness import Refresher
 from raglan.recipe import Recipe, StageSettings
 
-__all__ = ["Interrupt", "StageTrainer", "last_whole", "stage_trainer"]
+__all__ = ["INDEX_STATE", "Interrupt", "Refreshing", "StageTrainer", "last_whole", "stage_trainer"]
 
 log = logging.getLogger(__name__)
+INDEX_STATE = "index.json"  # in a checkpoint: which index it was made with
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -133,6 +136,9 @@ class StageTrainer(Trainer):
                 names.setdefault(tensor.data_ptr(), name)
             state_dict = {name: whole[name] for name in names.values()}
         super()._save(output_dir, state_dict)
+        refresher = getattr(self.objective, "refresher", None)
+        if refresher is not None:
+            write_json(Path(str(output_dir or self.args.output_dir)) / INDEX_STATE, refresher.state())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -170,6 +176,26 @@ class Interrupt(TrainerCallback):
         self.asked = True
         signal.signal(signal.SIGINT, self._usual)
         log.warning("interrupted: this step is finished and saved first; press Ctrl-C again to stop at once")
+
+
+class Refreshing(TrainerCallback):
+    """Takes up new indexes at a step's end, on all ranks at the same step."""
+
+    def __init__(self, refresher: Refresher):
+        self.refresher = refresher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        ready = [self.refresher.at(state.global_step) if state.is_world_process_zero else None]
+        (version,) = broadcast_object_list(ready)
+        if version is not None:
+            self.refresher.take(version)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.refresher.prune()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.refresher.close()
 
 
 class _ByLength(Sampler[int]):

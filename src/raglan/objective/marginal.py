@@ -5,7 +5,9 @@
 
 No passage is labelled. The retriever is pulled towards the passages under which the answer was likely (its posterior), the
 generator learns most from those. Passages are picked by the query encoder as it is at that step, without gradient; their
-scores are then computed again with gradient, from the same query vectors. Passage encoder and index stay as they are.
+scores are then computed again with gradient, from the same query vectors. Passage encoder and index stay as they are, unless
+`learn` names the passage encoder: then picked passages are encoded anew at every step, and the index is refreshed, or
+searched deeper and reranked, or left to age.
 
 One forward pass a step: B query vectors, one search, B·K prompts, and nothing of size (B,K,T,V).
 """
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from raglan.generator import HFGenerator
 from raglan.index import Queries
+from raglan.knowledge import passage_text
 from raglan.likelihood import (
     chunked_token_logprobs,
     chunked_uniform_logprobs,
@@ -33,10 +36,13 @@ from raglan.likelihood import (
 )
 from raglan.objective.base import Objective
 from raglan.objective.collapse import CollapseMonitor
+from raglan.objective.staleness import Refresher
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.retriever import Retriever
 
 __all__ = ["MarginalObjective", "MarginalRow", "learns_to_retrieve"]
+
+ENCODERS = {"query_encoder", "passage_encoder"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,21 @@ class MarginalObjective(Objective):
         self.retriever, self.generator, self.settings = retriever, generator, settings
         self.k = min(settings.k, len(retriever.base.corpus))
         self.searches = learns_to_retrieve(settings, retriever)
-        self.module: _Joint = _Joint(retriever.encoder.split(), generator.model, self._scored, self._learns)
+        encoder, learn = retriever.encoder, settings.learn
+        parts: dict[str, nn.Module] = {"query_encoder": encoder.split(), "generator": generator.model}
+        if self.searches and "passage_encoder" in learn:
+            parts["passage_encoder"] = encoder.passage_tower
+        if "prior" in learn:
+            parts["prior"] = retriever.weights
+        self.module: _Joint = _Joint(parts, self._scored, self._learns)
         self.division = {"token": "items", "example": "mean", "sum": "none"}[settings.reduction]
-        for name, parameter in self.module.query_encoder.named_parameters():
-            parameter.requires_grad_(self.searches and "pooler" not in name)
-        if "generator" not in settings.learn:
-            generator.model.requires_grad_(False)
-        self.vectors = retriever.base.vectors
+        for part, module in parts.items():
+            learns = part in learn and (self.searches or part not in ENCODERS)
+            for name, parameter in module.named_parameters():
+                if part in ENCODERS or not learns or part == "prior":  # what of a generator learns is its own matter
+                    parameter.requires_grad_(learns and "pooler" not in name)
         self.monitor = CollapseMonitor()
+        self.refresher: Refresher | None = None
 
     def loss(
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
@@ -82,7 +95,7 @@ class MarginalObjective(Objective):
         over, epsilon = self.settings.over, self.settings.label_smoothing
         nll = -marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=over)
         kept = ~torch.isneginf(scored.doc_logprobs).all(1)  # a question without hits, where such are left out
-        figures = _figures(scored, nll.detach(), kept)
+        figures = _figures(scored, nll.detach(), kept) | self._about_retrieval()
         if self.module.training:
             self.monitor.see(scored.rows)
         if not kept.any():
@@ -106,8 +119,8 @@ class MarginalObjective(Objective):
         return {**batch, "labels": labels, "queries": queries}
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        parts: dict[str, nn.Module] = {"query_encoder": self.module.query_encoder, "generator": self.module.generator}
-        learning = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        parts = self.module.named_children()
+        learning = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts}
         return {name: found for name, found in learning.items() if name in self.settings.learn and found}
 
     @torch.no_grad()
@@ -125,11 +138,19 @@ class MarginalObjective(Objective):
         self.module.train(was_training)
         return {"loss": total / max(count, 1)}
 
+    def _about_retrieval(self) -> dict[str, Tensor]:
+        """τ and λ where they learn; the index's age in steps and its last recall where it is refreshed."""
+        about: dict[str, float] = self.retriever.weights.values() if "prior" in self.settings.learn else {}
+        if self.refresher is not None:
+            about |= {"index_age": self.step - self.refresher.born, "index_recall": self.refresher.recall}
+        return {name: torch.tensor(float(value)) for name, value in about.items()}
+
     def _learns(self, part: str) -> bool:
         """Whether a part learns at this step. One that does not runs as at inference, without dropout."""
-        if part == "query_encoder":
-            return self.searches and self.step >= self.settings.freeze_retriever_steps
-        return part in self.settings.learn
+        if part == "generator":
+            return part in self.settings.learn
+        may = part in self.settings.learn and (self.searches or part not in ENCODERS)
+        return may and self.step >= self.settings.freeze_retriever_steps
 
     def _forward(self, batch: dict[str, Any]) -> Scored:
         with self.generator.autocast():
@@ -141,7 +162,8 @@ class MarginalObjective(Objective):
         device = self.generator.device
         queries, labels = batch["queries"], batch["labels"].to(device)
         doc_scores, rows = self._picked(batch, device)
-        doc_logprobs = self.retriever.prior_logprobs(doc_scores, queries, rows)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (doc_scores.requires_grad or self._learns("prior"))):
+            doc_logprobs = self.retriever.prior_logprobs(doc_scores, queries, rows)
         empty = ~(rows >= 0).any(1)
         if self.settings.on_empty == "closed_book" and empty.any():
             certain = torch.zeros_like(doc_logprobs).masked_fill(torch.arange(self.k, device=device) > 0, -torch.inf)
@@ -160,7 +182,7 @@ class MarginalObjective(Objective):
         return Scored(doc_logprobs, _spread(each, asked), labels >= 0, rows)
 
     def _picked(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
-        """q·d (B,K), with gradient where the query encoder learns, and the rows (B,K) the search found."""
+        """q·d (B,K), with gradient where an encoder learns, and the rows (B,K) the search found."""
         queries = batch["queries"]
         given = batch.get("candidates")
         if given is not None:
@@ -171,10 +193,42 @@ class MarginalObjective(Objective):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns("query_encoder")):
             vectors = self.retriever.encoder.forward(features)
         if given is None:
-            _, rows = self.retriever.index.search(Queries(queries, vectors.detach().float().cpu().numpy()), self.k)
-        passages = torch.from_numpy(self.vectors.vectors(rows)).to(device)
+            rows = self._found(queries, vectors.detach().float())
+        passages = self._passages(rows, device)
         with torch.autocast(device.type, enabled=False):  # bfloat16 merges ranks: scores stay float32
             return (vectors.float()[:, None, :] * passages).sum(-1), rows
+
+    def _found(self, queries: list[str], vectors: Tensor) -> np.ndarray:
+        """Rows (B,K) for query vectors (B,D): the search's, or the best K of a deeper one by vectors encoded anew."""
+        staleness = self.settings.staleness
+        asked = Queries(queries, vectors.cpu().numpy())
+        if staleness is None or staleness.kind != "rerank":
+            return self.retriever.index.search(asked, self.k)[1]
+        _, pool = self.retriever.index.search(asked, min(staleness.pool, len(self.retriever.base.corpus)))
+        tower = self.retriever.encoder.passage_tower
+        learning = tower.training
+        with torch.no_grad():
+            tower.eval()
+            scores = (vectors[:, None, :] * self._encoded(pool, vectors.device)).sum(-1).cpu()
+            tower.train(learning)
+        best = scores.masked_fill(torch.from_numpy(pool < 0), -torch.inf).topk(self.k).indices
+        return np.take_along_axis(pool, best.numpy(), 1)
+
+    def _passages(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Vectors (B,K,D) of rows: the stored ones, or, where the passage encoder learns, fresh ones with gradient."""
+        if "passage_encoder" not in self.module.parts:
+            return torch.from_numpy(self.retriever.base.vectors.vectors(rows)).to(device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns("passage_encoder")):
+            return self._encoded(rows, device)
+
+    def _encoded(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """(B,K) rows → (B,K,D) by the passage tower as it is now, each passage once; 0 where a row is −1."""
+        encoder, corpus = self.retriever.encoder, self.retriever.base.corpus
+        unique, places = np.unique(rows, return_inverse=True)
+        texts = [passage_text(corpus[int(row)]) if row >= 0 else "" for row in unique]
+        features = {name: value.to(device) for name, value in encoder.features(texts, side="passage").items()}
+        vectors = encoder.forward(features, side="passage") * torch.from_numpy(unique >= 0).to(device)[:, None]
+        return vectors[torch.from_numpy(places.reshape(rows.shape)).to(device)]
 
     def _prompt(self, query: str, row: int) -> Any:
         return self.generator.prompt.render(query, [self.retriever.base.corpus[row]] if row >= 0 else [])
@@ -199,24 +253,23 @@ class MarginalObjective(Objective):
 
 
 def learns_to_retrieve(settings: MarginalSettings, retriever: Retriever) -> bool:
-    """Whether the query encoder gets a gradient. BM25 scores carry none."""
-    return "query_encoder" in settings.learn and retriever.prior_settings.kind != "bm25"
+    """Whether an encoder gets a gradient. BM25 scores carry none."""
+    return bool(ENCODERS & set(settings.learn)) and retriever.prior_settings.kind != "bm25"
 
 
 class _Joint(nn.Module):
-    """Query encoder and generator as one module with one forward pass."""
+    """All parts as one module with one forward pass."""
 
     query_encoder: nn.Module
     generator: nn.Module
 
     _keys_to_ignore_on_save = None  # the trainer asks for it where names are missing: tied weights are saved once
 
-    def __init__(
-        self, query_encoder: nn.Module, generator: nn.Module, step: Callable[[dict[str, Any]], Scored],
-        learns: Callable[[str], bool],
-    ):  # fmt: skip
+    def __init__(self, parts: dict[str, nn.Module], step: Callable[[dict[str, Any]], Scored], learns: Callable[[str], bool]):
         super().__init__()
-        self.query_encoder, self.generator = query_encoder, generator
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.parts = tuple(parts)
         self._step, self._learns = step, learns
 
     def forward(self, batch: dict[str, Any]) -> Scored:
@@ -224,7 +277,7 @@ class _Joint(nn.Module):
 
     def train(self, mode: bool = True) -> _Joint:
         super().train(mode)
-        for name, part in (("query_encoder", self.query_encoder), ("generator", self.generator)):
+        for name, part in self.named_children():
             part.train(mode and self._learns(name))
         return self
 

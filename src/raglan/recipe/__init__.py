@@ -31,6 +31,7 @@ from raglan.recipe.settings import (
     RetrieverSettings,
     SampleSettings,
     StageSettings,
+    StalenessSettings,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "RetrieverSettings",
     "SampleSettings",
     "StageSettings",
+    "StalenessSettings",
     "load_recipe",
     "recipe_schema",
 ]

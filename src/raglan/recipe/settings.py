@@ -33,6 +33,7 @@ __all__ = [
     "SampleSettings",
     "Settings",
     "StageSettings",
+    "StalenessSettings",
     "number",
 ]
 
@@ -319,6 +320,21 @@ class LsrObjective(Settings):
         return self
 
 
+class StalenessSettings(Settings):
+    """What happens to the index while the passage encoder learns."""
+
+    kind: Literal["accept", "rerank", "refresh"] = Field(
+        description="`accept`: search the old vectors; `rerank`: search `pool` passages, encode them anew, keep the best k; "
+        "`refresh`: encode the corpus anew every so many steps. Scores always come from fresh vectors."
+    )
+    pool: int = Field(32, ge=2, description="Passages searched for `rerank`.")
+    every: int = Field(500, ge=1, description="Steps between two refreshes.")
+    mode: Literal["async", "sync"] = Field("async", description="Refresh in the background, or stop training for it.")
+
+
+Part = Literal["query_encoder", "passage_encoder", "prior", "generator"]
+
+
 class MarginalObjective(Settings):
     """RAG, trained end to end: −log Σ_k p(z_k|x) p(y|x,z_k), over whole answers or token by token."""
 
@@ -327,13 +343,16 @@ class MarginalObjective(Settings):
     k: int = Field(5, ge=1, description="Passages a query, picked by the retriever as it is at that step.")
     reduction: Literal["token", "example", "sum"] = Field("token", description="transformers and the paper sum.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="ε, on the predictive mixture.")
-    learn: tuple[Literal["query_encoder", "generator"], ...] = Field(
-        ("query_encoder", "generator"), min_length=1, description="What learns; the passage encoder and index stay fixed."
-    )
-    rates: dict[Literal["query_encoder", "generator"], float] = Field(
+    learn: tuple[Part, ...] = Field(
+        ("query_encoder", "generator"), min_length=1,
+        description="What learns. `prior` is the temperature and, where it is hybrid, the weight of BM25; with "
+        "`passage_encoder` the index ages, and `staleness` says what is done about it.",
+    )  # fmt: skip
+    rates: dict[Part, float] = Field(
         default_factory=dict, description="Learning rates that differ from train.learning_rate, by part."
     )
-    freeze_retriever_steps: int = Field(0, ge=0, description="The query encoder starts to learn after so many steps.")
+    staleness: StalenessSettings | None = None
+    freeze_retriever_steps: int = Field(0, ge=0, description="Encoders and prior start to learn after so many steps.")
     on_empty: Literal["closed_book", "skip"] = Field("closed_book", description="What a query without hits does.")
 
     @model_validator(mode="after")
@@ -341,6 +360,10 @@ class MarginalObjective(Settings):
         for part in self.rates:
             if part not in self.learn:
                 raise ValueError(f"rates names {part}, which is not in learn")
+        if ("passage_encoder" in self.learn) != (self.staleness is not None):
+            raise ValueError("staleness belongs to learn: [passage_encoder, …]: the index ages only if that learns")
+        if self.staleness is not None and self.staleness.kind == "rerank" and self.staleness.pool <= self.k:
+            raise ValueError(f"staleness.pool is {self.staleness.pool}; reranking needs more than k, which is {self.k}")
         return self
 
 

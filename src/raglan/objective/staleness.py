@@ -1,0 +1,105 @@
+"""New indexes while the passage encoder learns: snapshot → encoded in the background → a new version → taken up at a step.
+
+Training never waits (unless `mode: sync`), there are never two jobs at once, a job that fails is a warning, and a version
+that was not finished does not count. What is searched may be old; what is learned from never is, since passages' scores come
+from vectors encoded at that step.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raglan.encoder import Encoder
+from raglan.knowledge import KnowledgeBase, reencoded
+from raglan.recipe import StalenessSettings
+from raglan.retriever import Retriever
+
+__all__ = ["Refresher"]
+
+log = logging.getLogger(__name__)
+PROBE, DEPTH = 256, 10
+
+
+class Refresher:
+    """Makes versions of the retriever's knowledge base in `folder` by the passage tower as it is at that step.
+
+    Attributes:
+        born: the step whose passage tower made the index now in use.
+        recall: recall@10 of the last index within a fixed probe of passages, when it was replaced, against fresh vectors.
+    """
+
+    def __init__(self, retriever: Retriever, settings: StalenessSettings, folder: Path):
+        self.retriever, self.settings, self.folder = retriever, settings, folder
+        self.born, self.recall = 0, 1.0
+        self._pool = ThreadPoolExecutor(1)
+        self._job: Future[KnowledgeBase] | None = None
+        self._job_step = 0
+
+    def at(self, step: int) -> str | None:
+        """Told once after every step: starts a job if one is due, and names a finished version that is to be taken up."""
+        if self._job is None and step % self.settings.every == 0:
+            self._job_step = step
+            self._job = self._pool.submit(self._build, self.retriever.encoder.snapshot())
+        if self._job is None or not (self._job.done() or self.settings.mode == "sync"):
+            return None
+        job, self._job = self._job, None
+        try:
+            return job.result().version
+        except Exception as fault:  # noqa: BLE001 - whatever it was, training can go on with the old index
+            log.warning("the index of step %d could not be made, the old one stays: %s", self._job_step, fault)
+            return None
+
+    def take(self, version: str) -> None:
+        """Search this version from now on.
+
+        Raises:
+            CheckpointError: it is not there, or not whole.
+        """
+        fresh = KnowledgeBase.open(self.folder, version=version)
+        self.recall = _probe_recall(self.retriever.base, fresh)
+        self.retriever.adopt(fresh)
+        self.born = self._job_step
+        log.info("index of step %d in use: recall@%d of the old one was %.3f", self.born, DEPTH, self.recall)
+
+    def prune(self) -> None:
+        """Remove versions that neither training nor, once a checkpoint is written, its resumption needs."""
+        if self._job is None:
+            for name in set(KnowledgeBase.versions(self.folder)) - {self.retriever.base.version}:
+                shutil.rmtree(self.folder / "versions" / name)
+
+    def close(self) -> None:
+        """Wait for a job that still runs; what it makes is not used."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must remember."""
+        return {"version": self.retriever.base.version, "born": self.born}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the index a checkpoint was made with. Raises CheckpointError if that is gone."""
+        if state["version"] != self.retriever.base.version:
+            self.retriever.adopt(KnowledgeBase.open(self.folder, version=state["version"]))
+        self.born = self._job_step = state["born"]
+
+    def _build(self, encoder: Encoder) -> KnowledgeBase:
+        return reencoded(self.retriever.base, encoder, self.folder)
+
+
+def _probe_recall(old: KnowledgeBase, fresh: KnowledgeBase) -> float:
+    """How many of a passage's nearest among a fixed probe the old vectors find, too."""
+    rows = np.random.default_rng(0).permutation(len(old.corpus))[:PROBE]
+    before, after = _nearest(old.vectors.vectors(rows)), _nearest(fresh.vectors.vectors(rows))
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(before, after, strict=True)])) if len(rows) > 1 else 1.0
+
+
+def _nearest(vectors: np.ndarray) -> np.ndarray:
+    """(n,D) → the places (n,k) of each one's nearest others."""
+    scores = vectors @ vectors.T
+    np.fill_diagonal(scores, -np.inf)
+    return np.argsort(-scores, axis=1)[:, : min(DEPTH, len(vectors) - 1)]
