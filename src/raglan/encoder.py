@@ -111,6 +111,13 @@ class Encoder:
         plain = _plain(tokenizer)
         return sum(len(encoding) > limit for encoding in plain.encode_batch_fast(list(texts)))
 
+    def reads(self, query: str) -> bool:
+        """Whether the query tower reads a query to its end."""
+        limit, tokenizer = self.query_tower.max_seq_length, self.query_tower.tokenizer
+        if not limit or not callable(tokenizer):
+            return True
+        return len(tokenizer((self._prompt("query") or "") + query, truncation=False, verbose=False)["input_ids"]) <= limit
+
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Query features (see `features`) → (B,D), with gradient into the query tower."""
         vectors: Tensor = self.query_tower(dict(features), **self._task("query"))["sentence_embedding"]

@@ -19,6 +19,7 @@ from raglan.recipe.settings import (
     HybridIndex,
     IndexSettings,
     KnowledgeSettings,
+    LearnedTurns,
     LessonData,
     LsrObjective,
     MarginalObjective,
@@ -28,9 +29,12 @@ from raglan.recipe.settings import (
     RagSequenceDecode,
     RagTokenDecode,
     Recipe,
+    RetrieveAgain,
     RetrieverSettings,
+    RewriteSettings,
     SampleSettings,
     StageSettings,
+    TurnSettings,
 )
 
 __all__ = [
@@ -46,6 +50,7 @@ __all__ = [
     "HybridIndex",
     "IndexSettings",
     "KnowledgeSettings",
+    "LearnedTurns",
     "LessonData",
     "LsrObjective",
     "MarginalObjective",
@@ -55,9 +60,12 @@ __all__ = [
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RetrieveAgain",
     "RetrieverSettings",
+    "RewriteSettings",
     "SampleSettings",
     "StageSettings",
+    "TurnSettings",
     "load_recipe",
     "recipe_schema",
 ]
