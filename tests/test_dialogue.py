@@ -180,6 +180,9 @@ def test_a_generator_rewrites_the_question(kind: str, folder: Path, tmp_path: Pa
     assert own.retriever.rewrite is not None
     assert texts == own.retriever.rewrite(asked[:1], [TURNS])
     assert hits == own.retriever.retrieve(texts, 2)
+    own.retriever.rewrite = None
+    with pytest.raises(RecipeError, match="no generator rewrites"):
+        own.search(asked, 2, history=[TURNS] * 3)
     other = opened(folder, "retriever.history=rewrite", f"retriever.rewrite.model={tmp_path / kind}")
     assert other.retriever.search_texts(asked, [TURNS, [], TURNS[:1]])[1] == asked[1]
 

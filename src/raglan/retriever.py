@@ -56,11 +56,14 @@ class Retriever:
         Args:
             history: of each question; none at all where it is empty.
             drafts: of each question, an answer to search with.
+
+        Raises:
+            RecipeError: questions are to be rewritten, and nobody does it.
         """
         said = history or [()] * len(queries)
         texts = list(queries)
-        if self.history == "rewrite" and self.rewrite is not None:
-            texts = self.rewrite(queries, said)
+        if self.history == "rewrite" and any(said):
+            texts = self._rewriter(queries, said)
         if drafts:
             texts = [f"{text}\n{draft}".rstrip() for text, draft in zip(texts, drafts, strict=True)]
         if self.history == "history":
@@ -141,6 +144,12 @@ class Retriever:
             own = self.prior_settings.kind == "bm25"
             logits = sparse / self.temperature if own else logits + self.prior_settings.sparse_weight * sparse
         return logits
+
+    @property
+    def _rewriter(self) -> Rewrite:
+        if self.rewrite is None:
+            raise RecipeError("retriever.history is 'rewrite', but no generator rewrites", hint="open the system with RAG.open")
+        return self.rewrite
 
     @property
     def _bm25(self) -> BM25Index:
