@@ -13,7 +13,7 @@ FLOORS = [
     ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "embedded"],
     ["documents", "corpus", "encoder", "index", "generator"],
     ["decode"],
-    ["knowledge", "retriever"],
+    ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "scores", "trainer", "train", "evaluate"],
     ["report"],

@@ -107,10 +107,13 @@ def answer(
     questions: Annotated[list[str], typer.Argument(help="Questions; words with `=` and no space override settings.")],
     untuned: Annotated[bool, typer.Option("--untuned", help="Ask the system as it was before training.")] = False,
     k: Annotated[int | None, typer.Option("-k", help="Passages a question; default the recipe's.")] = None,
+    history: Annotated[
+        list[str] | None, typer.Option(help="A dialogue's earlier turn; give it once a turn, the oldest first.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
-    from raglan.text import check_query
+    from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
 
     overrides = [word for word in questions if _is_override(word)]
@@ -119,9 +122,11 @@ def answer(
         raise RecipeError("there is no question", hint="raglan answer recipe.yaml 'Who …?'")
     for question in asked:
         check_query(question)
+    said = history or []
+    check_history(said)
     loaded = load_recipe(recipe, overrides)
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
-    answers = parts.open(loaded).answer(asked, k=k)
+    answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked))
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return

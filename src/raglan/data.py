@@ -129,7 +129,7 @@ def answer_rows(
     rows, cut, starved = [], 0, 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
         for start in range(0, max(len(passages), 1), a_row):
-            prompt = generator.prompt.render(example.query, passages[start : start + a_row])
+            prompt = generator.prompt.render(example.query, passages[start : start + a_row], history=example.history)
             cut += prompt.truncated
             starved += prompt.starved
             rows += [generator.row(prompt, answer) for answer in (example.answers if each else example.answers[:1])]
@@ -152,9 +152,8 @@ def choose_passages(examples: Sequence[Example], source: str, k: int, retriever:
     searched: list[list[int]] = [[] for _ in examples]
     if (source == "mixed" and k > 1) or source == "retrieved" or not all(relevant):
         depth = min(len(corpus), k + max(map(len, relevant), default=0))
-        searched = [
-            [row for row in rows if row >= 0] for rows in retriever.search([e.query for e in examples], depth)[1].tolist()
-        ]
+        texts = retriever.search_texts([e.query for e in examples], [e.history for e in examples])
+        searched = [[row for row in rows if row >= 0] for rows in retriever.search(texts, depth)[1].tolist()]
     chosen = []
     for gold, found in zip(relevant, searched, strict=True):
         if source == "retrieved" or not gold:

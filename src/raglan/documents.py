@@ -25,7 +25,7 @@ import pyarrow.parquet
 from raglan.errors import CorpusError, MissingExtra, require
 from raglan.progress import track
 from raglan.records import Document, Example
-from raglan.text import SPACELESS, check_query, half_character
+from raglan.text import SPACELESS, check_history, check_query, half_character
 
 __all__ = ["Reading", "read_documents", "read_examples"]
 
@@ -305,6 +305,7 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
         raise CorpusError(f"`grades` is {grades!r}; it must map passage ids to whole numbers")
     if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
         raise CorpusError(f"`history` is {history!r}; it must be a list of texts")
+    check_history(history)
     known = {"id", "query", "question", "answers", "relevant", "grades", "history"}
     metadata = {key: value for key, value in row.items() if key not in known}
     return Example(

@@ -111,6 +111,13 @@ class Encoder:
         plain = _plain(tokenizer)
         return sum(len(encoding) > limit for encoding in plain.encode_batch_fast(list(texts)))
 
+    def reads(self, query: str) -> bool:
+        """Whether the query tower reads a query to its end."""
+        limit, tokenizer = self.query_tower.max_seq_length, self.query_tower.tokenizer
+        if not limit or not callable(tokenizer):
+            return True
+        return len(tokenizer((self._prompt("query") or "") + query, truncation=False, verbose=False)["input_ids"]) <= limit
+
     def forward(self, features: dict[str, Tensor], *, side: Side = "query") -> Tensor:
         """Features (see `features`) of one side → (B,D), with gradient into that side's tower."""
         vectors: Tensor = self._tower(side)(dict(features), **self._task(side))["sentence_embedding"]

@@ -15,16 +15,29 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
 from raglan.data import load_examples
+from raglan.documents import read_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
-from raglan.metrics import Interval, answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
+from raglan.metrics import (
+    Interval,
+    RareWords,
+    answer_recall,
+    bootstrap,
+    exact_match,
+    f1,
+    mrr,
+    ndcg,
+    paired_bootstrap,
+    rare_f1,
+    recall,
+)
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
@@ -34,6 +47,7 @@ __all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "evaluation_f
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
+Measures = dict[str, Callable[[str, Example], float]]
 
 
 @dataclass(frozen=True)
@@ -100,16 +114,22 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     corpus = system.retriever.base.corpus
     system.retriever.check_k(system.k)
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
-    hits = system.retriever.retrieve([example.query for example in examples], deepest)
+    texts, hits = system.search([e.query for e in examples], deepest, history=[e.history for e in examples])
+    measures = _measures(settings, system)
     rows = [_retrieval_row(example, found, settings, system.k) for example, found in zip(examples, hits, strict=True)]
     answered = [place for place, example in enumerate(examples) if example.answers]
     for mode in settings.modes:
         places = [place for place in answered if mode != "gold" or examples[place].relevant]
         given = [_given(mode, system, examples[place], hits[place]) for place in places]
+        queries, history = [examples[place].query for place in places], [examples[place].history for place in places]
         log.info("reading: %s, %d questions", mode, len(places))
-        answers = system.read([examples[place].query for place in places], given)
+        if mode == "retrieved" and system.turns is not None:  # each turn searches for itself
+            answers = system.answer(queries, history=history)
+            given = [list(answer.hits) for answer in answers]
+        else:
+            answers = system.read(queries, given, history=history, texts=[texts[place] for place in places])
         for place, answer, found in zip(places, answers, given, strict=True):
-            _add_reading(rows[place], mode, examples[place], answer, found)
+            _add_reading(rows[place], mode, examples[place], answer, found, measures)
     return rows
 
 
@@ -141,7 +161,8 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
     if example.answers:
         figures |= {f"answer_recall@{k}": answer_recall(texts[:k], example.answers) for k in settings.k}
     return {
-        "id": example.id, "query": example.query, "answers": list(example.answers), "relevant": list(example.relevant),
+        "id": example.id, "query": example.query, "history": list(example.history), "answers": list(example.answers),
+        "relevant": list(example.relevant),
         "hits": [
             {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
             for h in hits[: max(10, kept)]
@@ -161,21 +182,47 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
     return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
 
 
-def _add_reading(row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit]) -> None:
+def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
+    """Name → (answer's text, example) → figure, NaN where it does not apply."""
+    known: Measures = {
+        "em": lambda text, example: exact_match(text, example.answers),
+        "f1": lambda text, example: f1(text, example.answers),
+        "kf1": lambda text, example: f1(text, told) if (told := _knowledge(example, system)) else math.nan,
+    }
+    if "rare_f1" in settings.metrics:
+        reference = read_examples(settings.rare_reference or settings.questions)
+        rare = RareWords.of(answer for example in reference for answer in example.answers)
+        known["rare_f1"] = lambda text, example: rare_f1(text, example.answers, rare=rare)
+    return {name: known[name] for name in settings.metrics}
+
+
+def _knowledge(example: Example, system: RAG) -> list[str]:
+    """What the answer should tell of: the example's own `knowledge`, a sentence or several, or its relevant passages."""
+    given = example.metadata.get("knowledge")
+    if given:
+        return [given] if isinstance(given, str) else [str(sentence) for sentence in given]
+    corpus = system.retriever.base.corpus
+    return [corpus[row].text for identity in example.relevant if (row := corpus.row(identity)) is not None]
+
+
+def _add_reading(
+    row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit], measures: Measures
+) -> None:
     row["predictions"][mode] = {
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
-    row["figures"] |= {
-        f"{mode}/em": exact_match(answer.text, example.answers), f"{mode}/f1": f1(answer.text, example.answers),
-        f"{mode}/truncated": float(answer.truncated), f"{mode}/unfinished": float(not answer.finished),
-    }  # fmt: skip
+    figures = {name: measure(answer.text, example) for name, measure in measures.items()}
+    figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
+    row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}
 
 
 def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
     base = KnowledgeBase.open(recipe.knowledge.path).version
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
-    questions = file_fingerprint(settings.questions) if settings.questions.is_file() else str(settings.questions)
+    files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
+    questions = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
     encoder = recipe.knowledge.encoder.model_dump(mode="json")
-    stamps = [folder_stamp(recipe.generator.model), folder_stamp(recipe.retriever.query_encoder)]
+    folders = (recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model)
+    stamps = [folder_stamp(folder) for folder in folders]
     return fingerprint([base, shared, encoder, stamps, settings.model_dump(mode="json"), questions, asdict(parts)])

@@ -43,9 +43,13 @@ __all__ = [
     "sequence_logprob",
     "token_logprob",
     "token_posterior",
+    "turn_answer_logprobs",
+    "turn_bound",
+    "turn_evidence",
     "turn_logprobs",
     "turn_marginal",
     "turn_prior",
+    "turn_split",
 ]
 
 Direction = Literal["student_first", "target_first"]
@@ -134,6 +138,11 @@ def turn_prior(ages: Tensor, *, present: Tensor, gamma: float = 1.0) -> Tensor:
     return passage_logprobs(_wide(ages) * torch.tensor(gamma, dtype=torch.float64).log().item(), present=present)
 
 
+def turn_evidence(logits: Tensor, *, present: Tensor) -> Tensor:
+    """log Σ_k e^(s_k/τ), how much a turn found: the logits of a turn prior by retrieval. (…,K), (…,K) → (…)."""
+    return _logsumexp(torch.where(present, _wide(logits), -torch.inf), dim=-1)
+
+
 def turn_logprobs(turn_prior: Tensor, doc_logprobs: Tensor) -> Tensor:
     """The joint prior of turns and their passages, flattened: ρ_u + ℓ_uk. (B,U), (B,U,K) → (B,U·K).
 
@@ -146,6 +155,26 @@ def turn_marginal(turn_prior: Tensor, turn_answer_logprobs: Tensor) -> Tensor:
     """RAG-Turn's doc-only: log Σ_u exp(ρ_u + log p_u(y|x)), token inside a turn and sequence across turns. (B,U) ×2 → (B,)."""
     prior = _wide(turn_prior)
     return _logsumexp(prior + torch.where(torch.isneginf(prior), 0.0, _wide(turn_answer_logprobs)), dim=-1)
+
+
+def turn_split(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """`turn_logprobs` undone: ρ_u + ℓ_uk (B,U,K) → ρ (B,U) and ℓ (B,U,K), −inf throughout where a turn is absent."""
+    each = _normalised(_wide(joint).flatten(0, 1)).unflatten(0, joint.shape[:2])
+    return _logsumexp(_wide(joint), dim=-1), each
+
+
+def turn_answer_logprobs(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask: Tensor, *, over: Over) -> Tensor:
+    """log p_u(y|x) of each turn by its own passages. (B,U,K), (B,U,K,T), (B,T) → (B,U)."""
+    mask = answer_mask[:, None].expand(-1, doc_logprobs.shape[1], -1)
+    return marginal_logprob(doc_logprobs.flatten(0, 1), token_logprobs.flatten(0, 1), mask.flatten(0, 1), over=over).unflatten(
+        0, doc_logprobs.shape[:2]
+    )
+
+
+def turn_bound(turn_prior: Tensor, turn_answer_logprobs: Tensor) -> Tensor:
+    """Σ_u e^ρ_u log p_u(y|x), each turn trained by itself: never above `turn_marginal` (Jensen). (B,U), (B,U) → (B,)."""
+    prior = _wide(turn_prior)
+    return (prior.exp() * torch.where(torch.isneginf(prior), 0.0, _wide(turn_answer_logprobs))).sum(-1)
 
 
 def answer_nll(token_logprobs: Tensor, answer_mask: Tensor, *, reduction: Literal["token", "example", "none"]) -> Tensor:

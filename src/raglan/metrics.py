@@ -1,14 +1,16 @@
 """Figures: exact match, F1, ranking measures, and intervals that say how much to believe them.
 
-Answers: EM and F1 are SQuAD's, best over the gold answers. Rankings: recall@k, nDCG@k (gain = grade, discount log2, as in
-trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000 resamples with a seed.
+Answers: EM and F1 are SQuAD's, best over the gold answers. Dialogue: Knowledge-F1 is that F1 against the knowledge an
+answer should tell, Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k,
+nDCG@k (gain = grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for
+differences, 10,000 resamples with a seed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from raglan.text import answer_words
 
 __all__ = [
     "Interval",
+    "RareWords",
     "answer_recall",
     "bootstrap",
     "exact_match",
@@ -24,6 +27,8 @@ __all__ = [
     "mrr",
     "ndcg",
     "paired_bootstrap",
+    "perplexity",
+    "rare_f1",
     "recall",
 ]
 
@@ -49,6 +54,43 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
         return 0.0
     precision, recalled = common / len(prediction), common / len(answer)
     return 2 * precision * recalled / (precision + recalled)
+
+
+@dataclass(frozen=True, slots=True)
+class RareWords:
+    """The words of a reference corpus that occur less than `cutoff` times, as `answer_words` cuts them.
+
+    From the commonest word down the counts are added up; the count at which the sum first exceeds half of all words is the
+    cutoff. So the common words make up half of what is said, and a word the corpus lacks is neither.
+    """
+
+    counts: Mapping[str, int]
+    cutoff: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> RareWords:
+        """Counted in the texts that people wrote; no text means no rare word."""
+        counts = Counter(word for text in texts for word in answer_words(text))
+        said, half = 0, counts.total() / 2
+        for _, count in counts.most_common():
+            said += count
+            if said > half:
+                return cls(counts, count)
+        return cls(counts, 0)
+
+    def among(self, words: Sequence[str]) -> list[str]:
+        return [word for word in words if 0 < self.counts.get(word, 0) < self.cutoff]
+
+
+def rare_f1(prediction: str, answers: Sequence[str], *, rare: RareWords) -> float:
+    """F1 over rare words with the best gold answer that has any; NaN (left out of the mean) where none has."""
+    kept = [words for answer in answers if (words := rare.among(answer_words(answer)))]
+    return max((_f1(rare.among(answer_words(prediction)), words) for words in kept), default=math.nan)
+
+
+def perplexity(logprobs: Sequence[float], tokens: Sequence[int]) -> float:
+    """exp(−Σ log p / Σ T) over answers, per token of all of them and not a mean of each one's; at most e^700."""
+    return math.exp(min(700.0, -sum(logprobs) / max(1, sum(tokens))))
 
 
 def answer_recall(texts: Sequence[str], answers: Sequence[str]) -> float:

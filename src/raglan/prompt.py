@@ -1,11 +1,12 @@
 """From a question and its passages to the generator's input ids, within a budget that is kept to the token.
 
-The order of what gives way: the question is never cut; if it cannot fit, that is an error which names the limit. Passages
-are cut at their ends, the longest first, so that all of them stay; the template's own words stay whole. Text of a passage
-or a question never becomes a control token: special tokens are added by id, and their spellings in text stay text.
+The order of what gives way: the question is never cut; if it cannot fit, that is an error which names the limit. History
+loses whole turns, the oldest first, until every passage has its least tokens. Passages are cut at their ends, the longest
+first, so that all of them stay; the template's own words stay whole. Text of a passage, a turn or a question never becomes a
+control token: special tokens are added by id, and their spellings in text stay text.
 
 Layouts: `joined` is one text for any model; `chat` puts the same text into the model's chat template; `fused` gives every
-passage a block of its own with the question, `[CLS] question [SEP] passage [SEP]`, as the embedded reader wants it.
+passage a block of its own with the question, `[CLS] history question [SEP] passage [SEP]`, as the embedded reader wants it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Rendered:
     answer_space: str = ""
     cut_tokens: int = 0
     starved: bool = False
+    dropped_turns: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -54,13 +56,13 @@ class Prompt:
         self.settings, self.tokenizer, self.layout = settings, tokenizer, layout
         self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
-    def render(self, query: str, passages: Sequence[Passage]) -> Rendered:
-        """The prompt for a question with K ≥ 0 passages.
+    def render(self, query: str, passages: Sequence[Passage], *, history: Sequence[str] = ()) -> Rendered:
+        """The prompt for a question with K ≥ 0 passages, behind a dialogue's earlier turns, oldest first.
 
         Raises:
             RecipeError: the question alone does not fit.
         """
-        return self._fused(query, passages) if self.layout == "fused" else self._joined(query, passages)
+        return self._fused(query, passages, history) if self.layout == "fused" else self._joined(query, passages, history)
 
     @property
     def answer_space(self) -> str:
@@ -73,65 +75,104 @@ class Prompt:
             return passage.text
         return self.settings.passage.format(title=passage.title, text=passage.text, number=number)
 
-    def _fused(self, query: str, passages: Sequence[Passage]) -> Rendered:
+    def _fused(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
         opens, closes = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         question = self._ids(query)
         room = self.budget - len(question) - 3
         self._check_room(room, query)
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
+        wanted = [self._ids(text) for text in texts]
+        turns = self._newest(history, room - self._least(wanted, together=False))
+        before = [token for turn in turns for token in self._ids(turn)]
+        question, room = before + question, room - len(before)
         ids: list[int] = [] if texts else [opens, *question, closes]
-        cut, starved = 0, False
-        for text in texts:
-            wanted = self._ids(text)
-            ids += [opens, *question, closes, *wanted[:room], closes]
-            cut += max(0, len(wanted) - room)
-            starved = starved or room < min(len(wanted), self.settings.min_passage_tokens)
-        told = "\n".join([f"[question] {query}", *(f"[passage {i}] {text}" for i, text in enumerate(texts, 1))])
-        return Rendered(tuple(ids), told, tuple(p.text for p in passages), "", cut, starved)
+        for own in wanted:
+            ids += [opens, *question, closes, *own[:room], closes]
+        cut = sum(max(0, len(own) - room) for own in wanted)
+        starved = any(room < min(len(own), self.settings.min_passage_tokens) for own in wanted)
+        told = "\n".join([
+            *(f"[turn] {turn}" for turn in turns), f"[question] {query}",
+            *(f"[passage {i}] {text}" for i, text in enumerate(texts, 1)),
+        ])  # fmt: skip
+        sources = tuple(p.text for p in passages)
+        return Rendered(tuple(ids), told, sources, "", cut, starved, len(history) - len(turns))
 
-    def _joined(self, query: str, passages: Sequence[Passage]) -> Rendered:
+    def _joined(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
-        lengths = [len(self._ids(text)) for text in texts]
+        wanted = [self._ids(text) for text in texts]
+        lengths = [len(own) for own in wanted]
+        joints = len(texts) * len(self._ids(self.settings.separator))
         fixed = len(self._whole(query, []))
-        room = self.budget - fixed - len(texts) * len(self._ids(self.settings.separator))
         self._check_room(self.budget - fixed + 1, query)
         if texts:
-            self._check_passages(room, len(texts))
-        shares = _shares(lengths, room)
-        while True:
-            kept = [self._head(text, share) for text, share in zip(texts, shares, strict=True)]
-            ids = self._whole(query, kept)
-            over = len(ids) - self.budget
-            if over <= 0 or not any(shares):
+            self._check_passages(self.budget - fixed - joints, len(texts))
+        turns = self._newest(history, self.budget - fixed - joints - self._least(wanted, together=True))
+        while True:  # joins can cost a token more than their parts
+            room = self.budget - (len(self._whole(query, [], turns)) if turns else fixed) - joints
+            shares, kept, ids = self._fitted(query, texts, turns, _shares(lengths, room))
+            if len(ids) <= self.budget or not turns:
                 break
-            longest = max(range(len(shares)), key=shares.__getitem__)  # joins can cost a token more than their parts
-            shares[longest] = max(0, shares[longest] - over)
-        if over > 0:
-            self._check_room(-over, query)
+            turns = turns[1:]
+        self._check_room(self.budget - len(ids) + 1, query)
         cut = sum(lengths) - sum(min(a, b) for a, b in zip(lengths, shares, strict=True))
         least = self.settings.min_passage_tokens
         starved = any(share < min(length, least) for share, length in zip(shares, lengths, strict=True))
-        text, space = self._text(query, kept)
+        text, space = self._text(query, kept, turns)
         space = "" if self.layout == "chat" else space  # there the template says how an answer begins
-        return Rendered(tuple(ids), text, tuple(p.text for p in passages), space, cut, starved)
+        sources = tuple(p.text for p in passages)
+        return Rendered(tuple(ids), text, sources, space, cut, starved, len(history) - len(turns))
 
-    def _whole(self, query: str, texts: Sequence[str]) -> list[int]:
-        text, _ = self._text(query, texts)
+    def _fitted(
+        self, query: str, texts: Sequence[str], turns: Sequence[str], shares: list[int]
+    ) -> tuple[list[int], list[str], list[int]]:
+        """Shares of the passages, the passages so cut, and all ids, which exceed the budget only where no share is left."""
+        while True:
+            kept = [self._head(text, share) for text, share in zip(texts, shares, strict=True)]
+            ids = self._whole(query, kept, turns)
+            over = len(ids) - self.budget
+            if over <= 0 or not any(shares):
+                return shares, kept, ids
+            longest = max(range(len(shares)), key=shares.__getitem__)
+            shares[longest] = max(0, shares[longest] - over)
+
+    def _newest(self, history: Sequence[str], room: int) -> list[str]:
+        """The newest turns that fit into so many tokens, each whole, oldest first."""
+        most = self.settings.max_history_tokens
+        room = room if most is None else min(room, most)
+        between = 0 if self.layout == "fused" else len(self._ids("\n"))
+        kept: list[str] = []
+        for turn in reversed(history):
+            room -= len(self._ids(turn)) + between
+            if room < 0:
+                break
+            kept.insert(0, turn)
+        return kept
+
+    def _least(self, wanted: Sequence[Sequence[int]], *, together: bool) -> int:
+        """Tokens that history must leave: every passage's least, or the largest of them where each has a block."""
+        least = [min(len(own), self.settings.min_passage_tokens) for own in wanted]
+        return sum(least) if together else max(least, default=0)
+
+    def _whole(self, query: str, texts: Sequence[str], turns: Sequence[str] = ()) -> list[int]:
+        text, _ = self._text(query, texts, turns)
         if self.layout != "chat":
             return self._ids(text, special=True)
-        turns = [{"role": "user", "content": MARK}]
-        around = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        chat = [{"role": "user", "content": MARK}]
+        around = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         before, found, after = around.partition(MARK)
         if not found:
             raise RecipeError("the model's chat template changes the text it is given", hint="set prompt.layout: joined")
         return [*self._ids(before, control=True), *self._ids(text), *self._ids(after, control=True)]
 
-    def _text(self, query: str, texts: Sequence[str]) -> tuple[str, str]:
+    def _text(self, query: str, texts: Sequence[str], turns: Sequence[str]) -> tuple[str, str]:
         template = self.settings.template
         if not texts:
             template = self.settings.no_passage or template.replace("{passages}", "").lstrip("\n")
-        parts = {"{question}": query, "{passages}": self.settings.separator.join(texts)}
-        text = re.sub(r"\{question\}|\{passages\}", lambda found: parts[found.group()], template)
+        template = _with_history(template) if turns else re.sub(r"\{history\}\n?", "", template)
+        parts = {
+            "{question}": query, "{history}": "\n".join(turns), "{passages}": self.settings.separator.join(texts),
+        }  # fmt: skip
+        text = re.sub(r"\{question\}|\{history\}|\{passages\}", lambda found: parts[found.group()], template)
         bare = text.rstrip()
         return bare, text[len(bare) :]
 
@@ -168,6 +209,17 @@ class Prompt:
                 f"{shortened(query)!r}",
                 hint="questions are never cut: raise prompt.max_tokens if the model allows it, or shorten the question",
             )
+
+
+def _with_history(template: str) -> str:
+    """The template with a place for the turns: lines of their own before the question's, or, where a line holds passages
+    and question, before the question."""
+    if "{history}" in template:
+        return template
+    head = template[: template.index("{question}")]
+    line = head.rfind("\n") + 1
+    at = len(head) if "{passages}" in head[line:] else line
+    return f"{template[:at]}{{history}}\n{template[at:]}"
 
 
 def _shares(lengths: Sequence[int], room: int) -> list[int]:

@@ -12,14 +12,15 @@ from pathlib import Path
 from threading import Lock
 
 from raglan.artifact import read_manifest
-from raglan.decode import KINDS, NEEDS_PRIOR, Asked
+from raglan.decode import KINDS, NEEDS_PRIOR, Asked, rag_turn
+from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
-from raglan.recipe import DecodeSettings, Recipe
+from raglan.recipe import DecodeSettings, GeneratorSettings, RagTokenDecode, Recipe, RetrieveAgain, TurnSettings
 from raglan.records import Answer, Hit
 from raglan.retriever import Retriever
-from raglan.text import check_query
+from raglan.text import check_history, check_query
 
 __all__ = ["PRIOR", "RAG"]
 
@@ -30,6 +31,8 @@ PRIOR = "prior"
 class RAG:
     """Asks the retriever, then the generator. `k` passages a query unless a call says otherwise.
 
+    A call's `history` is, of each question, the dialogue's earlier turns, oldest first.
+
     Threads may share it: questions wait for each other, since tokenizers and the models' hooks serve one at a time.
     """
 
@@ -37,6 +40,7 @@ class RAG:
     generator: HFGenerator
     decode: DecodeSettings
     k: int
+    again: RetrieveAgain | None = None
     _turn: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
@@ -48,36 +52,64 @@ class RAG:
 
         A tuned passage encoder comes with `knowledge`, the same passages encoded by it.
         """
+        asks = recipe.retriever
         base = KnowledgeBase.open(knowledge or recipe.knowledge.path)
         named = recipe.knowledge.encoder
         if passage_encoder is not None:
             named = named.model_copy(update={"model": str(passage_encoder)})
-        encoder = Encoder.open(named, query_encoder=query_encoder or recipe.retriever.query_encoder)
-        weights = recipe.retriever.prior
+        encoder = Encoder.open(named, query_encoder=query_encoder or asks.query_encoder)
+        weights = asks.prior
         if prior is not None:
             weights = weights.model_copy(update=read_manifest(prior, PRIOR)["values"])
-        retriever = Retriever(base, encoder, index=recipe.index, prior=weights)
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        return cls(retriever, open_generator(settings, recipe.prompt), recipe.decode, recipe.retriever.k)
+        reads = open_generator(settings, recipe.prompt)
+        retriever = Retriever(base, encoder, index=recipe.index, prior=weights, history=asks.history)
+        if asks.history == "rewrite":
+            own = asks.rewrite.model
+            writes = reads if own is None else open_generator(GeneratorSettings(model=own), recipe.prompt)
+            retriever.rewrite = Rewriter(writes, asks.rewrite)
+        return cls(retriever, reads, recipe.decode, asks.k, asks.retrieve_again)
 
-    def answer(self, queries: Sequence[str], *, k: int | None = None) -> list[Answer]:
+    @property
+    def turns(self) -> TurnSettings | None:
+        """RAG-Turn's settings, if several turns of a dialogue retrieve."""
+        return getattr(self.decode, "turns", None)
+
+    def answer(self, queries: Sequence[str], *, k: int | None = None, history: Sequence[Sequence[str]] = ()) -> list[Answer]:
         """One answer a query, with the passages it was read from.
 
         Raises:
-            CorpusError: an empty or overlong question. RecipeError: k larger than the corpus.
+            CorpusError: an empty or overlong question or turn. RecipeError: k larger than the corpus.
         """
-        for query in queries:
-            check_query(query)
+        _check(queries, history)
         with self._turn:
             retriever = self.retriever  # a swap from here on is for the next question
-            return self._read(retriever, queries, retriever.retrieve(queries, self.k if k is None else k))
+            k = self.k if k is None else k
+            if self.turns is not None:
+                said = history or [()] * len(queries)
+                found = retrieve_turns(retriever, queries, said, k, self.turns)
+                priors, sizes = [f.doc_logprobs for f in found], [f.sizes for f in found]
+                return self._decoded(retriever, Asked(queries, [f.hits for f in found], priors, said, sizes), self.decode)
+            texts, hits = self._search(retriever, queries, k, history)
+            return self._read(retriever, queries, texts, hits, history)
 
-    def read(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
-        """One answer a query from given hits; none means closed book."""
+    def search(
+        self, queries: Sequence[str], k: int, *, history: Sequence[Sequence[str]] = ()
+    ) -> tuple[list[str], list[tuple[Hit, ...]]]:
+        """What is searched for, and the best k passages of each query."""
+        _check(queries, history)
         with self._turn:
-            return self._read(self.retriever, queries, hits)
+            return self._search(self.retriever, queries, k, history)
+
+    def read(
+        self, queries: Sequence[str], hits: Sequence[Sequence[Hit]], *, history: Sequence[Sequence[str]] = (),
+        texts: Sequence[str] = (),
+    ) -> list[Answer]:  # fmt: skip
+        """One answer a query from given hits; none means closed book. `texts`: what `search` said it searched for."""
+        with self._turn:
+            return self._read(self.retriever, queries, texts, hits, history)
 
     def swap(self, path: Path | None = None, *, version: str | None = None) -> str:
         """Answer from another knowledge base, or from another version of this one; no weight is loaded again.
@@ -98,8 +130,38 @@ class RAG:
         self.retriever = self.retriever.over(base)
         return base.version
 
-    def _read(self, retriever: Retriever, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
-        kind = self.decode.kind
-        prior = retriever.prior(queries, hits) if kind in NEEDS_PRIOR else None
-        answers = KINDS[kind](self.generator, Asked(queries, hits, prior), self.decode)
+    def _search(
+        self, retriever: Retriever, queries: Sequence[str], k: int, history: Sequence[Sequence[str]]
+    ) -> tuple[list[str], list[tuple[Hit, ...]]]:
+        texts = retriever.search_texts(queries, history)
+        if self.again is None:
+            return texts, retriever.retrieve(texts, k)
+        drafting = self.decode.model_copy(update={"max_new_tokens": self.again.max_draft_tokens})
+        drafts = self._read(retriever, queries, texts, retriever.retrieve(texts, self.k), history, drafting)
+        texts = retriever.search_texts(queries, history, drafts=[draft.text for draft in drafts])
+        return texts, retriever.retrieve(texts, k)
+
+    def _read(
+        self, retriever: Retriever, queries: Sequence[str], texts: Sequence[str], hits: Sequence[Sequence[Hit]],
+        history: Sequence[Sequence[str]], decode: DecodeSettings | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        decode = decode or self.decode
+        prior = None
+        if decode.kind in NEEDS_PRIOR:
+            prior = retriever.prior(texts or retriever.search_texts(queries, history), hits)
+        return self._decoded(retriever, Asked(queries, hits, prior, history), decode)
+
+    def _decoded(self, retriever: Retriever, asked: Asked, decode: DecodeSettings) -> list[Answer]:
+        turns = self.turns if asked.turns else None
+        if isinstance(decode, RagTokenDecode) and turns is not None and turns.kind == "doc_only":
+            answers = rag_turn(self.generator, asked, decode)
+        else:  # doc-then-turn is a mixture like any other; over whole answers doc-only is the same
+            answers = KINDS[decode.kind](self.generator, asked, decode)
         return [replace(answer, knowledge=retriever.base.version) for answer in answers]
+
+
+def _check(queries: Sequence[str], history: Sequence[Sequence[str]]) -> None:
+    for query in queries:
+        check_query(query)
+    for turns in history:
+        check_history(turns)

@@ -17,7 +17,8 @@ from raglan.train import finished_parts, learning_curves
 __all__ = ["write_report"]
 
 NAMES = {
-    "em": "exact match", "f1": "F1", "truncated": "prompts cut", "unfinished": "answers cut off",
+    "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "truncated": "prompts cut",
+    "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
@@ -171,7 +172,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
-        right, was_right = new["figures"][f"{mode}/em"] == 1, old["figures"].get(f"{mode}/em") == 1
+        right, was_right = new["figures"].get(f"{mode}/em") == 1, old["figures"].get(f"{mode}/em") == 1
         read = set(new["predictions"][mode]["passages"])
         found.append({
             "query": new["query"], "gold": new["answers"], "right": right,

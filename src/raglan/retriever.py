@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from raglan.progress import track
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import PriorSettings
 from raglan.records import Hit
-from raglan.text import check_query
+from raglan.text import MAX_QUERY_CHARACTERS, check_query
 
-__all__ = ["Prior", "Retriever"]
+__all__ = ["Prior", "Retriever", "Rewrite"]
+
+Rewrite = Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]  # (questions, their histories) → questions
 
 
 class Prior(nn.Module):
@@ -55,24 +57,64 @@ def _constant(value: float) -> nn.Parameter:
 
 
 class Retriever:
-    """An index of a knowledge base, and the encoder whose query tower asks it."""
+    """An index of a knowledge base, and the encoder whose query tower asks it.
 
-    def __init__(self, base: KnowledgeBase, encoder: Encoder, *, index: str, prior: PriorSettings | None = None):
+    `history` says what of a dialogue is searched for; `rewrite` is who writes the question where it is to be rewritten.
+    """
+
+    def __init__(
+        self, base: KnowledgeBase, encoder: Encoder, *, index: str, prior: PriorSettings | None = None,
+        history: Literal["last_turn", "history", "rewrite"] = "history", rewrite: Rewrite | None = None,
+    ):  # fmt: skip
         base.check(encoder)
         self.base, self.encoder, self.name = base, encoder, index
         self.index: Index = base.index(index)
         self.prior_settings = prior or PriorSettings()
         self.weights = Prior(self.prior_settings, usual_temperature=self._usual_temperature())
+        self.history, self.rewrite = history, rewrite
 
     def over(self, base: KnowledgeBase) -> Retriever:
-        """The same encoder, index name and prior over another knowledge base. Raises IndexMismatch."""
-        other = Retriever(base, self.encoder, index=self.name, prior=self.prior_settings)
+        """The same encoder, index name, prior and ways with history over another knowledge base. Raises IndexMismatch."""
+        other = Retriever(
+            base, self.encoder, index=self.name, prior=self.prior_settings, history=self.history, rewrite=self.rewrite
+        )
         other.weights = self.weights
         return other
 
     def adopt(self, base: KnowledgeBase) -> None:
         """Search another version from now on, unchecked: while the passage tower learns, it is ahead of any index."""
         self.base, self.index = base, base.index(self.name)
+
+    def search_texts(
+        self, queries: Sequence[str], history: Sequence[Sequence[str]] = (), *, drafts: Sequence[str] = ()
+    ) -> list[str]:
+        """What is searched for: questions, each with its dialogue's earlier turns (oldest first), as one text each.
+
+        Args:
+            history: of each question; none at all where it is empty.
+            drafts: of each question, an answer to search with.
+
+        Raises:
+            RecipeError: questions are to be rewritten, and nobody does it.
+        """
+        said = history or [()] * len(queries)
+        texts = list(queries)
+        if self.history == "rewrite" and any(said):
+            texts = self._rewriter(queries, said)
+        if drafts:
+            texts = [f"{text}\n{draft}".rstrip() for text, draft in zip(texts, drafts, strict=True)]
+        if self.history == "history":
+            texts = [self._with_history(text, turns) for text, turns in zip(texts, said, strict=True)]
+        return texts
+
+    def _with_history(self, text: str, turns: Sequence[str]) -> str:
+        """The newest turns, each whole, that the query encoder reads together with the text, before it."""
+        for turn in reversed(turns):
+            longer = f"{turn}\n{text}"
+            if len(longer) > MAX_QUERY_CHARACTERS or not self.encoder.reads(longer):
+                break
+            text = longer
+        return text
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
         """The best k unique passages of each query, best first; fewer where fewer match.
@@ -110,29 +152,44 @@ class Retriever:
 
         It does not depend on how the hits were found: fused ranks are no logits, so q·d, BM25 or both are computed here.
         """
-        most = max((len(found) for found in hits), default=0)
-        if most == 0:
-            return [torch.zeros(0) for _ in hits]
-        rows = np.array([[hit.row for hit in found] + [-1] * (most - len(found)) for found in hits])
-        vectors = self.base.vectors.vectors(rows) if self.prior_settings.kind != "bm25" else None
-        scores = torch.zeros(rows.shape)
-        if vectors is not None:
-            scores = torch.from_numpy(np.einsum("bd,bkd->bk", self.encoder.embed_queries(list(queries)), vectors))
-        logprobs = self.prior_logprobs(scores, queries, rows).detach()
+        logits, present = self.weigh(queries, hits)
+        logprobs = passage_logprobs(logits, present=present)
         return [row[: len(found)] for row, found in zip(logprobs, hits, strict=True)]
+
+    def weigh(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> tuple[Tensor, Tensor]:
+        """The prior's logits over each query's own hits, (B,K), and where there is a hit, (B,K). No gradient."""
+        most = max((len(found) for found in hits), default=0)
+        rows = np.array([[hit.row for hit in found] + [-1] * (most - len(found)) for found in hits], dtype=np.int64)
+        scores = torch.zeros((len(hits), most))
+        if most and self.prior_settings.kind != "bm25":
+            vectors = self.base.vectors.vectors(rows)
+            scores = torch.from_numpy(np.einsum("bd,bkd->bk", self.encoder.embed_queries(list(queries)), vectors))
+        if not most:
+            return scores, scores.bool()
+        return self.prior_logits(scores, queries, rows).detach(), torch.from_numpy(rows >= 0)
 
     def prior_logprobs(self, doc_scores: Tensor, queries: Sequence[str], rows: np.ndarray) -> Tensor:
         """q·d (B,K), with or without gradient, → log p(z|x) (B,K) by the recipe's prior; −inf where row is −1."""
         present = torch.from_numpy(rows >= 0).to(doc_scores.device)
+        return passage_logprobs(self.prior_logits(doc_scores, queries, rows), present=present)
+
+    def prior_logits(self, doc_scores: Tensor, queries: Sequence[str], rows: np.ndarray) -> Tensor:
+        """q·d (B,K), with or without gradient, → the logits of the recipe's prior (B,K); any number where row is −1."""
         sparse = None
         if self.prior_settings.kind != "dense":
             sparse = torch.from_numpy(self._bm25.score(queries, rows)).to(doc_scores.device)
-        return passage_logprobs(self.weights.logits(doc_scores.float(), sparse), present=present)
+        return self.weights.logits(doc_scores.float(), sparse)
 
     @property
     def temperature(self) -> float:
         """τ of the prior, as it is now."""
         return self.weights.values()["temperature"]
+
+    @property
+    def _rewriter(self) -> Rewrite:
+        if self.rewrite is None:
+            raise RecipeError("retriever.history is 'rewrite', but no generator rewrites", hint="open the system with RAG.open")
+        return self.rewrite
 
     @property
     def _bm25(self) -> BM25Index:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 from raglan.errors import CorpusError
@@ -15,6 +16,7 @@ from raglan.errors import CorpusError
 __all__ = [
     "MAX_QUERY_CHARACTERS",
     "answer_words",
+    "check_history",
     "check_query",
     "half_character",
     "normalise_answer",
@@ -42,6 +44,20 @@ def check_query(query: str) -> None:
         )
     if (half := half_character(query)) is not None:
         raise CorpusError(f"the question holds {half!r}, half a character", hint="give it as valid UTF-8")
+
+
+def check_history(history: Sequence[str]) -> None:
+    """Refuse turns that nobody can have said. Raises CorpusError."""
+    for number, turn in enumerate(history, 1):
+        if not turn.strip():
+            raise CorpusError(f"turn {number} of the history is empty", hint="leave it out")
+        if len(turn) > MAX_QUERY_CHARACTERS:
+            raise CorpusError(
+                f"turn {number} of the history has {len(turn):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
+                hint="put long texts among the documents, and ask about them",
+            )
+        if (half := half_character(turn)) is not None:
+            raise CorpusError(f"turn {number} of the history holds {half!r}, half a character", hint="give it as valid UTF-8")
 
 
 def shortened(text: str, longest: int = 60) -> str:

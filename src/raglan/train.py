@@ -28,6 +28,7 @@ from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
 from raglan.data import answer_rows, load_examples, stage_examples
+from raglan.dialogue import turn_texts
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.likelihood import lsr_target, normalised_entropy
@@ -37,6 +38,7 @@ from raglan.objective import (
     MarginalObjective,
     MarginalRow,
     Objective,
+    TurnObjective,
     learns_to_retrieve,
 )
 from raglan.objective.lsr import LsrRow
@@ -168,7 +170,10 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
     shared = [
         recipe.prompt.model_dump(mode="json"), recipe.generator.model_dump(mode="json", exclude={"batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
-        [folder_stamp(name) for name in (recipe.generator.model, recipe.retriever.query_encoder)],
+        [
+            folder_stamp(name)
+            for name in (recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model)
+        ],
     ]  # fmt: skip
     parts, stages = Parts(), []
     for name, settings in recipe.trainings().items():
@@ -271,21 +276,33 @@ def _marginal(
     if data.dev is not None:
         held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
     examples = stage_examples(data, corpus, recipe.seed)
-    rows = [
-        MarginalRow(example.query, answer)
-        for example in examples
-        for answer in (example.answers if data.answers == "each" else example.answers[:1])
-    ]
+    rows = marginal_rows(examples, system, settings, each=data.answers == "each")
     if not learns_to_retrieve(settings, system.retriever):
         if {"query_encoder", "passage_encoder"} & set(settings.learn):
             log.warning("the prior is BM25's, so no encoder learns anything in stage %s", stage.name)
         k = min(settings.k, len(corpus))
-        _, found = system.retriever.search([row.query for row in rows], k)  # it stays as it is, so search once
-        rows = [MarginalRow(row.query, row.answer, found[place]) for place, row in enumerate(rows)]
-    objective = MarginalObjective(system.retriever, system.generator, settings)
+        _, found = system.retriever.search([text for row in rows for text in row.searched], k)  # it stays, so search once
+        ends = np.cumsum([len(row.searched) for row in rows])[:-1]
+        rows = [replace(row, candidates=own) for row, own in zip(rows, np.split(found, ends), strict=True)]
+    kind = MarginalObjective if settings.turns is None else TurnObjective
+    objective = kind(system.retriever, system.generator, settings)
     if settings.staleness is not None and settings.staleness.kind == "refresh":
         objective.refresher = Refresher(system.retriever, settings.staleness, stage.folder / "work" / "knowledge")
-    return objective, rows, [MarginalRow(example.query, example.answers[0]) for example in held_out]
+    return objective, rows, marginal_rows(held_out, system, settings)
+
+
+def marginal_rows(
+    examples: Sequence[Example], system: RAG, settings: MarginalSettings, *, each: bool = False
+) -> list[MarginalRow]:
+    """A row an example, or one for each of its answers, with what its turns search for."""
+    queries, history = [example.query for example in examples], [example.history for example in examples]
+    count = 1 if settings.turns is None else settings.turns.count
+    texts = turn_texts(system.retriever, queries, history, count)
+    return [
+        MarginalRow(example.query, answer, None, example.history, own)
+        for example, own in zip(examples, texts, strict=True)
+        for answer in (example.answers if each else example.answers[:1])
+    ]
 
 
 def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:
@@ -296,10 +313,14 @@ def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, ta
     searcher = retriever if settings.candidates is None else type(retriever)(
         base, retriever.encoder, index=settings.candidates
     )  # fmt: skip
-    _, candidates = searcher.search([example.query for example in examples], k)
+    texts = retriever.search_texts([example.query for example in examples], [example.history for example in examples])
+    _, candidates = searcher.search(texts, k)
     scores = ScoreTable(table, generator, score_eos=settings.score_eos)
     pairs = [(n, c) for n in range(len(examples)) for c in range(k) if candidates[n, c] >= 0]
-    prompts = [generator.prompt.render(examples[n].query, [base.corpus[int(candidates[n, c])]]) for n, c in pairs]
+    prompts = [
+        generator.prompt.render(examples[n].query, [base.corpus[int(candidates[n, c])]], history=examples[n].history)
+        for n, c in pairs
+    ]
     values = scores.token_logprobs(prompts, [examples[n].answers[0] for n, _ in pairs])
     sums = np.zeros((len(examples), k), dtype=np.float32)
     lengths = np.ones(len(examples), dtype=np.int64)
@@ -307,8 +328,8 @@ def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, ta
         sums[n, c], lengths[n] = value.sum(), len(value)
     _warn_if_flat(sums, candidates, lengths, settings)
     return [
-        LsrRow(example.query, candidates[n], sums[n], int(lengths[n]))
-        for n, example in enumerate(examples)
+        LsrRow(texts[n], candidates[n], sums[n], int(lengths[n]))
+        for n in range(len(examples))
         if (candidates[n] >= 0).sum() > 1
     ]
 

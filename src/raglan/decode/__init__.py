@@ -7,6 +7,7 @@ from raglan.decode.base import Asked
 from raglan.decode.concat import concat
 from raglan.decode.rag_sequence import rag_sequence
 from raglan.decode.rag_token import rag_token
+from raglan.decode.rag_turn import rag_turn
 from raglan.records import Answer
 
 KINDS: dict[str, Callable[[Any, Asked, Any], list[Answer]]] = {
@@ -16,4 +17,4 @@ KINDS: dict[str, Callable[[Any, Asked, Any], list[Answer]]] = {
 }
 NEEDS_PRIOR = {"rag_sequence", "rag_token"}
 
-__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "concat", "rag_sequence", "rag_token"]
+__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "concat", "rag_sequence", "rag_token", "rag_turn"]

@@ -22,18 +22,26 @@ class Asked:
         queries: (B,) questions.
         hits: of each question, best first, possibly none.
         doc_logprobs: of each question, log p(z|x) of its hits, in their order; None where a decoding needs none.
+        history: of each question, the dialogue's earlier turns, oldest first; none at all where it is empty.
+        turns: of each question, how many of its hits, in their order, each dialogue turn found (RAG-Turn).
     """
 
     queries: Sequence[str]
     hits: Sequence[Sequence[Hit]]
     doc_logprobs: Sequence[Tensor] | None = None
+    history: Sequence[Sequence[str]] = ()
+    turns: Sequence[Sequence[int]] = ()
 
     def prompts(self, prompt: Prompt) -> list[list[Rendered]]:
         """One prompt a passage; a question without hits has one, without a passage."""
         return [
-            [prompt.render(query, [hit.passage]) for hit in found] or [prompt.render(query, [])]
-            for query, found in zip(self.queries, self.hits, strict=True)
+            [prompt.render(query, [hit.passage], history=said) for hit in found] or [prompt.render(query, [], history=said)]
+            for query, found, said in zip(self.queries, self.hits, self.said(), strict=True)
         ]
+
+    def said(self) -> Sequence[Sequence[str]]:
+        """The history of each question."""
+        return self.history or [()] * len(self.queries)
 
     def priors(self) -> list[Tensor]:
         """log p(z|x) of each question's prompts, float64; a question without hits is sure of its one prompt."""

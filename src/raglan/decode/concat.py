@@ -13,8 +13,8 @@ __all__ = ["concat"]
 def concat(generator: Generator, asked: Asked, settings: ConcatDecode) -> list[Answer]:
     """One answer a query from its hits, in order; a query without hits is asked closed book."""
     prompts = [
-        generator.prompt.render(query, [hit.passage for hit in found])
-        for query, found in zip(asked.queries, asked.hits, strict=True)
+        generator.prompt.render(query, [hit.passage for hit in found], history=said)
+        for query, found, said in zip(asked.queries, asked.hits, asked.said(), strict=True)
     ]
     completions = generator.generate(
         prompts, max_new_tokens=settings.max_new_tokens, beams=settings.beams, length_penalty=settings.length_penalty

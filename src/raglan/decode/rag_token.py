@@ -32,7 +32,7 @@ from raglan.prompt import Rendered
 from raglan.recipe import RagTokenDecode
 from raglan.records import Answer, Candidate
 
-__all__ = ["Marginalise", "rag_token"]
+__all__ = ["Marginalise", "decoded", "rag_token"]
 
 
 def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) -> list[Answer]:
@@ -46,7 +46,7 @@ def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) ->
         most = doc_logprobs.shape[1]
         rows = [(prompts[place] + [prompts[place][0]] * most)[:most] for place in group]  # absent ones stand in, weight 0
         encoded = encode_prompts(generator, [prompt for row in rows for prompt in row])
-        found = _decoded(encoded, doc_logprobs, settings)
+        found = decoded(encoded, doc_logprobs, settings)
         scores = _scored(encoded, found, most)
         for number, place in enumerate(group):
             answers[place] = _answer(
@@ -98,7 +98,7 @@ class _Draw(LogitsProcessor):
         return only.unflatten(0, (self.queries, -1))[:, None].expand_as(each).flatten(0, 2)
 
 
-def _decoded(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> list[list[list[int]]]:
+def decoded(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> list[list[list[int]]]:
     """Of each query its `returns` id lists."""
     passages, sample = doc_logprobs.shape[1], settings.sample
     ids, _ = encoded.sequences(

@@ -29,7 +29,7 @@ __all__ = ["LsrObjective", "LsrRow", "default_gamma"]
 
 @dataclass(frozen=True)
 class LsrRow:
-    """A query, its candidates (K,) rows (−1 = none), the LM's Σ_t log p of its answer under each (K,), and T."""
+    """What is searched for, its candidates (K,) rows (−1 = none), the LM's Σ_t log p of its answer under each (K,), and T."""
 
     query: str
     candidates: np.ndarray
@@ -96,7 +96,8 @@ class LsrObjective(Objective):
         self.module.eval()
         dense = DenseOnly(self.retriever)
         k = min(10, len(self.retriever.base.corpus))
-        found = dense.search([example.query for example in rows], k)
+        texts = self.retriever.search_texts([example.query for example in rows], [example.history for example in rows])
+        found = dense.search(texts, k)
         rankings = [[self.retriever.base.corpus[row].id for row in ranking] for ranking in found.tolist()]
         pairs = list(zip(rankings, [example.relevant for example in rows], strict=True))
         self.module.train(was_training)

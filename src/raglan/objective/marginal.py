@@ -34,6 +34,7 @@ from raglan.likelihood import (
     predictive_weights,
     reduced,
 )
+from raglan.metrics import perplexity
 from raglan.objective.base import Objective
 from raglan.objective.collapse import CollapseMonitor
 from raglan.objective.staleness import Refresher
@@ -47,11 +48,20 @@ ENCODERS = {"query_encoder", "passage_encoder"}
 
 @dataclass(frozen=True)
 class MarginalRow:
-    """A question and one answer; `candidates` (K,) rows where the query encoder is frozen and retrieval was done before."""
+    """A question and one answer; `candidates` (U,K) rows where the query encoder is frozen and retrieval was done before.
+
+    `texts` are what is searched for, one a turn that retrieves; default the question. Plain RAG has one.
+    """
 
     query: str
     answer: str
     candidates: np.ndarray | None = None
+    history: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        return self.texts or (self.query,)
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,8 @@ class MarginalObjective(Objective):
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         scored: Scored = (module or self.module)(batch)
-        over, epsilon = self.settings.over, self.settings.label_smoothing
-        nll = -marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=over)
+        epsilon = self.settings.label_smoothing
+        nll = -self._learned(scored)
         kept = ~torch.isneginf(scored.doc_logprobs).all(1)  # a question without hits, where such are left out
         figures = _figures(scored, nll.detach(), kept) | self._about_retrieval()
         if self.module.training:
@@ -107,16 +117,17 @@ class MarginalObjective(Objective):
         return reduced(nll[kept], scored.answer_mask[kept], reduction=self.settings.reduction, items=own), figures
 
     def collate(self, rows: Sequence[MarginalRow]) -> dict[str, Any]:
-        queries = [row.query for row in rows]
+        queries = [text for row in rows for text in row.searched]
         features = self.retriever.encoder.features(queries)
         batch: dict[str, Any] = {f"query_{name}": value for name, value in features.items()}
         candidates = [row.candidates for row in rows if row.candidates is not None]
         if len(candidates) == len(rows):
-            batch["candidates"] = torch.from_numpy(np.stack(candidates))
+            batch["candidates"] = torch.from_numpy(np.concatenate([np.atleast_2d(found) for found in candidates]))
         answers = [self.generator.answer_ids(row.answer) for row in rows]
         longest = max(map(len, answers))
         labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in answers])
-        return {**batch, "labels": labels, "queries": queries}
+        asked, sizes = [(row.query, row.history) for row in rows], [len(row.searched) for row in rows]
+        return {**batch, "labels": labels, "queries": queries, "asked": asked, "sizes": sizes}
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         parts = self.module.named_children()
@@ -125,18 +136,18 @@ class MarginalObjective(Objective):
 
     @torch.no_grad()
     def validate(self, rows: Sequence[MarginalRow]) -> dict[str, float]:
-        """Marginal negative log-likelihood per answer token, K passages searched anew."""
+        """Marginal negative log-likelihood per answer token and the perplexity it means, K passages searched anew."""
         was_training = self.module.training
         self.module.eval()
         total, count = 0.0, 0
         for start in range(0, len(rows), 16):
             scored = self._forward(self.collate(rows[start : start + 16]))
-            value = marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=self.settings.over)
+            value = self._marginal(scored)
             present = ~torch.isinf(value)
             total -= float(value[present].sum())
             count += int(scored.answer_mask[present].sum())
         self.module.train(was_training)
-        return {"loss": total / max(count, 1)}
+        return {"loss": total / max(count, 1), "perplexity": perplexity([-total], [count])}
 
     def _about_retrieval(self) -> dict[str, Tensor]:
         """τ and λ where they learn; the index's age in steps and its last recall where it is refreshed."""
@@ -160,19 +171,18 @@ class MarginalObjective(Objective):
     def _scored(self, batch: dict[str, Any]) -> Scored:
         """The whole step inside the module's one forward, so that a wrapper (DDP, FSDP) sees it as one."""
         device = self.generator.device
-        queries, labels = batch["queries"], batch["labels"].to(device)
-        doc_scores, rows = self._picked(batch, device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (doc_scores.requires_grad or self._learns("prior"))):
-            doc_logprobs = self.retriever.prior_logprobs(doc_scores, queries, rows)
+        labels = batch["labels"].to(device)
+        doc_logprobs, rows = self._weighed(batch, device)
         empty = ~(rows >= 0).any(1)
         if self.settings.on_empty == "closed_book" and empty.any():
-            certain = torch.zeros_like(doc_logprobs).masked_fill(torch.arange(self.k, device=device) > 0, -torch.inf)
+            certain = torch.zeros_like(doc_logprobs).masked_fill(torch.arange(rows.shape[1], device=device) > 0, -torch.inf)
             doc_logprobs = torch.where(torch.from_numpy(empty).to(device)[:, None], certain, doc_logprobs)
         asked = ~torch.isneginf(doc_logprobs.detach())
         pairs = asked.nonzero().tolist()
         if not pairs:
             return Scored(doc_logprobs, torch.zeros((*asked.shape, labels.shape[1]), device=device), labels >= 0, rows)
-        prompts = [self._prompt(queries[b], int(rows[b, k])) for b, k in pairs]
+        asks = batch["asked"]
+        prompts = [self._prompt(*asks[b], row=int(rows[b, k])) for b, k in pairs]
         self.generator.check_positions(max(len(prompt.ids) for prompt in prompts), labels.shape[1])
         states = self.generator.collate([{"input_ids": list(p.ids), "labels": []} for p in prompts])
         states = {**states, "labels": labels[[b for b, _ in pairs]]}
@@ -180,6 +190,20 @@ class MarginalObjective(Objective):
             return self._smoothed(doc_logprobs, states, asked, labels, rows)
         each = self.generator.forward(states, self.module.generator)
         return Scored(doc_logprobs, _spread(each, asked), labels >= 0, rows)
+
+    def _marginal(self, scored: Scored) -> Tensor:
+        """log p(y|x), (B,)."""
+        return marginal_logprob(scored.doc_logprobs, scored.token_logprobs, scored.answer_mask, over=self.settings.over)
+
+    def _learned(self, scored: Scored) -> Tensor:
+        """What is made large: log p(y|x), or a bound of it, (B,)."""
+        return self._marginal(scored)
+
+    def _weighed(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
+        """log p(z|x) (B,K) and the rows (B,K) it is of."""
+        doc_scores, rows = self._picked(batch, device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (doc_scores.requires_grad or self._learns("prior"))):
+            return self.retriever.prior_logprobs(doc_scores, batch["queries"], rows), rows
 
     def _picked(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
         """q·d (B,K), with gradient where an encoder learns, and the rows (B,K) the search found."""
@@ -230,8 +254,9 @@ class MarginalObjective(Objective):
         vectors = encoder.forward(features, side="passage") * torch.from_numpy(unique >= 0).to(device)[:, None]
         return vectors[torch.from_numpy(places.reshape(rows.shape)).to(device)]
 
-    def _prompt(self, query: str, row: int) -> Any:
-        return self.generator.prompt.render(query, [self.retriever.base.corpus[row]] if row >= 0 else [])
+    def _prompt(self, query: str, history: Sequence[str], *, row: int) -> Any:
+        passages = [self.retriever.base.corpus[row]] if row >= 0 else []
+        return self.generator.prompt.render(query, passages, history=history)
 
     def _smoothed(
         self, doc_logprobs: Tensor, states: dict[str, Tensor], asked: Tensor, labels: Tensor, rows: np.ndarray

@@ -19,6 +19,7 @@ from raglan.recipe.settings import (
     HybridIndex,
     IndexSettings,
     KnowledgeSettings,
+    LearnedTurns,
     LessonData,
     LsrObjective,
     MarginalObjective,
@@ -28,10 +29,13 @@ from raglan.recipe.settings import (
     RagSequenceDecode,
     RagTokenDecode,
     Recipe,
+    RetrieveAgain,
     RetrieverSettings,
+    RewriteSettings,
     SampleSettings,
     StageSettings,
     StalenessSettings,
+    TurnSettings,
 )
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "HybridIndex",
     "IndexSettings",
     "KnowledgeSettings",
+    "LearnedTurns",
     "LessonData",
     "LsrObjective",
     "MarginalObjective",
@@ -56,10 +61,13 @@ __all__ = [
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RetrieveAgain",
     "RetrieverSettings",
+    "RewriteSettings",
     "SampleSettings",
     "StageSettings",
     "StalenessSettings",
+    "TurnSettings",
     "load_recipe",
     "recipe_schema",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "HybridIndex",
     "IndexSettings",
     "KnowledgeSettings",
+    "LearnedTurns",
     "LessonData",
     "LsrObjective",
     "MarginalObjective",
@@ -29,11 +30,14 @@ __all__ = [
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RetrieveAgain",
     "RetrieverSettings",
+    "RewriteSettings",
     "SampleSettings",
     "Settings",
     "StageSettings",
     "StalenessSettings",
+    "TurnSettings",
     "number",
 ]
 
@@ -160,6 +164,29 @@ class PriorSettings(Settings):
     sparse_weight: float = Field(0.1, gt=0, description="λ of the hybrid prior.")
 
 
+class RewriteSettings(Settings):
+    """A generator writes a dialogue's last question so that it can be searched for by itself."""
+
+    model: str | None = Field(None, description="A folder or hub name; default is the system's own generator.")
+    template: str = Field(
+        "{history}\n\nThe last question, so that it can be understood by itself.\nQuestion: {question}\nRewritten: ",
+        description="Must hold {question}; not used by `fused`.",
+    )
+    max_new_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _question_is_asked(self) -> RewriteSettings:
+        if "{question}" not in self.template:
+            raise ValueError("template must hold {question}")
+        return self
+
+
+class RetrieveAgain(Settings):
+    """Draft an answer, search once more with question and draft, then answer."""
+
+    max_draft_tokens: int = Field(32, ge=1)
+
+
 class RetrieverSettings(Settings):
     """Which index answers a query, and with how many passages."""
 
@@ -167,6 +194,13 @@ class RetrieverSettings(Settings):
     prior: PriorSettings = PriorSettings()
     k: int = Field(5, ge=1, description="Passages a query.")
     query_encoder: Path | None = Field(None, description="A query tower that raglan has tuned.")
+    history: Literal["last_turn", "history", "rewrite"] = Field(
+        "history",
+        description="What of a dialogue is searched for: the question alone, the newest turns that the query encoder reads "
+        "whole and the question, or a question that a generator writes.",
+    )
+    rewrite: RewriteSettings = RewriteSettings()
+    retrieve_again: RetrieveAgain | None = Field(None, description="Search a second time, with a drafted answer.")
 
 
 class PromptSettings(Settings):
@@ -178,13 +212,18 @@ class PromptSettings(Settings):
         "reader's); `auto` asks the model.",
     )
     template: str = Field(
-        "{passages}\n\nQuestion: {question}\nAnswer: ", description="Must hold {question}; {passages} is the joined passages."
+        "{passages}\n\nQuestion: {question}\nAnswer: ",
+        description="Must hold {question}; {passages} is the joined passages, {history} a dialogue's earlier turns, which "
+        "stand before the question's line where they are not placed.",
     )
     passage: str = Field("{title} / {text}", description="One passage; may hold {title}, {text} and {number}.")
     separator: str = Field("\n\n", description="Between passages.")
     no_passage: str | None = Field(None, description="Template without passages; default is `template` with none.")
     max_tokens: int = Field(1024, ge=16, description="Prompt budget: all passages together, or one block if fused.")
-    min_passage_tokens: int = Field(16, ge=1, description="Warn when a passage is left with fewer.")
+    min_passage_tokens: int = Field(
+        16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
+    )
+    max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
 
     @model_validator(mode="after")
     def _question_is_asked(self) -> PromptSettings:
@@ -210,6 +249,33 @@ class GeneratorSettings(Settings):
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
 
 
+class TurnSettings(Settings):
+    """RAG-Turn: several turns of a dialogue retrieve, each its own passages, weighed by a prior over turns."""
+
+    count: int = Field(2, ge=1, description="Turns in all: the last count − 1 by themselves, all earlier ones as one.")
+    kind: Literal["doc_then_turn", "doc_only"] = Field(
+        "doc_then_turn", description="Mix all turns' passages, or answer from each turn's and mix the answers."
+    )
+    prior: Literal["uniform", "recency", "retrieval"] = Field(
+        "uniform", description="Turns weigh the same, by γ^age, or by how well their passages match."
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="γ of the recency prior.")
+
+
+class LearnedTurns(TurnSettings):
+    """RAG-Turn in training."""
+
+    loss: Literal["joint", "separate"] = Field(
+        "joint", description="`separate`, for doc_only: each turn's own loss, weighted; an upper bound of the joint one."
+    )
+
+    @model_validator(mode="after")
+    def _turns_part_only_in_doc_only(self) -> LearnedTurns:
+        if self.loss == "separate" and self.kind != "doc_only":
+            raise ValueError("loss separate needs kind doc_only")
+        return self
+
+
 class ConcatDecode(Settings):
     """All passages in one prompt, one generation."""
 
@@ -230,6 +296,7 @@ class RagSequenceDecode(Settings):
     max_new_tokens: int = Field(32, ge=1)
     length_penalty: float = Field(1.0, description="Within each passage's beams; candidates are ranked without.")
     merge: Literal["ids", "text"] = Field("ids", description="`text` adds up candidates that read the same.")
+    turns: TurnSettings | None = Field(None, description="RAG-Turn, for dialogue.")
 
 
 class SampleSettings(Settings):
@@ -251,6 +318,7 @@ class RagTokenDecode(Settings):
     length_penalty: float = 1.0
     sample: SampleSettings | None = Field(None, description="Draw instead of searching.")
     returns: int = Field(1, ge=1, description="Answers a question, from beams or draws; the best is the answer.")
+    turns: TurnSettings | None = Field(None, description="RAG-Turn, for dialogue.")
 
     @model_validator(mode="after")
     def _one_way(self) -> RagTokenDecode:
@@ -354,6 +422,7 @@ class MarginalObjective(Settings):
     staleness: StalenessSettings | None = None
     freeze_retriever_steps: int = Field(0, ge=0, description="Encoders and prior start to learn after so many steps.")
     on_empty: Literal["closed_book", "skip"] = Field("closed_book", description="What a query without hits does.")
+    turns: LearnedTurns | None = Field(None, description="RAG-Turn, for dialogue.")
 
     @model_validator(mode="after")
     def _rates_of_what_learns(self) -> MarginalObjective:
@@ -364,6 +433,12 @@ class MarginalObjective(Settings):
             raise ValueError("staleness belongs to learn: [passage_encoder, …]: the index ages only if that learns")
         if self.staleness is not None and self.staleness.kind == "rerank" and self.staleness.pool <= self.k:
             raise ValueError(f"staleness.pool is {self.staleness.pool}; reranking needs more than k, which is {self.k}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_mixture_is_smoothed(self) -> MarginalObjective:
+        if self.label_smoothing and self.turns is not None and self.turns.kind == "doc_only":
+            raise ValueError("label_smoothing smooths one mixture; doc_only has one a turn: use doc_then_turn, or 0")
         return self
 
 
@@ -409,6 +484,12 @@ class EvaluateSettings(Settings):
         (1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10."
     )
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
+    metrics: tuple[Literal["em", "f1", "kf1", "rare_f1"], ...] = Field(
+        ("em", "f1"), description="Figures of an answer; `kf1` and `rare_f1` are Knowledge-F1 and Rare-F1 of dialogue."
+    )
+    rare_reference: Path | None = Field(
+        None, description="Questions in whose answers `rare_f1` counts how rare words are; default those evaluated."
+    )
 
 
 class Recipe(Settings):
@@ -437,6 +518,8 @@ class Recipe(Settings):
         if self.retriever.index is not None and self.retriever.index not in self.knowledge.indexes:
             known = ", ".join(self.knowledge.indexes)
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
+        if self.retriever.retrieve_again is not None and getattr(self.decode, "turns", None) is not None:
+            raise ValueError("give either retriever.retrieve_again or decode.turns")
         self.trainings()
         return self
 
