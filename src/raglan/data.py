@@ -19,11 +19,11 @@ from raglan.generator import HFGenerator
 from raglan.lessons import lessons
 from raglan.metrics import answer_recall
 from raglan.progress import track
-from raglan.recipe import LessonData, QuestionData
+from raglan.recipe import ClassifyDecode, LessonData, QuestionData
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 
-__all__ = ["answer_rows", "load_examples", "resolve", "stage_examples"]
+__all__ = ["answer_rows", "check_classes", "class_texts", "load_examples", "resolve", "stage_examples"]
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,24 @@ def stage_examples(data: QuestionData | LessonData, corpus: Corpus, seed: int) -
     if not answered:
         raise CorpusError(f"{data.path} holds no question with an answer", hint="training needs `answers`")
     return answered
+
+
+def check_classes(examples: Sequence[Example], decode: ClassifyDecode) -> None:
+    """Raises CorpusError at the first answer that is none of the classes."""
+    for example in examples:
+        for answer in example.answers:
+            if answer not in decode.labels:
+                raise CorpusError(
+                    f"question {example.id!r} has the answer {answer!r}, which is none of decode.labels: "
+                    f"{', '.join(decode.labels)}",
+                    hint="answers are the classes' names, spelt as in the recipe",
+                )
+
+
+def class_texts(examples: Sequence[Example], decode: ClassifyDecode) -> list[Example]:
+    """The examples with classes' texts, which the generator is to learn, in place of their names. Raises CorpusError."""
+    check_classes(examples, decode)
+    return [replace(example, answers=tuple(decode.labels[name] for name in example.answers)) for example in examples]
 
 
 def answer_rows(

@@ -21,12 +21,30 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import load_examples
+from raglan.data import check_classes, load_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
-from raglan.metrics import Interval, answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
+from raglan.metrics import (
+    Interval,
+    Whole,
+    accuracy,
+    answer_recall,
+    bleu1,
+    bleu1_counts,
+    bootstrap,
+    distinct,
+    exact_match,
+    f1,
+    jackknife,
+    mrr,
+    ndcg,
+    paired_bootstrap,
+    paired_jackknife,
+    recall,
+    rouge_l,
+)
 from raglan.rag import RAG
-from raglan.recipe import EvaluateSettings, Recipe
+from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
 from raglan.train import Parts, finished_parts, folder_stamp
 
@@ -34,6 +52,8 @@ __all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "evaluation_f
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
+OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l}
+TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3")  # of all answers, and no mean over questions
 
 
 @dataclass(frozen=True)
@@ -74,13 +94,15 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         began = time.monotonic()
         system = parts.open(recipe)
         examples = load_examples(settings.questions, system.retriever.base.corpus, limit=settings.limit, seed=recipe.seed)
+        if isinstance(recipe.decode, ClassifyDecode):
+            check_classes(examples, recipe.decode)
         rows = measure(system, examples, settings)
         with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
             "source": str(settings.questions), "k": system.k, "index": recipe.index,
-            "figures": {key: asdict(value) for key, value in summarise(rows).items()},
+            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()},
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
     return open_evaluation(folder)
@@ -109,16 +131,30 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         log.info("reading: %s, %d questions", mode, len(places))
         answers = system.read([examples[place].query for place in places], given)
         for place, answer, found in zip(places, answers, given, strict=True):
-            _add_reading(rows[place], mode, examples[place], answer, found)
+            _add_reading(rows[place], mode, examples[place], answer, found, settings)
     return rows
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Interval]:
-    """Mean and 95 % interval of every figure that any row has."""
+def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dict[str, Interval]:
+    """Mean and 95 % interval of every figure that any row has, and the figures that all answers have together."""
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
-    return {name: bootstrap(column) for name, column in measured.items() if column}
+    figures = {name: bootstrap(column) for name, column in measured.items() if column}
+    for mode in settings.modes:
+        together = [f"{mode}/{metric}" for metric in settings.metrics if metric in TOGETHER]
+        wholes = {name: _whole(rows, name) for name in together}
+        figures |= {name: jackknife(whole) for name, whole in wholes.items() if not math.isnan(whole.value)}
+    return figures
+
+
+def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
+    """A figure of all answers of a mode together."""
+    mode, _, metric = name.partition("/")
+    if metric == "bleu1":
+        return bleu1([row["counts"][name] for row in rows if name in row["counts"]])
+    texts = [row["predictions"][mode]["text"] for row in rows if mode in row["predictions"]]
+    return distinct(texts, int(metric.removeprefix("distinct_")))
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
@@ -128,8 +164,14 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
             f"{before.folder} and {after.folder} answer different questions",
             hint="measure both with the same evaluate.questions and limit",
         )
-    names = [name for name in before.figures if name in after.figures]
-    return {name: paired_bootstrap(before.values(name), after.values(name)) for name in names}
+    return {name: _difference(before, after, name) for name in before.figures if name in after.figures}
+
+
+def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
+    metric = name.rpartition("/")[2]
+    if metric in TOGETHER:
+        return paired_jackknife(_whole(before.rows, name), _whole(after.rows, name))
+    return paired_bootstrap(before.values(name), after.values(name))
 
 
 def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings, kept: int) -> dict[str, Any]:
@@ -146,7 +188,7 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
             {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
             for h in hits[: max(10, kept)]
         ],
-        "predictions": {},
+        "predictions": {}, "counts": {},
         "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
     }  # fmt: skip
 
@@ -161,13 +203,18 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
     return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
 
 
-def _add_reading(row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit]) -> None:
+def _add_reading(
+    row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit], settings: EvaluateSettings
+) -> None:
     row["predictions"][mode] = {
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
+    if "bleu1" in settings.metrics:
+        row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
+    asked = [metric for metric in settings.metrics if metric in OF_A_QUESTION]
+    row["figures"] |= {f"{mode}/{metric}": OF_A_QUESTION[metric](answer.text, example.answers) for metric in asked}
     row["figures"] |= {
-        f"{mode}/em": exact_match(answer.text, example.answers), f"{mode}/f1": f1(answer.text, example.answers),
         f"{mode}/truncated": float(answer.truncated), f"{mode}/unfinished": float(not answer.finished),
     }  # fmt: skip
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from threading import Lock
 
 from raglan.artifact import read_manifest
-from raglan.decode import KINDS, NEEDS_PRIOR, Asked
+from raglan.decode import KINDS, NEEDS_PRIOR, Asked, first_tokens
 from raglan.encoder import Encoder
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
-from raglan.recipe import DecodeSettings, Recipe
+from raglan.recipe import ClassifyDecode, DecodeSettings, Recipe
 from raglan.records import Answer, Hit
 from raglan.retriever import Retriever
 from raglan.text import check_query
@@ -60,7 +60,10 @@ class RAG:
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        return cls(retriever, open_generator(settings, recipe.prompt), recipe.decode, recipe.retriever.k)
+        reads = open_generator(settings, recipe.prompt)
+        if isinstance(recipe.decode, ClassifyDecode):
+            first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
+        return cls(retriever, reads, recipe.decode, recipe.retriever.k)
 
     def answer(self, queries: Sequence[str], *, k: int | None = None) -> list[Answer]:
         """One answer a query, with the passages it was read from.

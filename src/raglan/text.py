@@ -21,6 +21,7 @@ __all__ = [
     "restore_surface",
     "shortened",
     "terms",
+    "words",
 ]
 
 MAX_QUERY_CHARACTERS = 100_000
@@ -68,6 +69,12 @@ def answer_words(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text).lower()
     text = "".join(letter for letter in text if not _is_punctuation(letter))
     return _SPACELESS.sub(r" \1 ", _ARTICLES.sub(" ", text)).split()
+
+
+def words(text: str) -> list[str]:
+    """The words that ROUGE, BLEU and n-grams count: lower case, no punctuation, one a character in Chinese and Japanese."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return [part for word in _TERM.findall(folded) for part in (word if _SPACELESS.match(word) else [word])]
 
 
 def terms(text: str) -> list[str]:

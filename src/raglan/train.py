@@ -27,7 +27,7 @@ import torch
 from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import answer_rows, load_examples, stage_examples
+from raglan.data import answer_rows, class_texts, load_examples, stage_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.likelihood import lsr_target, normalised_entropy
@@ -43,9 +43,9 @@ from raglan.objective.lsr import LsrRow
 from raglan.objective.staleness import Refresher
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
+from raglan.recipe import ClassifyDecode, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
-from raglan.recipe import QuestionData, Recipe, StageSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
 from raglan.trainer import INDEX_STATE, Interrupt, Refreshing, StageTrainer, last_whole, stage_trainer
@@ -200,6 +200,7 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
         objective, rows, held_out = _lsr(recipe, stage, system, objective_settings)
     else:
         objective, rows, held_out = _marginal(recipe, stage, system, objective_settings)
+    _warn_if_tokens_differ(recipe, stage)
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
     trainer = stage_trainer(recipe, stage.settings, stage.folder, objective, rows, held_out)
     checkpoint = last_whole(stage.folder / "work")
@@ -236,15 +237,15 @@ def _answer(
     recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
-    objective = AnswerObjective(system.generator, reduction=settings.reduction)
-    examples = stage_examples(data, corpus, recipe.seed)
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
+    examples = _in_words(recipe, stage, stage_examples(data, corpus, recipe.seed))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
     held_out: Sequence[Any] = []
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-        held_out = answer_rows(answered, data, system.retriever, system.generator, recipe.seed)
+        held_out = answer_rows(_in_words(recipe, stage, answered), data, system.retriever, system.generator, recipe.seed)
     return objective, rows, held_out
 
 
@@ -267,10 +268,11 @@ def _marginal(
     assert isinstance(data, QuestionData)
     if recipe.generator.lora is None:
         system.generator.model.float()
-    held_out: list[Example] = []
+    held_out: Sequence[Example] = []
     if data.dev is not None:
-        held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-    examples = stage_examples(data, corpus, recipe.seed)
+        answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
+        held_out = _in_words(recipe, stage, answered)
+    examples = _in_words(recipe, stage, stage_examples(data, corpus, recipe.seed))
     rows = [
         MarginalRow(example.query, answer)
         for example in examples
@@ -286,6 +288,24 @@ def _marginal(
     if settings.staleness is not None and settings.staleness.kind == "refresh":
         objective.refresher = Refresher(system.retriever, settings.staleness, stage.folder / "work" / "knowledge")
     return objective, rows, [MarginalRow(example.query, example.answers[0]) for example in held_out]
+
+
+def _in_words(recipe: Recipe, stage: _Stage, examples: Sequence[Example]) -> Sequence[Example]:
+    """What the generator is to write: a class's text for its name, where the stage learns classes."""
+    objective, decode = stage.settings.objective, recipe.decode
+    first = getattr(objective, "tokens", "all") == "first"
+    if isinstance(decode, ClassifyDecode) and first and isinstance(stage.settings.data, QuestionData):
+        return class_texts(examples, decode)
+    return examples
+
+
+def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
+    """The decoding scores what the stage did not learn, or the other way round."""
+    first = getattr(stage.settings.objective, "tokens", None)
+    if first == "all" and recipe.decode.kind == "classify" and stage.settings.data.kind == "questions":
+        log.warning("decode scores a class's first token, stage %s learns whole answers: objective.tokens: first", stage.name)
+    if first == "first" and recipe.decode.kind != "classify":
+        log.warning("stage %s learns first tokens, and nothing of how an answer ends: decode.kind: classify", stage.name)
 
 
 def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:

@@ -113,7 +113,8 @@ class MarginalObjective(Objective):
         candidates = [row.candidates for row in rows if row.candidates is not None]
         if len(candidates) == len(rows):
             batch["candidates"] = torch.from_numpy(np.stack(candidates))
-        answers = [self.generator.answer_ids(row.answer) for row in rows]
+        kept = 1 if self.settings.tokens == "first" else None
+        answers = [self.generator.answer_ids(row.answer)[:kept] for row in rows]
         longest = max(map(len, answers))
         labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in answers])
         return {**batch, "labels": labels, "queries": queries}
