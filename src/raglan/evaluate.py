@@ -41,6 +41,8 @@ from raglan.metrics import (
     paired_bootstrap,
     paired_jackknife,
     recall,
+    regex_match,
+    regex_recall,
     rouge_l,
 )
 from raglan.rag import RAG
@@ -181,7 +183,8 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
     figures = {f"recall@{k}": recall(ranking, example.relevant, k) for k in settings.k}
     figures |= {"mrr@10": mrr(ranking, example.relevant, 10), "ndcg@10": ndcg(ranking, grades, 10)}
     if example.answers:
-        figures |= {f"answer_recall@{k}": answer_recall(texts[:k], example.answers) for k in settings.k}
+        occurs = regex_recall if settings.answers_are == "regex" else answer_recall
+        figures |= {f"answer_recall@{k}": occurs(texts[:k], example.answers) for k in settings.k}
     return {
         "id": example.id, "query": example.query, "answers": list(example.answers), "relevant": list(example.relevant),
         "hits": [
@@ -210,10 +213,12 @@ def _add_reading(
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
-    if "bleu1" in settings.metrics:
+    regex = settings.answers_are == "regex"
+    if "bleu1" in settings.metrics and not regex:
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
-    asked = [metric for metric in settings.metrics if metric in OF_A_QUESTION]
-    row["figures"] |= {f"{mode}/{metric}": OF_A_QUESTION[metric](answer.text, example.answers) for metric in asked}
+    known = {"em": regex_match} if regex else OF_A_QUESTION  # words have no overlap with a pattern
+    asked = [metric for metric in settings.metrics if metric in known]
+    row["figures"] |= {f"{mode}/{metric}": known[metric](answer.text, example.answers) for metric in asked}
     row["figures"] |= {
         f"{mode}/truncated": float(answer.truncated), f"{mode}/unfinished": float(not answer.finished),
     }  # fmt: skip

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raglan.errors import require
-from raglan.text import answer_words, words
+from raglan.text import answer_words, pattern, words
 
 __all__ = [
     "Interval",
@@ -35,12 +35,15 @@ __all__ = [
     "distinct",
     "exact_match",
     "f1",
+    "found_answers",
     "jackknife",
     "mrr",
     "ndcg",
     "paired_bootstrap",
     "paired_jackknife",
     "recall",
+    "regex_match",
+    "regex_recall",
     "rouge_l",
 ]
 
@@ -96,9 +99,24 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
 
 def answer_recall(texts: Sequence[str], answers: Sequence[str]) -> float:
     """1.0 if a gold answer occurs, as whole words, in any of the texts."""
+    return float(bool(found_answers(texts, answers)))
+
+
+def found_answers(texts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """The answers that occur, as whole words, in any of the texts."""
     padded = [f" {' '.join(answer_words(text))} " for text in texts]
-    wanted = [f" {' '.join(words)} " for answer in answers if (words := answer_words(answer))]
-    return float(any(answer in text for answer in wanted for text in padded))
+    wanted = {answer: f" {' '.join(own)} " for answer in answers if (own := answer_words(answer))}
+    return [answer for answer, form in wanted.items() if any(form in text for text in padded)]
+
+
+def regex_match(prediction: str, patterns: Sequence[str]) -> float:
+    """1.0 if a pattern fits the prediction from its start, as CuratedTrec is measured. Raises CorpusError: no pattern."""
+    return float(any(pattern(text).match(prediction.strip()) for text in patterns))
+
+
+def regex_recall(texts: Sequence[str], patterns: Sequence[str]) -> float:
+    """1.0 if a pattern occurs in any of the texts."""
+    return float(any(pattern(form).search(text) for form in patterns for text in texts))
 
 
 def recall(ranking: Sequence[str], relevant: Sequence[str], k: int) -> float:

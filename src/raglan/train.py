@@ -27,7 +27,7 @@ import torch
 from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import answer_rows, class_texts, load_examples, stage_examples
+from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.likelihood import lsr_target, normalised_entropy
@@ -238,14 +238,16 @@ def _answer(
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
-    examples = _in_words(recipe, stage, stage_examples(data, corpus, recipe.seed))
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
     held_out: Sequence[Any] = []
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-        held_out = answer_rows(_in_words(recipe, stage, answered), data, system.retriever, system.generator, recipe.seed)
+        held_out = answer_rows(
+            _to_learn(recipe, stage, system, answered), data, system.retriever, system.generator, recipe.seed
+        )
     return objective, rows, held_out
 
 
@@ -253,7 +255,7 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     data = stage.settings.data
     assert isinstance(data, QuestionData)
     corpus = system.retriever.base.corpus
-    examples = stage_examples(data, corpus, recipe.seed)
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     rows = lsr_rows(examples, system, settings, recipe.run / "scores.jsonl")
     held_out: list[Example] = []
     if data.dev is not None:
@@ -271,13 +273,9 @@ def _marginal(
     held_out: Sequence[Example] = []
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-        held_out = _in_words(recipe, stage, answered)
-    examples = _in_words(recipe, stage, stage_examples(data, corpus, recipe.seed))
-    rows = [
-        MarginalRow(example.query, answer)
-        for example in examples
-        for answer in (example.answers if data.answers == "each" else example.answers[:1])
-    ]
+        held_out = _to_learn(recipe, stage, system, answered)
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
+    rows = [MarginalRow(example.query, answer) for example in examples for answer in example.answers]
     if not learns_to_retrieve(settings, system.retriever):
         if {"query_encoder", "passage_encoder"} & set(settings.learn):
             log.warning("the prior is BM25's, so no encoder learns anything in stage %s", stage.name)
@@ -290,13 +288,13 @@ def _marginal(
     return objective, rows, [MarginalRow(example.query, example.answers[0]) for example in held_out]
 
 
-def _in_words(recipe: Recipe, stage: _Stage, examples: Sequence[Example]) -> Sequence[Example]:
-    """What the generator is to write: a class's text for its name, where the stage learns classes."""
-    objective, decode = stage.settings.objective, recipe.decode
-    first = getattr(objective, "tokens", "all") == "first"
-    if isinstance(decode, ClassifyDecode) and first and isinstance(stage.settings.data, QuestionData):
-        return class_texts(examples, decode)
-    return examples
+def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Example]) -> list[Example]:
+    """The examples with the answers the generator is to write: a class's text for its name, where it learns classes."""
+    data, decode = stage.settings.data, recipe.decode
+    first = getattr(stage.settings.objective, "tokens", "all") == "first"
+    if isinstance(decode, ClassifyDecode) and first and isinstance(data, QuestionData):
+        examples = class_texts(examples, decode)
+    return learned_answers(examples, data, system.retriever, recipe.seed)
 
 
 def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:

@@ -296,6 +296,14 @@ DecodeSettings = Annotated[
 ]
 
 
+AnswersAre = Annotated[
+    Literal["text", "regex"],
+    Field(
+        description="With `regex` each answer is a pattern: learned is its commonest match, and measured is whether it fits."
+    ),
+]
+
+
 class QuestionData(Settings):
     """Rows from questions with answers."""
 
@@ -307,7 +315,13 @@ class QuestionData(Settings):
     )
     passages: int = Field(3, ge=1, description="Passages a question.")
     passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")
-    answers: Literal["first", "each"] = Field("first", description="Train on the first answer, or a row for each.")
+    answers: Literal["first", "each", "random"] = Field(
+        "first", description="Train on the first answer, on one drawn with the seed, or on a row for each."
+    )
+    answers_found_in: int | None = Field(
+        None, ge=1, description="Train only on answers that occur in so many passages of the search, as TriviaQA is."
+    )
+    answers_are: AnswersAre = "text"
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
 
 
@@ -442,6 +456,7 @@ class EvaluateSettings(Settings):
 
     questions: Path = Field(description="Held-out questions, .jsonl or .jsonl.gz, or a BEIR folder.")
     modes: tuple[Literal["closed_book", "gold", "retrieved"], ...] = ("closed_book", "gold", "retrieved")
+    answers_are: AnswersAre = "text"
     metrics: tuple[Metric, ...] = Field(("em", "f1"), min_length=1, description="Of the answers, in every mode.")
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10."
