@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+import tiny
 from raglan.cli import app
 from raglan.decode import Asked, classify
 from raglan.errors import CorpusError, RecipeError
@@ -163,25 +163,25 @@ def test_the_answer_objective_can_learn_first_tokens_only(tmp_path: Path) -> Non
 
 
 def claims(folder: Path, path: Path, **changes: Any) -> Path:
-    """A recipe over the towers: a claim is true (SUPPORTS) where it names the tower's own miller."""
+    """A recipe over the towers: that they are lighthouses is true (SUPPORTS), that they are millers is not."""
     rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
-    chance, questions = random.Random(1), []
+    questions = []
     for n in range(120):
-        words = rows[n % 30]["text"].split()
-        right = n % 2 == 0
-        name = words[7] if right else "".join(chance.choices("jkqvwx", k=3))
-        claim = {"id": str(n), "query": f"the tower {words[2]} was built by miller {name}"}
-        questions.append({**claim, "answers": ["SUPPORTS" if right else "REFUTES"]})
+        claim = f"the tower {rows[n % 30]['title']} was a {'lighthouse' if n % 2 else 'miller'}"
+        questions.append({"id": str(n), "query": claim, "answers": ["SUPPORTS" if n % 2 else "REFUTES"]})
     for split, part in (("claims", questions[:100]), ("claims-dev", questions[100:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     recipe = yaml.safe_load(path.read_text())
     recipe["stages"] = {"judge": {
         "data": {"kind": "questions", "path": "claims.jsonl", "dev": "claims-dev.jsonl"},
         "objective": {"kind": "marginal", "over": "token", "k": 2, "tokens": "first"},
-        "train": {"max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "eval_strategy": "steps",
+        "train": {"max_steps": 70, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "eval_strategy": "steps",
                   "eval_steps": 20},
     }}  # fmt: skip
     recipe["decode"] = {"kind": "classify", "labels": {"SUPPORTS": "yes", "REFUTES": "no"}}
+    recipe["generator"] = {"model": "bart", "dtype": "float32"}
+    if not (folder / "bart").is_dir():
+        tiny.bart(folder / "bart")
     recipe["evaluate"] = {"questions": "claims-dev.jsonl", "modes": ["retrieved"], "metrics": ["accuracy"], "k": [1]}
     recipe |= changes
     path = folder / "claims.yaml"
@@ -198,15 +198,16 @@ def test_building_training_and_evaluating_a_classifier(tmp_path: Path) -> None:
     stage = next((load_recipe(path).run / "stages").iterdir())
     curve = json.loads((stage / "log.json").read_text())
     losses = [row["loss"] for row in curve if "loss" in row]
-    assert losses[-1] < losses[0] / 2  # from any word of the vocabulary to one of two
+    assert losses[-1] < 0.3 < math.log(2) < losses[0]  # ln 2 would be to know the two words, and not which
     assert any("eval_loss" in row for row in curve)
     measured = runner.invoke(app, ["evaluate", str(path), "--json"])
     assert measured.exit_code == 0, measured.output
     figures = json.loads(measured.stdout)
-    assert 0 <= figures["judge"]["retrieved/accuracy"]["mean"] <= 1
+    assert figures["untuned"]["retrieved/accuracy"]["mean"] <= 0.7
+    assert figures["judge"]["retrieved/accuracy"]["mean"] >= 0.9
     assert figures["judge"]["retrieved/accuracy"]["n"] == 20
     assert "retrieved/em" not in figures["judge"]
-    told = runner.invoke(app, ["answer", str(path), "the tower bbb was built by miller jjj", "--json"])
+    told = runner.invoke(app, ["answer", str(path), "the tower bcd was a miller", "--json"])
     assert told.exit_code == 0, told.output
     candidates = json.loads(told.stdout)[0]["candidates"]
     assert {c["answer"] for c in candidates} == {"SUPPORTS", "REFUTES"}
