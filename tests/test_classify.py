@@ -225,6 +225,24 @@ def test_answers_that_are_no_class_and_labels_that_begin_alike_are_told_before_t
         train(load_recipe(path, ["decode={kind: classify, labels: {SUPPORTS: 'yes', REFUTES: yeah}}"]))
 
 
+def test_a_stage_that_learned_other_texts_is_another_stage(folder: Path) -> None:
+    from raglan.train import _stages
+
+    path = claims(folder, folder / "small.yaml")
+    folders = {
+        texts: _stages(load_recipe(path, [f"decode={{kind: classify, labels: {{SUPPORTS: {texts}, REFUTES: false-hood}}}}"]))[
+            0
+        ][0]
+        for texts in ("right", "truth")
+    }
+    assert folders["right"].folder != folders["truth"].folder
+    whole = [
+        _stages(load_recipe(path, ["stages.judge.objective.tokens=all", f"decode={{kind: classify, labels: [{names}]}}"]))[0][0]
+        for names in ("a, b", "c, d")
+    ]
+    assert whole[0].folder == whole[1].folder  # what is learned there does not depend on the decoding
+
+
 def test_training_that_does_not_suit_the_decoding_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     from raglan.train import train
 

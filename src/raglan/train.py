@@ -175,6 +175,8 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         files = [path for key in ("path", "dev") if (path := getattr(settings.data, key, None)) is not None]
         contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
         made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
+        if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
+            made_of.append(recipe.decode.labels)
         stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
         stages.append((stage, parts))
         parts = stage.parts(parts)
@@ -290,11 +292,13 @@ def _marginal(
 
 def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Example]) -> list[Example]:
     """The examples with the answers the generator is to write: a class's text for its name, where it learns classes."""
-    data, decode = stage.settings.data, recipe.decode
-    first = getattr(stage.settings.objective, "tokens", "all") == "first"
-    if isinstance(decode, ClassifyDecode) and first and isinstance(data, QuestionData):
-        examples = class_texts(examples, decode)
-    return learned_answers(examples, data, system.retriever, recipe.seed)
+    if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
+        examples = class_texts(examples, recipe.decode)
+    return learned_answers(examples, stage.settings.data, system.retriever, recipe.seed)
+
+
+def _learns_classes(settings: StageSettings) -> bool:
+    return settings.data.kind == "questions" and getattr(settings.objective, "tokens", "all") == "first"
 
 
 def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
