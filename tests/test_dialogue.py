@@ -299,16 +299,17 @@ def test_history_finds_what_the_question_alone_cannot(tmp_path: Path) -> None:
     assert sum(hit["prior"] for hit in found) == pytest.approx(1, abs=1e-4)
 
 
-def test_the_shipped_recipe_runs(tmp_path: Path) -> None:
+def test_the_shipped_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands, but for data, models and time."""
     path = dialogues(tmp_path)
+    monkeypatch.setenv("DOCUMENTS", str(tmp_path / "corpus.jsonl"))
+    monkeypatch.setenv("QUESTIONS", str(tmp_path))
     recipe = Path(__file__).parent.parent / "recipes" / "rag_dialogue.yaml"
     assert load_recipe(recipe).generator.model == "facebook/bart-large"
     bart = tiny.bart(tmp_path / "bart")
     changes = [
-        f"knowledge.path={path.parent / 'kb2'}", f"knowledge.documents={tmp_path / 'corpus.jsonl'}",
+        f"knowledge.path={path.parent / 'kb2'}",
         f"knowledge.encoder.model={tmp_path / 'encoder' / 'encoder'}", f"generator.model={bart}", f"runs={tmp_path / 'runs'}",
-        f"data.path={tmp_path / 'train.jsonl'}", f"data.dev={tmp_path / 'dev.jsonl'}",
         f"evaluate.questions={tmp_path / 'dev.jsonl'}", f"evaluate.rare_reference={tmp_path / 'told.jsonl'}",
         "train.max_steps=4", "train.save_steps=2", "train.per_device_train_batch_size=4", "evaluate.limit=4",
         "decode.max_new_tokens=6", "decode.min_new_tokens=2", "generator.dtype=float32", "train.bf16=false",

@@ -88,7 +88,9 @@ def test_the_schema_takes_what_the_shipped_recipes_say() -> None:
         items = rule.get("items")
         return not isinstance(value, list) or items is None or all(fits(item, items) for item in value)
 
-    for path in (ROOT / "examples" / "vessen" / "vessen.yaml", ROOT / "benchmarks" / "squad.yaml"):
+    shipped = [ROOT / "examples" / "vessen" / "vessen.yaml", ROOT / "benchmarks" / "squad.yaml", *ROOT.glob("recipes/*.yaml")]
+    assert len(shipped) >= 7
+    for path in shipped:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert fits(tree, schema), path
         assert not fits({**tree, "retriever": {"k": "many"}}, schema)

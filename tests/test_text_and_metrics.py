@@ -11,8 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import json_lines
-from raglan.metrics import answer_recall, bootstrap, exact_match, f1, mrr, ndcg, paired_bootstrap, recall
-from raglan.text import answer_words, restore_surface, terms
+from raglan.metrics import (
+    accuracy,
+    answer_recall,
+    bleu1,
+    bleu1_counts,
+    bootstrap,
+    distinct,
+    exact_match,
+    f1,
+    jackknife,
+    mrr,
+    ndcg,
+    paired_bootstrap,
+    paired_jackknife,
+    recall,
+    rouge_l,
+)
+from raglan.text import answer_words, restore_surface, terms, words
 
 
 @pytest.mark.parametrize(
@@ -46,6 +62,101 @@ def test_answer_words(text: str, words: list[str]) -> None:
 def test_answer_figures(prediction: str, answers: list[str], em: float, overlap: float) -> None:
     assert exact_match(prediction, answers) == em
     assert f1(prediction, answers) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "classes", "right"),
+    [
+        ("SUPPORTS", ["SUPPORTS"], 1),
+        (" supports\n", ["SUPPORTS"], 1),
+        ("A", ["the"], 0),  # exact match would drop both
+        ("A", ["B", "A"], 1),
+        ("", ["A"], 0),
+        ("NOT ENOUGH INFO", ["not enough info."], 0),
+    ],
+)
+def test_accuracy_compares_classes_as_they_are_spelt(prediction: str, classes: list[str], right: float) -> None:
+    assert accuracy(prediction, classes) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "share"),
+    [
+        ("the cat sat", ["the cat sat"], 1),
+        ("a b c d", ["a c d x y"], 2 * 0.75 * 0.6 / 1.35),  # a c d: 3 of 4 and 3 of 5
+        ("b a", ["a b"], 0.5),
+        ("", ["a"], 0),
+        ("x", ["a", "x"], 1),
+        ("It's the Cat.", ["its cat", "it s the cat"], 1),
+        ("北京大學", ["北大"], 2 / 3),
+    ],
+)
+def test_rouge_l_by_hand(prediction: str, answers: list[str], share: float) -> None:
+    assert rouge_l(prediction, answers) == pytest.approx(share)
+
+
+SENTENCES = [
+    ("the cat the cat on the mat", ["the cat is on the mat", "there is a cat on the mat"]),
+    ("a quick brown fox", ["the quick brown fox jumps over the lazy dog"]),
+    ("", ["something"]),
+    ("Wholly different", ["nothing of it", "or of that"]),
+    ("mat", ["the mat"]),
+]
+
+
+def bleu1_twin(pairs: list[tuple[str, list[str]]]) -> float:
+    matches = written = wanted = 0
+    for prediction, answers in pairs:
+        mine, theirs = words(prediction), [words(answer) for answer in answers]
+        matches += sum(min(mine.count(w), max(a.count(w) for a in theirs)) for w in set(mine))
+        written += len(mine)
+        wanted += min((abs(len(a) - len(mine)), len(a)) for a in theirs)[1]
+    return min(1.0, math.exp(1 - wanted / written)) * matches / written if written else 0.0
+
+
+def test_bleu1_is_the_corpus_figure() -> None:
+    counts = [bleu1_counts(prediction, answers) for prediction, answers in SENTENCES]
+    assert counts[0] == (5, 7, 7)  # "the" twice and "cat" once are in one reference; the other has 7 words
+    found = bleu1(counts)
+    assert found.value == pytest.approx(bleu1_twin(SENTENCES))
+    for place, value in enumerate(found.without):
+        assert value == pytest.approx(bleu1_twin(SENTENCES[:place] + SENTENCES[place + 1 :]))
+    sacrebleu = pytest.importorskip("sacrebleu")
+    theirs = sacrebleu.metrics.BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True).corpus_score(
+        [" ".join(words(p)) for p, _ in SENTENCES],
+        [[" ".join(words(a[min(n, len(a) - 1)])) for _, a in SENTENCES] for n in (0, 1)],
+    )
+    assert 100 * found.value == pytest.approx(theirs.score)
+    mean = np.mean([bleu1([count]).value for count in counts])
+    assert abs(mean - found.value) > 0.05  # a mean over questions is another figure
+    assert math.isnan(bleu1([]).value)
+    assert bleu1([bleu1_counts("", ["a"])]).value == 0
+
+
+def test_distinct_counts_over_all_texts() -> None:
+    texts = ["who is the man", "who is the woman", "who is the man of the hour"]
+    found = distinct(texts, 3)
+    # 2 + 2 + 5 trigrams; who-is-the three times and is-the-man twice
+    assert found.value == pytest.approx(6 / 9)
+    for place, value in enumerate(found.without):
+        assert value == pytest.approx(distinct(texts[:place] + texts[place + 1 :], 3).value)
+    assert distinct(["a b", ""], 3).value != distinct(["a b", ""], 3).value  # nothing of three words: NaN
+    assert distinct(["北京大學"], 3).value == 1
+
+
+def test_the_jackknife_of_a_mean_is_the_normal_interval() -> None:
+    from raglan.metrics import Whole
+
+    values = np.random.default_rng(0).normal(size=50)
+    found = jackknife(Whole(float(values.mean()), (values.sum() - values) / 49))
+    half = 1.96 * values.std(ddof=1) / math.sqrt(50)
+    assert (found.mean, found.n) == (pytest.approx(values.mean()), 50)
+    assert (found.low, found.high) == (pytest.approx(values.mean() - half), pytest.approx(values.mean() + half))
+    one = bleu1([bleu1_counts(p, a) for p, a in SENTENCES])
+    same = paired_jackknife(one, one)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="as many questions"):
+        paired_jackknife(one, bleu1([]))
 
 
 def test_terms_of_two_scripts() -> None:

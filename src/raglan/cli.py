@@ -181,7 +181,9 @@ def evaluate(
 
     Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
     console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by bootstrap over questions")
-    for name in (name for name in ("retrieved/em", "recall@1") if name in differences):
+    for name in (
+        name for name in ("retrieved/em", "retrieved/accuracy", "retrieved/rouge_l", "recall@1") if name in differences
+    ):
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)

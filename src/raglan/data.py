@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,17 @@ from raglan.documents import read_examples
 from raglan.errors import CorpusError
 from raglan.generator import HFGenerator
 from raglan.lessons import lessons
-from raglan.metrics import answer_recall
+from raglan.metrics import answer_recall, found_answers
 from raglan.progress import track
-from raglan.recipe import LessonData, QuestionData
+from raglan.recipe import ClassifyDecode, LessonData, QuestionData
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
+from raglan.text import pattern
 
-__all__ = ["answer_rows", "load_examples", "resolve", "stage_examples"]
+__all__ = ["answer_rows", "check_classes", "class_texts", "learned_answers", "load_examples", "resolve", "stage_examples"]
 
 log = logging.getLogger(__name__)
+REGEX_DEPTH = 1000  # the paper's
 
 
 def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test") -> list[Example]:
@@ -118,21 +121,91 @@ def stage_examples(data: QuestionData | LessonData, corpus: Corpus, seed: int) -
     return answered
 
 
+def check_classes(examples: Sequence[Example], decode: ClassifyDecode) -> None:
+    """Raises CorpusError at the first answer that is none of the classes."""
+    for example in examples:
+        for answer in example.answers:
+            if answer not in decode.labels:
+                raise CorpusError(
+                    f"question {example.id!r} has the answer {answer!r}, which is none of decode.labels: "
+                    f"{', '.join(decode.labels)}",
+                    hint="answers are the classes' names, spelt as in the recipe",
+                )
+
+
+def class_texts(examples: Sequence[Example], decode: ClassifyDecode) -> list[Example]:
+    """The examples with classes' texts, which the generator is to learn, in place of their names. Raises CorpusError."""
+    check_classes(examples, decode)
+    return [replace(example, answers=tuple(decode.labels[name] for name in example.answers)) for example in examples]
+
+
+def learned_answers(
+    examples: Sequence[Example], data: QuestionData | LessonData, retriever: Retriever, seed: int
+) -> list[Example]:
+    """The examples with those answers that are trained on, each of them; questions that have none left are left out.
+
+    A regular expression stands for its commonest match in the best 1000 passages, or in `answers_found_in`; other answers
+    have to occur in `answers_found_in` passages, if that is said. Then all, the first, or one drawn with the seed.
+
+    Raises:
+        CorpusError: no answer is left, or one is no regular expression.
+    """
+    if not isinstance(data, QuestionData):
+        return list(examples)
+    regex = data.answers_are == "regex"
+    depth = data.answers_found_in or (REGEX_DEPTH if regex else 0)
+    kept = _found_in_passages(examples, depth, retriever, regex=regex) if depth else list(examples)
+    if len(kept) < len(examples):
+        log.warning(
+            "%d of %d questions have no answer in %d passages and are left out", len(examples) - len(kept), len(examples), depth
+        )
+    if examples and not kept:
+        raise CorpusError(
+            f"{data.path}: no answer occurs in the best {depth} passages of its question",
+            hint="raise data.answers_found_in, or look whether documents and questions belong together",
+        )
+    chance = random.Random(seed)
+    rule = {"each": lambda found: found, "first": lambda found: found[:1], "random": lambda found: (chance.choice(found),)}
+    return [replace(example, answers=rule[data.answers](example.answers)) for example in kept]
+
+
+def _found_in_passages(examples: Sequence[Example], depth: int, retriever: Retriever, *, regex: bool) -> list[Example]:
+    corpus = retriever.base.corpus
+    kept = []
+    for start in range(0, len(examples), 512):
+        part = examples[start : start + 512]
+        _, rows = retriever.search([example.query for example in part], min(depth, len(corpus)))
+        for example, found in zip(part, rows.tolist(), strict=True):
+            passages = [corpus[row] for row in found if row >= 0]
+            texts = [f"{passage.title}\n{passage.text}" for passage in passages]
+            answers = _commonest(texts, example.answers) if regex else found_answers(texts, example.answers)
+            kept += [replace(example, answers=tuple(answers))] if answers else []
+    return kept
+
+
+def _commonest(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The commonest match of each pattern; of equally common ones the one in the better passage."""
+    counts = [
+        Counter(match for text in texts for found in pattern(form).finditer(text) if (match := found.group().strip()))
+        for form in patterns
+    ]
+    return [count.most_common(1)[0][0] for count in counts if count]
+
+
 def answer_rows(
     examples: Sequence[Example], data: QuestionData | LessonData, retriever: Retriever, generator: HFGenerator, seed: int
 ) -> list[dict[str, list[int]]]:
-    """Rows for the `answer` objective: each question with its passages, or one row a passage."""
+    """Rows for the `answer` objective: each question with its passages, or one row a passage; a row for each answer."""
     source = data.source if isinstance(data, QuestionData) else "mixed"
     chosen = choose_passages(examples, source, data.passages, retriever, seed)
     a_row = (data.passages_a_row if isinstance(data, QuestionData) else None) or data.passages
-    each = isinstance(data, QuestionData) and data.answers == "each"
     rows, cut, starved = [], 0, 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
         for start in range(0, max(len(passages), 1), a_row):
             prompt = generator.prompt.render(example.query, passages[start : start + a_row], history=example.history)
             cut += prompt.truncated
             starved += prompt.starved
-            rows += [generator.row(prompt, answer) for answer in (example.answers if each else example.answers[:1])]
+            rows += [generator.row(prompt, answer) for answer in example.answers]
     if starved:
         least = generator.prompt.settings.min_passage_tokens
         log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, len(rows), least)

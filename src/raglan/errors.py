@@ -35,6 +35,8 @@ EXTRAS = {
     "markitdown": "readers",
     "peft": "lora",
     "plotly": "report",
+    "rouge_score": "metrics",
+    "sacrebleu": "metrics",
 }
 
 

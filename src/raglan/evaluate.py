@@ -21,25 +21,35 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import load_examples
+from raglan.data import check_classes, load_examples
 from raglan.documents import read_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import (
     Interval,
     RareWords,
+    Whole,
+    accuracy,
     answer_recall,
+    bleu1,
+    bleu1_counts,
     bootstrap,
+    distinct,
     exact_match,
     f1,
+    jackknife,
     mrr,
     ndcg,
     paired_bootstrap,
+    paired_jackknife,
     rare_f1,
     recall,
+    regex_match,
+    regex_recall,
+    rouge_l,
 )
 from raglan.rag import RAG
-from raglan.recipe import EvaluateSettings, Recipe
+from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
 from raglan.train import Parts, finished_parts, folder_stamp
 
@@ -48,6 +58,8 @@ __all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "evaluation_f
 log = logging.getLogger(__name__)
 KIND = "evaluation"
 Measures = dict[str, Callable[[str, Example], float]]
+OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l}
+TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3")  # of all answers, and no mean over questions
 
 
 @dataclass(frozen=True)
@@ -88,13 +100,15 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         began = time.monotonic()
         system = parts.open(recipe)
         examples = load_examples(settings.questions, system.retriever.base.corpus, limit=settings.limit, seed=recipe.seed)
+        if isinstance(recipe.decode, ClassifyDecode):
+            check_classes(examples, recipe.decode)
         rows = measure(system, examples, settings)
         with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
             "source": str(settings.questions), "k": system.k, "index": recipe.index,
-            "figures": {key: asdict(value) for key, value in summarise(rows).items()},
+            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()},
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
     return open_evaluation(folder)
@@ -129,16 +143,30 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         else:
             answers = system.read(queries, given, history=history, texts=[texts[place] for place in places])
         for place, answer, found in zip(places, answers, given, strict=True):
-            _add_reading(rows[place], mode, examples[place], answer, found, measures)
+            _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
     return rows
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Interval]:
-    """Mean and 95 % interval of every figure that any row has."""
+def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dict[str, Interval]:
+    """Mean and 95 % interval of every figure that any row has, and the figures that all answers have together."""
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
-    return {name: bootstrap(column) for name, column in measured.items() if column}
+    figures = {name: bootstrap(column) for name, column in measured.items() if column}
+    for mode in settings.modes:
+        together = [f"{mode}/{metric}" for metric in settings.metrics if metric in TOGETHER]
+        wholes = {name: _whole(rows, name) for name in together}
+        figures |= {name: jackknife(whole) for name, whole in wholes.items() if not math.isnan(whole.value)}
+    return figures
+
+
+def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
+    """A figure of all answers of a mode together."""
+    mode, _, metric = name.partition("/")
+    if metric == "bleu1":
+        return bleu1([row["counts"][name] for row in rows if name in row["counts"]])
+    texts = [row["predictions"][mode]["text"] for row in rows if mode in row["predictions"]]
+    return distinct(texts, int(metric.removeprefix("distinct_")))
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
@@ -148,8 +176,14 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Interval]:
             f"{before.folder} and {after.folder} answer different questions",
             hint="measure both with the same evaluate.questions and limit",
         )
-    names = [name for name in before.figures if name in after.figures]
-    return {name: paired_bootstrap(before.values(name), after.values(name)) for name in names}
+    return {name: _difference(before, after, name) for name in before.figures if name in after.figures}
+
+
+def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
+    metric = name.rpartition("/")[2]
+    if metric in TOGETHER:
+        return paired_jackknife(_whole(before.rows, name), _whole(after.rows, name))
+    return paired_bootstrap(before.values(name), after.values(name))
 
 
 def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings, kept: int) -> dict[str, Any]:
@@ -159,7 +193,8 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
     figures = {f"recall@{k}": recall(ranking, example.relevant, k) for k in settings.k}
     figures |= {"mrr@10": mrr(ranking, example.relevant, 10), "ndcg@10": ndcg(ranking, grades, 10)}
     if example.answers:
-        figures |= {f"answer_recall@{k}": answer_recall(texts[:k], example.answers) for k in settings.k}
+        occurs = regex_recall if settings.answers_are == "regex" else answer_recall
+        figures |= {f"answer_recall@{k}": occurs(texts[:k], example.answers) for k in settings.k}
     return {
         "id": example.id, "query": example.query, "history": list(example.history), "answers": list(example.answers),
         "relevant": list(example.relevant),
@@ -167,7 +202,7 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
             {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
             for h in hits[: max(10, kept)]
         ],
-        "predictions": {},
+        "predictions": {}, "counts": {},
         "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
     }  # fmt: skip
 
@@ -185,15 +220,19 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
 def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
     """Name → (answer's text, example) → figure, NaN where it does not apply."""
     known: Measures = {
-        "em": lambda text, example: exact_match(text, example.answers),
-        "f1": lambda text, example: f1(text, example.answers),
+        name: lambda text, example, measure=measure: measure(text, example.answers)  # type: ignore[misc]
+        for name, measure in OF_A_QUESTION.items()
+    }
+    if settings.answers_are == "regex":  # words have no overlap with a pattern
+        known = {"em": lambda text, example: regex_match(text, example.answers)}
+    known |= {
         "kf1": lambda text, example: f1(text, told) if (told := _knowledge(example, system)) else math.nan,
     }
     if "rare_f1" in settings.metrics:
         reference = read_examples(settings.rare_reference or settings.questions)
         rare = RareWords.of(answer for example in reference for answer in example.answers)
         known["rare_f1"] = lambda text, example: rare_f1(text, example.answers, rare=rare)
-    return {name: known[name] for name in settings.metrics}
+    return {name: known[name] for name in settings.metrics if name in known}
 
 
 def _knowledge(example: Example, system: RAG) -> list[str]:
@@ -206,12 +245,20 @@ def _knowledge(example: Example, system: RAG) -> list[str]:
 
 
 def _add_reading(
-    row: dict[str, Any], mode: str, example: Example, answer: Answer, given: Sequence[Hit], measures: Measures
+    row: dict[str, Any],
+    mode: str,
+    example: Example,
+    answer: Answer,
+    given: Sequence[Hit],
+    settings: EvaluateSettings,
+    measures: Measures,
 ) -> None:
     row["predictions"][mode] = {
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
+    if "bleu1" in settings.metrics and settings.answers_are != "regex":
+        row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures = {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
     row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}

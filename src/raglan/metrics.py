@@ -1,9 +1,17 @@
 """Figures: exact match, F1, ranking measures, and intervals that say how much to believe them.
 
-Answers: EM and F1 are SQuAD's, best over the gold answers. Dialogue: Knowledge-F1 is that F1 against the knowledge an
-answer should tell, Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k,
-nDCG@k (gain = grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for
-differences, 10,000 resamples with a seed.
+Answers: EM and F1 are SQuAD's, best over the gold answers; accuracy compares classes as they are spelt; ROUGE-L is
+`rouge-score`'s, also best over the answers. Dialogue: Knowledge-F1 is that F1 against the knowledge an answer should tell,
+Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k, nDCG@k (gain =
+grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000
+resamples with a seed.
+
+Figures of a whole corpus of answers, which are no mean over questions:
+
+    BLEU-1      = min(1, exp(1 − r/c)) · m/c      m clipped matches, c words written, r those of the answers nearest in length
+    distinct n  = different n-grams / n-grams
+
+Their intervals are the jackknife's, ±1.96 · √((n−1)/n Σ_i (θ_−i − θ̄)²): drawing questions twice would repeat n-grams.
 """
 
 from __future__ import annotations
@@ -15,21 +23,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raglan.text import answer_words
+from raglan.errors import require
+from raglan.text import answer_words, pattern, words
 
 __all__ = [
     "Interval",
     "RareWords",
+    "Whole",
+    "accuracy",
     "answer_recall",
+    "bleu1",
+    "bleu1_counts",
     "bootstrap",
+    "distinct",
     "exact_match",
     "f1",
+    "found_answers",
+    "jackknife",
     "mrr",
     "ndcg",
     "paired_bootstrap",
+    "paired_jackknife",
     "perplexity",
     "rare_f1",
     "recall",
+    "regex_match",
+    "regex_recall",
+    "rouge_l",
 ]
 
 RESAMPLES = 10_000
@@ -44,6 +64,32 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Word-overlap F1 with the best gold answer, in [0, 1]."""
     return max(_f1(answer_words(prediction), answer_words(answer)) for answer in answers or ("",))
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction is one of the classes, but for case and white space around it. "A" and "the" are classes too."""
+    return float(prediction.strip().casefold() in {answer.strip().casefold() for answer in answers})
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """Longest common subsequence of words, as F1 with the best gold answer. Raises MissingExtra without `rouge-score`."""
+    scorer = require("rouge_score.rouge_scorer", "for evaluate.metrics: rouge_l").RougeScorer(["rougeL"], tokenizer=_Words())
+    return max(float(scorer.score(answer, prediction)["rougeL"].fmeasure) for answer in answers or ("",))
+
+
+class _Words:
+    """What rouge-score wants of a tokenizer; its own knows nothing but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def bleu1_counts(prediction: str, answers: Sequence[str]) -> tuple[int, int, int]:
+    """Clipped matches, words written, words of the answer nearest in length. Raises MissingExtra without `sacrebleu`."""
+    bleu = require("sacrebleu.metrics.bleu", "for evaluate.metrics: bleu1")
+    scorer = bleu.BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True)
+    found = scorer.sentence_score(" ".join(words(prediction)), [" ".join(words(answer)) for answer in answers])
+    return int(found.counts[0]), int(found.sys_len), int(found.ref_len)
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:
@@ -95,9 +141,24 @@ def perplexity(logprobs: Sequence[float], tokens: Sequence[int]) -> float:
 
 def answer_recall(texts: Sequence[str], answers: Sequence[str]) -> float:
     """1.0 if a gold answer occurs, as whole words, in any of the texts."""
+    return float(bool(found_answers(texts, answers)))
+
+
+def found_answers(texts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """The answers that occur, as whole words, in any of the texts."""
     padded = [f" {' '.join(answer_words(text))} " for text in texts]
-    wanted = [f" {' '.join(words)} " for answer in answers if (words := answer_words(answer))]
-    return float(any(answer in text for answer in wanted for text in padded))
+    wanted = {answer: f" {' '.join(own)} " for answer in answers if (own := answer_words(answer))}
+    return [answer for answer, form in wanted.items() if any(form in text for text in padded)]
+
+
+def regex_match(prediction: str, patterns: Sequence[str]) -> float:
+    """1.0 if a pattern fits the prediction from its start, as CuratedTrec is measured. Raises CorpusError: no pattern."""
+    return float(any(pattern(text).match(prediction.strip()) for text in patterns))
+
+
+def regex_recall(texts: Sequence[str], patterns: Sequence[str]) -> float:
+    """1.0 if a pattern occurs in any of the texts."""
+    return float(any(pattern(form).search(text) for form in patterns for text in texts))
 
 
 def recall(ranking: Sequence[str], relevant: Sequence[str], k: int) -> float:
@@ -154,6 +215,56 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, seed: i
     if len(before) != len(after):
         raise ValueError(f"paired values must be of one length, not {len(before)} and {len(after)}")
     return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed, resamples=resamples)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A figure of all n questions together, and the n figures without one of them."""
+
+    value: float
+    without: np.ndarray
+
+
+def bleu1(counts: Sequence[Sequence[int]]) -> Whole:
+    """Corpus BLEU-1 in [0, 1] from `bleu1_counts` of every question; NaN of none."""
+    each = np.asarray(counts, dtype=np.float64).reshape(-1, 3)
+    total = each.sum(0)
+    return Whole(float(_bleu1(total)) if len(each) else math.nan, _bleu1(total - each))
+
+
+def _bleu1(counts: np.ndarray) -> np.ndarray:
+    matches, written, wanted = np.moveaxis(counts, -1, 0)
+    some = np.maximum(written, 1)  # nothing written, nothing matched
+    return np.minimum(1, np.exp(1 - wanted / some)) * matches / some
+
+
+def distinct(texts: Sequence[str], n: int) -> Whole:
+    """Different n-grams of words over all n-grams, of all texts together; NaN where no text has n words."""
+    grams = [Counter(zip(*(split[i:] for i in range(n)), strict=False)) for split in map(words, texts)]
+    everywhere = sum(grams, Counter())
+    kinds, count = len(everywhere), everywhere.total()
+    own = [sum(everywhere[gram] == times for gram, times in part.items()) for part in grams]
+    without = [_share(kinds - only, count - part.total()) for part, only in zip(grams, own, strict=True)]
+    return Whole(_share(kinds, count), np.asarray(without))
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def jackknife(figure: Whole) -> Interval:
+    """A figure of the whole with its 95 % interval, from the figures without one question each."""
+    n = len(figure.without)
+    spread = figure.without - figure.without.mean() if n else np.zeros(0)
+    half = 1.96 * math.sqrt((n - 1) / n * float((spread**2).sum())) if n else 0.0
+    return Interval(figure.value, figure.value - half, figure.value + half, n)
+
+
+def paired_jackknife(before: Whole, after: Whole) -> Interval:
+    """after − before, of the same questions in the same order."""
+    if len(before.without) != len(after.without):
+        raise ValueError(f"paired figures must be of as many questions, not {len(before.without)} and {len(after.without)}")
+    return jackknife(Whole(after.value - before.value, after.without - before.without))
 
 
 def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:

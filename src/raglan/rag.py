@@ -12,12 +12,20 @@ from pathlib import Path
 from threading import Lock
 
 from raglan.artifact import read_manifest
-from raglan.decode import KINDS, NEEDS_PRIOR, Asked, rag_turn
+from raglan.decode import KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
-from raglan.recipe import DecodeSettings, GeneratorSettings, RagTokenDecode, Recipe, RetrieveAgain, TurnSettings
+from raglan.recipe import (
+    ClassifyDecode,
+    DecodeSettings,
+    GeneratorSettings,
+    RagTokenDecode,
+    Recipe,
+    RetrieveAgain,
+    TurnSettings,
+)
 from raglan.records import Answer, Hit
 from raglan.retriever import Retriever
 from raglan.text import check_history, check_query
@@ -65,6 +73,8 @@ class RAG:
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
         reads = open_generator(settings, recipe.prompt)
+        if isinstance(recipe.decode, ClassifyDecode):
+            first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
         retriever = Retriever(base, encoder, index=recipe.index, prior=weights, history=asks.history)
         if asks.history == "rewrite":
             own = asks.rewrite.model

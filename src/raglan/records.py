@@ -71,7 +71,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's."""
+    """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's; a class's log p(c|x)."""
 
     text: str
     ids: tuple[int, ...]
@@ -84,8 +84,8 @@ class Answer:
     """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt.
 
     The RAG decodings add, in the order of `hits`: `prior` p(z|x); `posterior` p(z|x,y), which for `rag_token` is each
-    passage's share in the answer; and for `rag_token` also `token_posterior`, a row for each token of `ids`. All candidates
-    are kept, the answer first and the rest by their log-probability.
+    passage's share in the answer, and for `classify` p(z|x,c) of the class; and for `rag_token` also `token_posterior`, a row
+    for each token of `ids`. All candidates are kept, the answer first and the rest by their log-probability.
     """
 
     query: str

@@ -10,18 +10,20 @@ from typing import Any
 from raglan.artifact import MANIFEST
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
-from raglan.metrics import Interval
+from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report"]
 
 NAMES = {
-    "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "truncated": "prompts cut",
-    "unfinished": "answers cut off",
+    "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
+    "bleu1": "BLEU-1", "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
+    "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
+HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
 
 
@@ -71,11 +73,12 @@ def _evaluations(recipe: Recipe) -> list[Evaluation]:
 
 def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, differences: dict[str, Interval]) -> str:
     told = f"{manifest['questions']} held-out questions, {manifest['k']} passages each from index “{manifest['index']}”."
-    if "retrieved/em" in differences:
-        change = differences["retrieved/em"]
+    name = next((f"retrieved/{metric}" for metric in HEADLINES if f"retrieved/{metric}" in differences), None)
+    if name is not None:
+        change = differences[name]
         told = (
-            f"With retrieved passages, exact match went from {_percent(before.figures['retrieved/em'])} % to "
-            f"{_percent(after.figures['retrieved/em'])} %: {100 * change.mean:+.1f} points "
+            f"With retrieved passages, {NAMES[name.rpartition('/')[2]]} went from {_percent(before.figures[name])} % to "
+            f"{_percent(after.figures[name])} %: {100 * change.mean:+.1f} points "
             f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]. {told}"
         )
     return told
@@ -167,12 +170,12 @@ def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
 
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Every question that was read: passages, answers before and after, gold; at most 500."""
-    mode = "retrieved" if "retrieved/em" in after.figures else "gold"
+    mode = "retrieved" if any(name.startswith("retrieved/") for name in after.figures) else "gold"
     found = []
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
-        right, was_right = new["figures"].get(f"{mode}/em") == 1, old["figures"].get(f"{mode}/em") == 1
+        right, was_right = _right(new, mode), _right(old, mode)
         read = set(new["predictions"][mode]["passages"])
         found.append({
             "query": new["query"], "gold": new["answers"], "right": right,
@@ -183,3 +186,11 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             ],
         })  # fmt: skip
     return found
+
+
+def _right(row: dict[str, Any], mode: str) -> bool:
+    """Whether an answer is the gold one: as it was measured, or else by exact match."""
+    measured = [row["figures"][name] for metric in ("em", "accuracy") if (name := f"{mode}/{metric}") in row["figures"]]
+    if measured:
+        return measured[0] == 1
+    return mode in row["predictions"] and exact_match(row["predictions"][mode]["text"], row["answers"]) == 1

@@ -20,9 +20,11 @@ __all__ = [
     "check_query",
     "half_character",
     "normalise_answer",
+    "pattern",
     "restore_surface",
     "shortened",
     "terms",
+    "words",
 ]
 
 MAX_QUERY_CHARACTERS = 100_000
@@ -84,6 +86,23 @@ def answer_words(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text).lower()
     text = "".join(letter for letter in text if not _is_punctuation(letter))
     return _SPACELESS.sub(r" \1 ", _ARTICLES.sub(" ", text)).split()
+
+
+@lru_cache(maxsize=4096)
+def pattern(text: str) -> re.Pattern[str]:
+    """An answer that is a regular expression, without regard to case. Raises CorpusError."""
+    try:
+        return re.compile(text, re.IGNORECASE | re.MULTILINE)
+    except re.error as fault:
+        raise CorpusError(
+            f"the answer {text!r} is no regular expression: {fault}", hint="correct it, or set answers_are: text"
+        ) from None
+
+
+def words(text: str) -> list[str]:
+    """The words that ROUGE, BLEU and n-grams count: lower case, no punctuation, one a character in Chinese and Japanese."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return [part for word in _TERM.findall(folded) for part in (word if _SPACELESS.match(word) else [word])]
 
 
 def terms(text: str) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import answer_rows, load_examples, stage_examples
+from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.dialogue import turn_texts
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase, reencoded
@@ -45,9 +45,9 @@ from raglan.objective.lsr import LsrRow
 from raglan.objective.staleness import Refresher
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
+from raglan.recipe import ClassifyDecode, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
-from raglan.recipe import QuestionData, Recipe, StageSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
 from raglan.trainer import INDEX_STATE, Interrupt, Refreshing, StageTrainer, last_whole, stage_trainer
@@ -180,6 +180,8 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         files = [path for key in ("path", "dev") if (path := getattr(settings.data, key, None)) is not None]
         contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
         made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
+        if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
+            made_of.append(recipe.decode.labels)
         stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
         stages.append((stage, parts))
         parts = stage.parts(parts)
@@ -205,6 +207,7 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
         objective, rows, held_out = _lsr(recipe, stage, system, objective_settings)
     else:
         objective, rows, held_out = _marginal(recipe, stage, system, objective_settings)
+    _warn_if_tokens_differ(recipe, stage)
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
     trainer = stage_trainer(recipe, stage.settings, stage.folder, objective, rows, held_out)
     checkpoint = last_whole(stage.folder / "work")
@@ -241,15 +244,17 @@ def _answer(
     recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
-    objective = AnswerObjective(system.generator, reduction=settings.reduction)
-    examples = stage_examples(data, corpus, recipe.seed)
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
     held_out: Sequence[Any] = []
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-        held_out = answer_rows(answered, data, system.retriever, system.generator, recipe.seed)
+        held_out = answer_rows(
+            _to_learn(recipe, stage, system, answered), data, system.retriever, system.generator, recipe.seed
+        )
     return objective, rows, held_out
 
 
@@ -257,7 +262,7 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     data = stage.settings.data
     assert isinstance(data, QuestionData)
     corpus = system.retriever.base.corpus
-    examples = stage_examples(data, corpus, recipe.seed)
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     rows = lsr_rows(examples, system, settings, recipe.run / "scores.jsonl")
     held_out: list[Example] = []
     if data.dev is not None:
@@ -272,11 +277,12 @@ def _marginal(
     assert isinstance(data, QuestionData)
     if recipe.generator.lora is None:
         system.generator.model.float()
-    held_out: list[Example] = []
+    held_out: Sequence[Example] = []
     if data.dev is not None:
-        held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
-    examples = stage_examples(data, corpus, recipe.seed)
-    rows = marginal_rows(examples, system, settings, each=data.answers == "each")
+        answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
+        held_out = _to_learn(recipe, stage, system, answered)
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
+    rows = marginal_rows(examples, system, settings)
     if not learns_to_retrieve(settings, system.retriever):
         if {"query_encoder", "passage_encoder"} & set(settings.learn):
             log.warning("the prior is BM25's, so no encoder learns anything in stage %s", stage.name)
@@ -291,18 +297,36 @@ def _marginal(
     return objective, rows, marginal_rows(held_out, system, settings)
 
 
-def marginal_rows(
-    examples: Sequence[Example], system: RAG, settings: MarginalSettings, *, each: bool = False
-) -> list[MarginalRow]:
-    """A row an example, or one for each of its answers, with what its turns search for."""
+def marginal_rows(examples: Sequence[Example], system: RAG, settings: MarginalSettings) -> list[MarginalRow]:
+    """A row for each answer of each example, with what its turns search for."""
     queries, history = [example.query for example in examples], [example.history for example in examples]
     count = 1 if settings.turns is None else settings.turns.count
     texts = turn_texts(system.retriever, queries, history, count)
     return [
         MarginalRow(example.query, answer, None, example.history, own)
         for example, own in zip(examples, texts, strict=True)
-        for answer in (example.answers if each else example.answers[:1])
+        for answer in example.answers
     ]
+
+
+def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Example]) -> list[Example]:
+    """The examples with the answers the generator is to write: a class's text for its name, where it learns classes."""
+    if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
+        examples = class_texts(examples, recipe.decode)
+    return learned_answers(examples, stage.settings.data, system.retriever, recipe.seed)
+
+
+def _learns_classes(settings: StageSettings) -> bool:
+    return settings.data.kind == "questions" and getattr(settings.objective, "tokens", "all") == "first"
+
+
+def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
+    """The decoding scores what the stage did not learn, or the other way round."""
+    first = getattr(stage.settings.objective, "tokens", None)
+    if first == "all" and recipe.decode.kind == "classify" and stage.settings.data.kind == "questions":
+        log.warning("decode scores a class's first token, stage %s learns whole answers: objective.tokens: first", stage.name)
+    if first == "first" and recipe.decode.kind != "classify":
+        log.warning("stage %s learns first tokens, and nothing of how an answer ends: decode.kind: classify", stage.name)
 
 
 def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:

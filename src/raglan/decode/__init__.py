@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raglan.decode.base import Asked
+from raglan.decode.classify import classify, first_tokens
 from raglan.decode.concat import concat
 from raglan.decode.rag_sequence import rag_sequence
 from raglan.decode.rag_token import rag_token
@@ -11,10 +12,11 @@ from raglan.decode.rag_turn import rag_turn
 from raglan.records import Answer
 
 KINDS: dict[str, Callable[[Any, Asked, Any], list[Answer]]] = {
+    "classify": classify,
     "concat": concat,
     "rag_sequence": rag_sequence,
     "rag_token": rag_token,
 }
-NEEDS_PRIOR = {"rag_sequence", "rag_token"}
+NEEDS_PRIOR = {"classify", "rag_sequence", "rag_token"}
 
-__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "concat", "rag_sequence", "rag_token", "rag_turn"]
+__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "classify", "concat", "first_tokens", "rag_sequence", "rag_token", "rag_turn"]

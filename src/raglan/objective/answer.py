@@ -20,10 +20,19 @@ __all__ = ["AnswerObjective"]
 
 
 class AnswerObjective(Objective):
-    """Rows are `HFGenerator.row`'s; batches its `collate`'s."""
+    """Rows are `HFGenerator.row`'s; batches its `collate`'s.
 
-    def __init__(self, generator: HFGenerator, *, reduction: Literal["token", "example"] = "token"):
-        self.generator, self.reduction = generator, reduction
+    With `tokens` "first" an answer's first token alone is scored, without the end token.
+    """
+
+    def __init__(
+        self,
+        generator: HFGenerator,
+        *,
+        reduction: Literal["token", "example"] = "token",
+        tokens: Literal["all", "first"] = "all",
+    ):
+        self.generator, self.reduction, self.tokens = generator, reduction, tokens
         self.module = generator.model
         self.division = "items" if reduction == "token" else "mean"
 
@@ -40,6 +49,8 @@ class AnswerObjective(Objective):
         return loss, {}
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        if self.tokens == "first":
+            rows = [{**row, "labels": row["labels"][:1]} for row in rows]
         return dict(self.generator.collate(rows))
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:

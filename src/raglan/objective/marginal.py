@@ -123,7 +123,8 @@ class MarginalObjective(Objective):
         candidates = [row.candidates for row in rows if row.candidates is not None]
         if len(candidates) == len(rows):
             batch["candidates"] = torch.from_numpy(np.concatenate([np.atleast_2d(found) for found in candidates]))
-        answers = [self.generator.answer_ids(row.answer) for row in rows]
+        kept = 1 if self.settings.tokens == "first" else None
+        answers = [self.generator.answer_ids(row.answer)[:kept] for row in rows]
         longest = max(map(len, answers))
         labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in answers])
         asked, sizes = [(row.query, row.history) for row in rows], [len(row.searched) for row in rows]

@@ -11,6 +11,7 @@ __all__ = [
     "AnswerObjective",
     "BM25Index",
     "ChunkSettings",
+    "ClassifyDecode",
     "ConcatDecode",
     "DecodeSettings",
     "DenseIndex",
@@ -329,12 +330,45 @@ class RagTokenDecode(Settings):
         return self
 
 
+def _named(value: Any) -> Any:
+    found = {name: name for name in value} if isinstance(value, list | tuple) else value
+    if isinstance(found, dict) and any(isinstance(part, bool) for pair in found.items() for part in pair):
+        raise ValueError("labels hold true or false, which is what YAML makes of yes and no: put them in quotes")
+    return found
+
+
+def _or_a_list(schema: dict[str, Any]) -> None:
+    mapping = {key: schema.pop(key) for key in ("type", "additionalProperties", "minProperties")}
+    schema["anyOf"] = [mapping, {"type": "array", "items": {"type": "string"}, "minItems": 2}]
+
+
+class ClassifyDecode(Settings):
+    """A class by the likelihood of its text's first token, mixed over the passages and normalised over the classes."""
+
+    kind: Literal["classify"]
+    labels: Annotated[dict[str, str], BeforeValidator(_named)] = Field(
+        min_length=2,
+        description="Class → the text the generator has for it; a list where each stands for itself.",
+        json_schema_extra=_or_a_list,
+    )
+
+
 def _concat_unless_said(value: Any) -> Any:
     return {"kind": "concat", **value} if isinstance(value, dict) else value
 
 
 DecodeSettings = Annotated[
-    ConcatDecode | RagSequenceDecode | RagTokenDecode, Field(discriminator="kind"), BeforeValidator(_concat_unless_said)
+    ConcatDecode | RagSequenceDecode | RagTokenDecode | ClassifyDecode,
+    Field(discriminator="kind"),
+    BeforeValidator(_concat_unless_said),
+]
+
+
+AnswersAre = Annotated[
+    Literal["text", "regex"],
+    Field(
+        description="With `regex` each answer is a pattern: learned is its commonest match, and measured is whether it fits."
+    ),
 ]
 
 
@@ -349,7 +383,13 @@ class QuestionData(Settings):
     )
     passages: int = Field(3, ge=1, description="Passages a question.")
     passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")
-    answers: Literal["first", "each"] = Field("first", description="Train on the first answer, or a row for each.")
+    answers: Literal["first", "each", "random"] = Field(
+        "first", description="Train on the first answer, on one drawn with the seed, or on a row for each."
+    )
+    answers_found_in: int | None = Field(
+        None, ge=1, description="Train only on answers that occur in so many passages of the search, as TriviaQA is."
+    )
+    answers_are: AnswersAre = "text"
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
 
 
@@ -362,11 +402,18 @@ class LessonData(Settings):
     dev: Path | None = Field(None, description="Questions for the validation loss.")
 
 
+Tokens = Annotated[
+    Literal["all", "first"],
+    Field(description="What of an answer is learned: all with the end token, or its first token alone, as `classify` reads."),
+]
+
+
 class AnswerObjective(Settings):
     """Masked answer likelihood: the generator learns to use (and to ignore) passages."""
 
     kind: Literal["answer"]
     reduction: Literal["token", "example"] = Field("token", description="Divide by answer tokens, or average rows.")
+    tokens: Tokens = "all"
 
 
 class LsrObjective(Settings):
@@ -410,6 +457,7 @@ class MarginalObjective(Settings):
     over: Literal["sequence", "token"]
     k: int = Field(5, ge=1, description="Passages a query, picked by the retriever as it is at that step.")
     reduction: Literal["token", "example", "sum"] = Field("token", description="transformers and the paper sum.")
+    tokens: Tokens = "all"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="ε, on the predictive mixture.")
     learn: tuple[Part, ...] = Field(
         ("query_encoder", "generator"), min_length=1,
@@ -475,18 +523,20 @@ class StageSettings(Settings):
         return self
 
 
+Metric = Literal["em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "distinct_1", "distinct_2", "distinct_3"]
+
+
 class EvaluateSettings(Settings):
     """What is measured, on which questions."""
 
     questions: Path = Field(description="Held-out questions, .jsonl or .jsonl.gz, or a BEIR folder.")
     modes: tuple[Literal["closed_book", "gold", "retrieved"], ...] = ("closed_book", "gold", "retrieved")
+    answers_are: AnswersAre = "text"
+    metrics: tuple[Metric, ...] = Field(("em", "f1"), min_length=1, description="Of the answers, in every mode.")
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 5, 10, 20), min_length=1, description="Depths of recall@k; nDCG and MRR use 10."
     )
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
-    metrics: tuple[Literal["em", "f1", "kf1", "rare_f1"], ...] = Field(
-        ("em", "f1"), description="Figures of an answer; `kf1` and `rare_f1` are Knowledge-F1 and Rare-F1 of dialogue."
-    )
     rare_reference: Path | None = Field(
         None, description="Questions in whose answers `rare_f1` counts how rare words are; default those evaluated."
     )
