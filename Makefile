@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs         write docs/recipes.md from the recipe schema"
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
+	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
 
 env: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ docs: env
 bench-build: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	$(BIN)/python benchmarks/build.py
+
+bench-rag: env
+	$(BIN)/python benchmarks/rag.py
 
 bench-squad: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }

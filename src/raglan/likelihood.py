@@ -19,10 +19,11 @@ al. 2023 (arXiv 2310.01352) equations 2, 4 and 5; REPLUG, Shi et al. 2023 (arXiv
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from raglan.errors import RecipeError
@@ -279,8 +280,8 @@ def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], tar
     """
 
     def score(rows: Tensor, wanted: Tensor) -> Tensor:
-        logits = _wide(head(rows))
-        return logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+        values: Tensor = _TargetLogprob.apply(_wide(head(rows)), wanted)
+        return values
 
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     if torch.is_grad_enabled():
@@ -307,6 +308,27 @@ def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], w
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(score, rows, log_w, use_reentrant=False) for rows, log_w in parts])
     return torch.cat([score(rows, log_w) for rows, log_w in parts])
+
+
+class _TargetLogprob(torch.autograd.Function):
+    """log softmax at one target a row, (n,V), (n,) → (n,), with its gradient, one-hot − softmax, made in one tensor.
+
+    Autograd's own way back through logsumexp and gather makes three of that size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, total)
+        return logits.gather(-1, targets[:, None])[:, 0] - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *pull: Tensor) -> tuple[Tensor, None]:
+        logits, targets, total = ctx.saved_tensors
+        given = pull[0][:, None]
+        gradient = (logits - total[:, None]).exp_().mul_(-given)
+        return gradient.scatter_add_(1, targets[:, None], given), None
 
 
 def _wide(values: Tensor) -> Tensor:

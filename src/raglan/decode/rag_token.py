@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
-    LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     TemperatureLogitsWarper,
@@ -46,8 +45,7 @@ def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) ->
         most = doc_logprobs.shape[1]
         rows = [(prompts[place] + [prompts[place][0]] * most)[:most] for place in group]  # absent ones stand in, weight 0
         encoded = encode_prompts(generator, [prompt for row in rows for prompt in row])
-        found = decoded(encoded, doc_logprobs, settings)
-        scores = _scored(encoded, found, most)
+        found, scores = decoded(encoded, doc_logprobs, settings)
         for number, place in enumerate(group):
             answers[place] = _answer(
                 generator, asked, place, prompts[place], doc_logprobs[number], found[number], scores[number], settings
@@ -61,18 +59,37 @@ class Marginalise(LogitsProcessor):
     Args:
         doc_logprobs: (B,K) log p(z|x), −inf where absent.
         normalised: rows already are log-probabilities (transformers' beam search normalises, its sampling does not).
+
+    Attributes:
+        chosen: of each step before the last, log p of the token that was written, under each passage (rows,). Beams change
+            places between steps, so it means something without beams only.
     """
 
     def __init__(self, doc_logprobs: Tensor, *, normalised: bool):
         self.doc_logprobs, self.normalised = doc_logprobs.float(), normalised
+        self.chosen: list[Tensor] = []
+        self._last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        queries, passages = self.doc_logprobs.shape
         logprobs = scores if self.normalised else scores.float().log_softmax(-1)
+        self._remember(input_ids[:, -1])
+        self._last = None if self.normalised else logprobs
         prior = self.doc_logprobs.to(scores.device)[:, :, None, None]
-        each = logprobs.unflatten(0, (queries, passages, -1))  # (B,K,n,V)
-        mixed = (each + prior).logsumexp(1, keepdim=True)
-        return mixed.expand_as(each).flatten(0, 2)
+        each = logprobs.unflatten(0, (*self.doc_logprobs.shape, -1))  # (B,K,n,V)
+        weighted = each + prior
+        best = weighted.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)  # a token that no passage allows
+        mixed = weighted.sub_(best).exp_().sum(1, keepdim=True).log_().add_(best)  # logsumexp, in one tensor of (B,K,n,V)
+        return weighted.copy_(mixed).flatten(0, 2)
+
+    def token_logprobs(self, written: Tensor) -> Tensor:
+        """log p(y_t | x, z_k, y_<t) of what was written, (B,n,K,T), from its last token in every row (B·K·n,)."""
+        self._remember(written)
+        return torch.stack(self.chosen, -1).unflatten(0, (*self.doc_logprobs.shape, -1)).transpose(1, 2)
+
+    def _remember(self, tokens: Tensor) -> None:
+        if self._last is not None:
+            self.chosen.append(self._last.gather(-1, tokens[:, None])[:, 0])
+        self._last = None
 
 
 class _OnAnswer(LogitsProcessor):
@@ -98,22 +115,30 @@ class _Draw(LogitsProcessor):
         return only.unflatten(0, (self.queries, -1))[:, None].expand_as(each).flatten(0, 2)
 
 
-def decoded(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> list[list[list[int]]]:
-    """Of each query its `returns` id lists."""
+def decoded(
+    encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode
+) -> tuple[list[list[list[int]]], Sequence[Tensor]]:
+    """Of each query its `returns` id lists, and (returns,K,T) log p(y_t | x, z_k, y_<t) of them under every passage."""
     passages, sample = doc_logprobs.shape[1], settings.sample
-    ids, _ = encoded.sequences(
+    marginalise = Marginalise(doc_logprobs, normalised=settings.beams > 1)
+    ids, output = encoded.sequences(
         max_new_tokens=settings.max_new_tokens, beams=settings.beams, returns=settings.returns,
-        length_penalty=settings.length_penalty, processors=_processors(encoded, doc_logprobs, settings),
+        length_penalty=settings.length_penalty, processors=[marginalise, *_processors(encoded, doc_logprobs, settings)],
         draw=sample is not None,
     )  # fmt: skip
     blocks = [ids[start : start + settings.returns] for start in range(0, len(ids), settings.returns)]
     rows = [blocks[start : start + passages] for start in range(0, len(blocks), passages)]
     for lists in rows:
         assert all(other == lists[0] for other in lists), "the passages of a query left the lockstep"
-    return [lists[0] for lists in rows]
+    found = [lists[0] for lists in rows]
+    if settings.beams > 1:
+        return found, _scored(encoded, found, passages)
+    longest = max(len(own) for lists in found for own in lists)
+    return found, list(marginalise.token_logprobs(output.sequences[:, -1])[..., :longest].cpu())
 
 
-def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> LogitsProcessorList:
+def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> list[LogitsProcessor]:
+    """What acts on the mixture."""
     looking_back: list[LogitsProcessor] = []
     if settings.min_new_tokens:
         looking_back.append(
@@ -123,16 +148,13 @@ def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagToke
         )
     if settings.no_repeat_ngram_size:
         looking_back.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
-    chain: list[LogitsProcessor] = [
-        Marginalise(doc_logprobs, normalised=settings.beams > 1),
-        *(_OnAnswer(inner, encoded.start) for inner in looking_back),
-    ]
+    chain: list[LogitsProcessor] = [_OnAnswer(inner, encoded.start) for inner in looking_back]
     if settings.sample is not None:
         chain.append(TemperatureLogitsWarper(settings.sample.temperature))
         chain += [TopKLogitsWarper(settings.sample.top_k)] if settings.sample.top_k else []
         chain += [TopPLogitsWarper(settings.sample.top_p)] if settings.sample.top_p < 1 else []
         chain.append(_Draw(*doc_logprobs.shape))
-    return LogitsProcessorList(chain)
+    return chain
 
 
 def _scored(encoded: EncodedPrompts, found: Sequence[Sequence[Sequence[int]]], passages: int) -> list[Tensor]:

@@ -42,7 +42,7 @@ def rag_turn(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) -> 
         most = joint.shape[1]
         rows = [(own + [own[0]] * most)[:most] for own, _ in turns]  # absent ones stand in, weight 0
         encoded = encode_prompts(generator, [prompt for row in rows for prompt in row])
-        found = decoded(encoded, turn_split(joint[None])[1][0], every)
+        found, _ = decoded(encoded, turn_split(joint[None])[1][0], every)
         begin = 0
         for place in group:
             end = begin + len(sizes[place])

@@ -12,6 +12,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,27 +154,40 @@ class _Seq2Seq(_ByHead):
     def __init__(self, generator: HFGenerator, prompts: Sequence[Rendered]):
         super().__init__(generator, prompts)
         self.prefix = torch.tensor([generator.prefix] * len(prompts), device=generator.device)
-        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.cross = DynamicCache()  # filled by the first pass of the decoder, whichever that is
         with generator.autocast():
             self.encoding = self.model.get_encoder()(input_ids=self.ids, attention_mask=self.mask, return_dict=True)
-            self.last = self._decoded(self.encoding, self.mask, self.prefix, self.cache)[:, -1]
 
     @property
     def start(self) -> int:
         return self.prefix.shape[1]
 
     def _inputs(self, width: int) -> dict[str, Any]:
-        rows = torch.arange(len(self), device=self.ids.device).repeat_interleave(width)
-        cache = _SharedCross(DynamicCache(), _picked(self.cache.cross_attention_cache, rows))
         return {
             "encoder_outputs": type(self.encoding)(**self.encoding), "attention_mask": self.mask,
-            "decoder_input_ids": self.prefix, "past_key_values": cache,
+            "decoder_input_ids": self.prefix, "past_key_values": _SharedCross(DynamicCache(), self._cross_of(width)),
         }  # fmt: skip
 
-    def _states(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        cache = EncoderDecoderCache(
-            _picked(self.cache.self_attention_cache, rows), _picked(self.cache.cross_attention_cache, rows)
+    def _cross_of(self, width: int) -> DynamicCache:
+        if width == 1:
+            return self.cross
+        return _picked(
+            self._prefilled[1].cross_attention_cache, torch.arange(len(self), device=self.ids.device).repeat_interleave(width)
         )
+
+    @property
+    def last(self) -> Tensor:  # type: ignore[override]
+        return self._prefilled[0]
+
+    @cached_property
+    def _prefilled(self) -> tuple[Tensor, EncoderDecoderCache]:
+        """What the head reads behind the forced prefix, (R,D), and the decoder's keys and values so far."""
+        cache = EncoderDecoderCache(DynamicCache(), self.cross)
+        return self._decoded(self.encoding, self.mask, self.prefix, cache)[:, -1], cache
+
+    def _states(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        known = self._prefilled[1]
+        cache = EncoderDecoderCache(_picked(known.self_attention_cache, rows), _picked(known.cross_attention_cache, rows))
         chosen = type(self.encoding)(last_hidden_state=self.encoding.last_hidden_state[rows])
         return self._decoded(chosen, self.mask[rows], tokens.clamp_min(0), cache)
 
