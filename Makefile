@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-swap clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs         write docs/recipes.md from the recipe schema"
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
+	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
 
 env: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
@@ -51,6 +52,9 @@ bench-squad: env
 	$(RAGLAN) train benchmarks/squad.yaml
 	$(RAGLAN) evaluate benchmarks/squad.yaml
 	$(RAGLAN) report benchmarks/squad.yaml -o runs/squad/report.html
+
+bench-swap: env
+	$(BIN)/python benchmarks/swap.py
 
 clean:
 	rm -rf build runs report.html
