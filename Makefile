@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-swap bench-marginal clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
+	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
+	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
 env: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
@@ -55,6 +57,13 @@ bench-squad: env
 	$(RAGLAN) train benchmarks/squad.yaml
 	$(RAGLAN) evaluate benchmarks/squad.yaml
 	$(RAGLAN) report benchmarks/squad.yaml -o runs/squad/report.html
+
+bench-marginal: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	$(BIN)/python benchmarks/marginal.py
+
+bench-swap: env
+	$(BIN)/python benchmarks/swap.py
 
 clean:
 	rm -rf build runs report.html

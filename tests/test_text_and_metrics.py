@@ -27,6 +27,7 @@ from raglan.metrics import (
     paired_jackknife,
     recall,
     rouge_l,
+    wilson,
 )
 from raglan.text import answer_words, restore_surface, terms, words
 
@@ -242,6 +243,24 @@ def test_bootstrap() -> None:
     assert bootstrap([0.0, 1.0, 1.0], seed=3) == bootstrap([0.0, 1.0, 1.0], seed=3)
     with pytest.raises(ValueError, match="one length"):
         paired_bootstrap([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("successes", "low", "high"),
+    [(57, 58.9, 78.4), (3, 1.3, 10.2), (10, 6.8, 21.0), (56, 57.6, 77.4), (0, 0.0, 4.5), (82, 95.5, 100.0)],
+)
+def test_wilson_by_hand(successes: int, low: float, high: float) -> None:
+    found = wilson(successes, 82)
+    assert (found.mean, found.n) == (successes / 82, 82)
+    assert (100 * found.low, 100 * found.high) == (pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05))
+    for edge in (found.low, found.high):  # the edges are the shares from which the observed one is 1.96 deviations away
+        assert abs(found.mean - edge) == pytest.approx(1.959964 * math.sqrt(edge * (1 - edge) / 82), abs=1e-6)
+
+
+def test_wilson_of_nothing_and_of_more_than_all() -> None:
+    assert math.isnan(wilson(0, 0).mean)
+    with pytest.raises(ValueError, match="from 0 to 3, not 4"):
+        wilson(4, 3)
 
 
 def test_paired_bootstrap_is_the_exact_distribution_in_the_limit() -> None:

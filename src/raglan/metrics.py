@@ -4,7 +4,7 @@ Answers: EM and F1 are SQuAD's, best over the gold answers; accuracy compares cl
 `rouge-score`'s, also best over the answers. Dialogue: Knowledge-F1 is that F1 against the knowledge an answer should tell,
 Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k, nDCG@k (gain =
 grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000
-resamples with a seed.
+resamples with a seed; Wilson's for a share of yes-or-no outcomes, which also holds where nearly all or nearly none are yes.
 
 Figures of a whole corpus of answers, which are no mean over questions:
 
@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -50,9 +51,11 @@ __all__ = [
     "regex_match",
     "regex_recall",
     "rouge_l",
+    "wilson",
 ]
 
 RESAMPLES = 10_000
+NORMAL = NormalDist().inv_cdf(0.975)  # 1.96
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -215,6 +218,24 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, seed: i
     if len(before) != len(after):
         raise ValueError(f"paired values must be of one length, not {len(before)} and {len(after)}")
     return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed, resamples=resamples)
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """The share of successes among n trials and its 95 % score interval (Wilson 1927, J. Am. Stat. Assoc. 22).
+
+        (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),    p = successes/n, z = 1.96
+
+    Raises:
+        ValueError: more successes than trials, or fewer than none.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must be from 0 to {n}, not {successes}")
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    p, z2 = successes / n, NORMAL**2
+    centre = p + z2 / (2 * n)
+    spread = NORMAL * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return Interval(p, max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n)), n)
 
 
 @dataclass(frozen=True, slots=True)
