@@ -60,7 +60,9 @@ class RAG:
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        return cls(retriever, open_generator(settings, recipe.prompt), recipe.decode, recipe.retriever.k)
+        opened = open_generator(settings, recipe.prompt)
+        opened.prompt.question_tokenizer = retriever.encoder.query_tower.tokenizer
+        return cls(retriever, opened, recipe.decode, recipe.retriever.k)
 
     def answer(self, queries: Sequence[str], *, k: int | None = None) -> list[Answer]:
         """One answer a query, with the passages it was read from.
