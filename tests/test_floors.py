@@ -10,13 +10,13 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
-    ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "embedded"],
-    ["documents", "corpus", "encoder", "index", "generator"],
+    ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "embedded", "weights"],
+    ["documents", "corpus", "dpr", "encoder", "index", "generator"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "scores", "trainer", "train", "evaluate"],
-    ["report"],
+    ["report", "interop"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -30,6 +30,9 @@ app = typer.Typer(
     help="Train the retriever and the generator of a retrieval-augmented system as one piece.",
 )  # fmt: skip
 
+checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
+app.add_typer(checkpoint, name="checkpoint")
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as in train.learning_rate=2e-4.", show_default=False)
@@ -225,6 +228,36 @@ def swap(
         made = KnowledgeBase.open(path, version=name).manifest
         mark = "*" if name == (version or current) else " "
         typer.echo(f"{mark} {name}  {made['documents']} documents, {made['passages']} passages")
+
+
+@checkpoint.command("import")
+def import_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint: config.json, weights and two tokenizer folders.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make, with its parts and a recipe.")],
+) -> None:
+    """Take a RAG checkpoint apart into a query encoder, a generator and a recipe to start from."""
+    from raglan.interop import import_rag
+
+    typer.echo(str(import_rag(folder, output)))
+
+
+@checkpoint.command("export")
+def export_checkpoint(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make, which transformers opens.")],
+    overrides: Overrides = None,
+    untuned: Annotated[bool, typer.Option("--untuned", help="The parts as they were before training.")] = False,
+) -> None:
+    """Write a recipe's query encoder and generator as a RAG checkpoint. Takes the tuned parts if there are any."""
+    from raglan.interop import export_rag
+    from raglan.knowledge import KnowledgeBase
+    from raglan.train import Parts, finished_parts
+
+    loaded = load_recipe(recipe, overrides or [])
+    begun = bool(KnowledgeBase.versions(loaded.knowledge.path))  # without one nothing was ever trained
+    stage, parts = finished_parts(loaded)[-1] if begun and not untuned else ("untuned", Parts())
+    console.print(f"[dim]system: {stage}[/dim]")
+    typer.echo(str(export_rag(loaded, parts, output)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Text → vectors, by any sentence-transformers model, with one tower or two.
+"""Text → vectors, by any sentence-transformers model or DPR encoder, with one tower or two.
 
 Two names for two acts: `embed_*` has no gradient and is batched, `forward` has gradient and is for training. Prompts,
 pooling, normalisation and similarity are the model's own. With cosine similarity vectors leave here with length 1, so that
@@ -23,14 +23,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raglan.artifact import directory_fingerprint, read_manifest, write_manifest
+from raglan.dpr import dpr_folder, open_dpr, save_dpr
 from raglan.embedded import embedded_model
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
 from raglan.recipe import EncoderSettings
 
-__all__ = ["Encoder", "bfloat16_is_faster", "compute_device"]
+__all__ = ["Encoder", "Text", "bfloat16_is_faster", "compute_device", "open_tower"]
 
 log = logging.getLogger(__name__)
 Side = Literal["query", "passage"]
+Text = str | tuple[str, str]  # a text, or the tokenizer's pair of title and text
 PIECE = 512  # texts encoded between two words of progress
 
 
@@ -53,9 +55,11 @@ class Encoder:
         similarity: "cosine" or "dot".
         dimension: D.
         query_tower, passage_tower: sentence-transformers models; identical objects for a one-tower encoder.
+        pairs: whether passages go to the tokenizer as pairs of title and text, as DPR wants them.
     """
 
     def __init__(self, passage_tower: SentenceTransformer, query_tower: SentenceTransformer, settings: EncoderSettings):
+        self.pairs = settings.model != "embedded" and dpr_folder(settings.model) is not None
         self.passage_tower, self.query_tower, self.settings = passage_tower, query_tower, settings
         if passage_tower.similarity_fn_name not in ("cosine", "dot"):
             raise RecipeError(
@@ -79,8 +83,8 @@ class Encoder:
             CheckpointError: a model that cannot be loaded.
             IndexMismatch: a query tower that was tuned against another passage tower.
         """
-        passage = _load(settings.model, settings)
-        query = passage if settings.query_model is None else _load(settings.query_model, settings)
+        passage = open_tower(settings.model, settings)
+        query = passage if settings.query_model is None else open_tower(settings.query_model, settings)
         encoder = cls(passage, query, settings)
         if query_encoder is not None:
             encoder._adopt(query_encoder)
@@ -91,10 +95,10 @@ class Encoder:
         return self._embed("query", texts, batch_size)
 
     def embed_passages(
-        self, texts: Sequence[str], *, batch_size: int | None = None, seen: Callable[[int], None] | None = None
+        self, texts: Sequence[Text], *, batch_size: int | None = None, seen: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """(n,) texts → (n,D) float32, no gradient. `seen` is told how many more are done, every few hundred."""
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))  # like lengths together: less padding
+        """(n,) texts or pairs → (n,D) float32, no gradient. `seen` is told how many more are done, every few hundred."""
+        order = sorted(range(len(texts)), key=lambda place: -_length(texts[place]))  # like lengths together: less padding
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         for start in range(0, len(order), PIECE):
             places = order[start : start + PIECE]
@@ -103,7 +107,7 @@ class Encoder:
                 seen(len(places))
         return vectors
 
-    def overlong(self, texts: Sequence[str]) -> int:
+    def overlong(self, texts: Sequence[Text]) -> int:
         """How many texts have more tokens than the passage tower reads; their ends are in no vector."""
         limit, tokenizer = self.passage_tower.max_seq_length, self.passage_tower.tokenizer
         if not limit or not hasattr(tokenizer, "backend_tokenizer"):
@@ -123,7 +127,7 @@ class Encoder:
         vectors: Tensor = self._tower(side)(dict(features), **self._task(side))["sentence_embedding"]
         return self._normalised(vectors.float())
 
-    def features(self, texts: Sequence[str], *, side: Side = "query") -> dict[str, Tensor]:
+    def features(self, texts: Sequence[Text], *, side: Side = "query") -> dict[str, Tensor]:
         """What `forward` takes, on the CPU."""
         features: dict[str, Any] = self._tower(side).preprocess(list(texts), prompt=self._prompt(side), **self._task(side))
         whole = {k: torch.full((len(texts),), v) for k, v in features.items() if isinstance(v, int)}  # a prompt's length
@@ -152,6 +156,7 @@ class Encoder:
             parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
             digest.update(repr([sorted(part.items(), key=str) for part in parts]).encode())
             digest.update(_vocabulary(self.passage_tower.tokenizer))
+            digest.update(b"pairs" if self.pairs else b"")
             self._passage_fingerprint = digest.hexdigest()[:16]
         return self._passage_fingerprint
 
@@ -164,8 +169,11 @@ class Encoder:
         }  # fmt: skip
 
     def save_passage_tower(self, folder: Path) -> None:
-        """Write the passage tower as a sentence-transformers model, for `knowledge.encoder.model`."""
-        self.passage_tower.save(str(folder), create_model_card=False)
+        """Write the passage tower for `knowledge.encoder.model`: as a sentence-transformers model, or as the DPR it was."""
+        if self.pairs:
+            save_dpr(self.passage_tower, folder)
+        else:
+            self.passage_tower.save(str(folder), create_model_card=False)
 
     def save_query_tower(self, folder: Path, **figures: Any) -> None:
         """Write the query tower as a sentence-transformers model that remembers its passage tower."""
@@ -180,9 +188,9 @@ class Encoder:
                 f"not against {self.settings.model!r} ({self.passage_fingerprint})",
                 hint="use the knowledge base it was tuned on, or train the query encoder again",
             )
-        self.query_tower = _load(str(folder), self.settings)
+        self.query_tower = open_tower(str(folder), self.settings)
 
-    def _embed(self, side: Side, texts: Sequence[str], batch_size: int | None) -> np.ndarray:
+    def _embed(self, side: Side, texts: Sequence[Text], batch_size: int | None) -> np.ndarray:
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32)
         tower = self._tower(side)
@@ -219,19 +227,29 @@ class Encoder:
         return {"task": side} if routed else {}
 
 
-def _load(name: str, settings: EncoderSettings) -> SentenceTransformer:
-    folder = str(embedded_model()) if name == "embedded" else name
+def open_tower(name: str, settings: EncoderSettings) -> SentenceTransformer:
+    """One tower: `embedded`, a folder or a hub name, of a sentence-transformers model or a DPR encoder.
+
+    Raises:
+        CheckpointError: a model that cannot be loaded.
+    """
+    folder, device = str(embedded_model()) if name == "embedded" else name, str(compute_device())
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
-        tower = SentenceTransformer(folder, device=str(compute_device()))
+        dpr = dpr_folder(folder)
+        tower = SentenceTransformer(folder, device=device) if dpr is None else open_dpr(dpr, device=device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"encoder {name!r} cannot be loaded: {str(fault).splitlines()[0]}",
-            hint="give `embedded`, a folder with a sentence-transformers model, or a hub name and a network",
+            hint="give `embedded`, a folder with a sentence-transformers model or a DPR encoder, or a hub name and a network",
         ) from None
     if settings.max_tokens is not None:
         tower.max_seq_length = settings.max_tokens
     return tower
+
+
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _vocabulary(tokenizer: Any) -> bytes:

@@ -30,7 +30,7 @@ from raglan.artifact import fingerprint, point, pointed, publish, read_manifest,
 from raglan.chunk import Chunker
 from raglan.corpus import Corpus, write_corpus
 from raglan.documents import Reading, read_documents
-from raglan.encoder import Encoder
+from raglan.encoder import Encoder, Text
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch
 from raglan.index import BM25Index, HybridIndex, Index
 from raglan.index.bm25 import build_bm25
@@ -42,7 +42,7 @@ from raglan.recipe import HybridIndex as HybridSettings
 from raglan.recipe import KnowledgeSettings
 from raglan.records import Passage
 
-__all__ = ["KnowledgeBase", "build_knowledge", "passage_text", "reencoded"]
+__all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "reencoded"]
 
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
@@ -154,8 +154,7 @@ class _Build:
         passages = self._corpus()
         encoded, seconds = self._vectors(passages)
         overlong = sum(
-            self.encoder.overlong([passage_text(p) for p in passages[start : start + SHARD]])
-            for start in range(0, len(passages), SHARD)
+            self.encoder.overlong(self._texts(passages[start : start + SHARD])) for start in range(0, len(passages), SHARD)
         )
         if overlong:
             log.warning(
@@ -204,7 +203,7 @@ class _Build:
         done = len(passages) - sum(min(SHARD, len(passages) - start) for start in missing)
         with counting(len(passages), "encoding", done=done) as seen:
             for start in missing:
-                texts = [passage_text(p) for p in passages[start : start + SHARD]]
+                texts = self._texts(passages[start : start + SHARD])
                 half = folder / f"{start:09d}.part"
                 with open(half, "wb") as file:
                     np.save(file, self.encoder.embed_passages(texts, seen=seen))
@@ -213,6 +212,9 @@ class _Build:
                 os.replace(half, folder / f"{start:09d}.npy")
                 encoded += len(texts)
         return encoded, max(time.monotonic() - began, 1e-9)
+
+    def _texts(self, passages: Sequence[Passage]) -> list[Text]:
+        return [encoder_text(passage, self.encoder) for passage in passages]
 
     def _reuse(self, folder: Path) -> None:
         """Take over the vectors of a finished version with the same passages and encoder: only indexes differ."""
@@ -245,8 +247,13 @@ def _same_file(old: Path | str, new: Path | str) -> None:
 
 
 def passage_text(passage: Passage) -> str:
-    """What indexes see of a passage: its title and its text."""
+    """What BM25 sees of a passage, and encoders other than DPR's: its title and its text."""
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
+
+
+def encoder_text(passage: Passage, encoder: Encoder) -> Text:
+    """What an encoder sees of a passage: one text, or DPR's pair where there is a title."""
+    return (passage.title, passage.text) if encoder.pairs and passage.title else passage_text(passage)
 
 
 def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:

@@ -7,6 +7,10 @@ control token: special tokens are added by id, and their spellings in text stay 
 
 Layouts: `joined` is one text for any model; `chat` puts the same text into the model's chat template; `fused` gives every
 passage a block of its own with the question, `[CLS] history question [SEP] passage [SEP]`, as the embedded reader wants it.
+
+Text is taken as it was written. `question_form: query_decoded` instead repeats what transformers feeds the RAG checkpoints
+that were published: the question as the query encoder's tokenizer gives it back (`question_tokenizer`), titles without
+their quotes, two spaces as one.
 """
 
 from __future__ import annotations
@@ -54,14 +58,16 @@ class Prompt:
 
     def __init__(self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None):
         self.settings, self.tokenizer, self.layout = settings, tokenizer, layout
+        self.question_tokenizer: Any = None  # the query encoder's, where there is one
         self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
     def render(self, query: str, passages: Sequence[Passage], *, history: Sequence[str] = ()) -> Rendered:
         """The prompt for a question with K ≥ 0 passages, behind a dialogue's earlier turns, oldest first.
 
         Raises:
-            RecipeError: the question alone does not fit.
+            RecipeError: the question alone does not fit, or has no query encoder to be decoded by.
         """
+        query = self._decoded(query) if self._as_fed else query
         return self._fused(query, passages, history) if self.layout == "fused" else self._joined(query, passages, history)
 
     @property
@@ -71,9 +77,10 @@ class Prompt:
         return "" if self.layout != "joined" else template[len(template.rstrip()) :]
 
     def passage_text(self, passage: Passage, number: int) -> str:
-        if not passage.title and self.settings.passage == "{title} / {text}":
+        if not passage.title and self.settings.passage == "{title} / {text}" and not self._as_fed:
             return passage.text
-        return self.settings.passage.format(title=passage.title, text=passage.text, number=number)
+        title = passage.title.removeprefix('"').removesuffix('"') if self._as_fed else passage.title
+        return self.settings.passage.format(title=title, text=passage.text, number=number)
 
     def _fused(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
         opens, closes = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -173,8 +180,22 @@ class Prompt:
             "{question}": query, "{history}": "\n".join(turns), "{passages}": self.settings.separator.join(texts),
         }  # fmt: skip
         text = re.sub(r"\{question\}|\{history\}|\{passages\}", lambda found: parts[found.group()], template)
+        text = text.replace("  ", " ") if self._as_fed else text
         bare = text.rstrip()
         return bare, text[len(bare) :]
+
+    @property
+    def _as_fed(self) -> bool:
+        return self.settings.question_form == "query_decoded"
+
+    def _decoded(self, query: str) -> str:
+        if self.question_tokenizer is None:
+            raise RecipeError(
+                "prompt.question_form is query_decoded, and no query encoder is there to decode the question",
+                hint="open the generator as part of a system (RAG.open), or set question_form: as_written",
+            )
+        ids = self.question_tokenizer(query, truncation=False, verbose=False)["input_ids"]
+        return str(self.question_tokenizer.decode(ids, skip_special_tokens=True))
 
     def _ids(self, text: str, *, special: bool = False, control: bool = False) -> list[int]:
         """Ids of a text. Only in `control` text (a chat template's own) does "[SEP]" mean the token and not five letters."""

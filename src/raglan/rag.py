@@ -80,6 +80,7 @@ class RAG:
             own = asks.rewrite.model
             writes = reads if own is None else open_generator(GeneratorSettings(model=own), recipe.prompt)
             retriever.rewrite = Rewriter(writes, asks.rewrite)
+        reads.prompt.question_tokenizer = encoder.query_tower.tokenizer
         return cls(retriever, reads, recipe.decode, asks.k, asks.retrieve_again)
 
     @property

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from raglan.generator import HFGenerator
 from raglan.index import Queries
-from raglan.knowledge import passage_text
+from raglan.knowledge import encoder_text
 from raglan.likelihood import (
     chunked_token_logprobs,
     chunked_uniform_logprobs,
@@ -250,7 +250,7 @@ class MarginalObjective(Objective):
         """(B,K) rows → (B,K,D) by the passage tower as it is now, each passage once; 0 where a row is −1."""
         encoder, corpus = self.retriever.encoder, self.retriever.base.corpus
         unique, places = np.unique(rows, return_inverse=True)
-        texts = [passage_text(corpus[int(row)]) if row >= 0 else "" for row in unique]
+        texts = [encoder_text(corpus[int(row)], encoder) if row >= 0 else "" for row in unique]
         features = {name: value.to(device) for name, value in encoder.features(texts, side="passage").items()}
         vectors = encoder.forward(features, side="passage") * torch.from_numpy(unique >= 0).to(device)[:, None]
         return vectors[torch.from_numpy(places.reshape(rows.shape)).to(device)]

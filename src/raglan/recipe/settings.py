@@ -219,6 +219,11 @@ class PromptSettings(Settings):
     )
     passage: str = Field("{title} / {text}", description="One passage; may hold {title}, {text} and {number}.")
     separator: str = Field("\n\n", description="Between passages.")
+    question_form: Literal["as_written", "query_decoded"] = Field(
+        "as_written",
+        description="`query_decoded`: as transformers feeds its RAG checkpoints, in the query encoder's own spelling (lower "
+        "case where it knows no other), without the quotes around titles and with double spaces made single.",
+    )
     no_passage: str | None = Field(None, description="Template without passages; default is `template` with none.")
     max_tokens: int = Field(1024, ge=16, description="Prompt budget: all passages together, or one block if fused.")
     min_passage_tokens: int = Field(
