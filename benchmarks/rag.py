@@ -56,9 +56,9 @@ from transformers.utils import logging as transformers_logging
 
 from raglan.decode import KINDS, Asked
 from raglan.generator import HFGenerator
-from raglan.generator.hf import quietly
 from raglan.likelihood import chunked_token_logprobs, marginal_logprob
 from raglan.prompt import Rendered
+from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings, PromptSettings, RagSequenceDecode, RagTokenDecode
 from raglan.records import Hit, Passage
 

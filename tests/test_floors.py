@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
-    ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "embedded", "weights"],
+    ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "quiet", "embedded", "weights"],
     ["documents", "corpus", "dpr", "encoder", "index", "generator"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],

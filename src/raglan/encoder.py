@@ -26,6 +26,7 @@ from raglan.artifact import directory_fingerprint, read_manifest, write_manifest
 from raglan.dpr import dpr_folder, open_dpr, save_dpr
 from raglan.embedded import embedded_model
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
+from raglan.quiet import without_bars
 from raglan.recipe import EncoderSettings
 
 __all__ = ["Encoder", "Text", "bfloat16_is_faster", "compute_device", "open_tower"]
@@ -237,7 +238,8 @@ def open_tower(name: str, settings: EncoderSettings) -> SentenceTransformer:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
         dpr = dpr_folder(folder)
-        tower = SentenceTransformer(folder, device=device) if dpr is None else open_dpr(dpr, device=device)
+        with without_bars():
+            tower = SentenceTransformer(folder, device=device) if dpr is None else open_dpr(dpr, device=device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"encoder {name!r} cannot be loaded: {str(fault).splitlines()[0]}",

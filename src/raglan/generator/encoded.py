@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from raglan.generator.hf import UNSCORED, HFGenerator, padded, quietly
+from raglan.generator.hf import UNSCORED, HFGenerator, padded
 from raglan.generator.reader import ReaderEncoding
 from raglan.likelihood import chunked_token_logprobs
 from raglan.prompt import Rendered
+from raglan.quiet import quietly
 
 __all__ = ["EncodedPrompts", "Written", "encode_prompts"]
 

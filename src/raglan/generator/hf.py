@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from raglan.artifact import fingerprint, write_manifest
 from raglan.embedded import embedded_model
@@ -39,11 +38,12 @@ from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_
 from raglan.likelihood import chunked_token_logprobs
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
+from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.text import restore_surface, shortened
 
-__all__ = ["HFGenerator", "open_generator", "padded", "quietly"]
+__all__ = ["HFGenerator", "open_generator", "padded"]
 
 log = logging.getLogger(__name__)
 UNSCORED = -100
@@ -450,18 +450,3 @@ def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> 
         where = slice(longest - len(row), None) if left else slice(0, len(row))
         ids[place, where], mask[place, where] = torch.tensor(row, dtype=torch.long), 1
     return ids, mask
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """transformers prints loading reports and generation hints; the ones that matter are raised as errors here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
