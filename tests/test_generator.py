@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,49 @@ def test_lora_trains_adapters_saves_them_and_merges_to_the_same_numbers(tmp_path
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(ours, merged, strict=True))
     with pytest.raises(RecipeError, match=r"generator\.lora"):
         open_generator(GeneratorSettings(model=str(base), lora={"rank": 4}), PromptSettings())
+
+
+@pytest.mark.parametrize("kind", ["bart", "llama"])
+def test_where_pad_is_the_end_token_the_end_still_counts(kind: str, tmp_path: Path) -> None:
+    folder = getattr(tiny, kind)(tmp_path / kind)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "</s>"}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 2}))
+    usual, same = (
+        made(kind, tmp_path / "usual"),
+        open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings()),
+    )
+    assert same.pad == same.eos == 2
+    prompts = [same.prompt.render(query, []) for query in ("who built the tower of the mill?", "when?")]
+    answers = ["odo marrack", "1831"]
+    for one, other, answer in zip(
+        usual.token_logprobs(prompts, answers), same.token_logprobs(prompts, answers), answers, strict=True
+    ):
+        assert len(other) == len(same.answer_ids(answer))
+        assert other == pytest.approx(one, abs=1e-5)
+    batch = same.collate([same.row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    assert (batch["labels"] == 2).sum(1).tolist() == [1, 1]
+
+
+def test_answer_ids_do_not_depend_on_the_passage_before_them(tmp_path: Path) -> None:
+    """The tokenizer joins "t" and "h" across the border; the answer is tokenised once, apart."""
+    prompt = PromptSettings(max_tokens=300, template="{passages} {question}t")
+    generator = open_generator(GeneratorSettings(model=str(tiny.llama(tmp_path / "llama")), dtype="float32"), prompt)
+    rows = [generator.row(generator.prompt.render("th", [Passage(text, text)]), "h") for text in ("t", "a mill", "th")]
+    assert len({tuple(row["labels"]) for row in rows}) == 1
+    joined = generator.tokenizer("t" + "h", add_special_tokens=False)["input_ids"]
+    apart = [i for text in ("t", "h") for i in generator.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert joined != apart
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = tiny.bart(tmp_path / "bart")
+    words = tiny.tokenizer(begins=True)
+    words.add_tokens(["<one>", "<more>"])
+    words.save_pretrained(str(folder))
+    with pytest.raises(CheckpointError, match="word embeddings, but its tokenizer has ids up to"):
+        open_generator(GeneratorSettings(model=str(folder)), PromptSettings())
 
 
 def test_models_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from raglan.cli import app
+from raglan.errors import GeneratorError, RecipeError
 from raglan.generator import HFGenerator
 from raglan.knowledge import build_knowledge
 from raglan.objective import MarginalObjective, MarginalRow
@@ -25,6 +26,7 @@ from raglan.rag import RAG
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import PriorSettings, load_recipe
 from raglan.retriever import Retriever
+from raglan.train import _with_hits, check_rows
 from test_generator import made, plain_logprobs
 from test_kill import small_recipe
 from test_rag_decode import next_logprobs
@@ -264,6 +266,38 @@ def test_a_batch_of_nothing_but_questions_without_hits_can_be_skipped(folder: Pa
     loss.backward()
     assert loss.item() == 0
     assert figures["without_hits"].item() == 1
+
+
+def test_faults_of_rows_are_told_before_the_first_step(system: RAG, tmp_path: Path) -> None:
+    generator = made("bart", tmp_path)
+    check_rows([MarginalRow(query, answer) for query, answer in ROWS], generator)
+    long = "odo " * 600
+    with pytest.raises(GeneratorError, match=r"positions, the model has 512, answer 'odo odo"):
+        check_rows([MarginalRow("who?", long)], generator)
+    with pytest.raises(RecipeError, match="does not fit into a prompt"):
+        check_rows([MarginalRow("who " * 3000, "odo")], generator)
+
+
+def test_rows_without_hits_leave_before_anything_is_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asks = RAG.open(load_recipe(folder / "small.yaml", ["retriever.index=bm25", "retriever.prior.kind=bm25"]))
+    rows = [MarginalRow("zzz qqq", "odo"), MarginalRow(*ROWS[0])]
+    with caplog.at_level(logging.WARNING):
+        assert _with_hits(rows, asks, "joint") == rows[1:]
+    assert "1 of 2 rows find no passage" in caplog.text
+
+
+@pytest.mark.parametrize("decode", ["rag_sequence", "rag_token"])
+def test_a_question_is_embedded_once(decode: str, folder: Path) -> None:
+    system = RAG.open(
+        load_recipe(folder / "small.yaml", [f"decode.kind={decode}", "decode.max_new_tokens=2", "retriever.index=dense"])
+    )
+    seen: list[int] = []
+    system.retriever.encoder.query_tower[0].register_forward_hook(lambda _, args, output: seen.append(len(output["input_ids"])))
+    answers = system.answer([query for query, _ in ROWS])
+    assert seen == [len(ROWS)]
+    hits = [answer.hits for answer in answers]
+    again = system.retriever.prior([query for query, _ in ROWS], hits)  # not from a search: embedded anew, the same
+    assert [list(answer.prior) for answer in answers] == [pytest.approx(row.exp().tolist(), abs=1e-5) for row in again]
 
 
 def test_training_through_the_command_line_saves_both_parts(tmp_path: Path) -> None:

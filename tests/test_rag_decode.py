@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DPRConfig, DPRQuestionEncoder, RagConfig, RagSequenceForGeneration, RagTokenForGeneration
 
 from raglan.decode import Asked, rag_sequence, rag_token
+from raglan.decode.rag_sequence import _answer as ranked
 from raglan.generator import HFGenerator, encode_prompts
 from raglan.likelihood import marginal_logprob, sequence_logprob
 from raglan.prompt import Rendered
@@ -233,12 +234,57 @@ def test_merging_by_text_adds_what_reads_the_same(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_found_twice_is_added() -> None:
-    """Worked example I: the arithmetic of candidates, on totals given by hand."""
+    """Worked example I's repeats: the arithmetic of candidates, on totals given by hand."""
     prior = torch.tensor([[0.4, 0.3, 0.3]], dtype=torch.float64).log()
     found = torch.tensor([[[0.1], [0.5], [0.5]]], dtype=torch.float64).log()
     assert sequence_logprob(prior, found, torch.ones(1, 1)).exp().item() == pytest.approx(0.34)
     fast = torch.tensor([[[0.6], [0.0], [0.0]]], dtype=torch.float64).log()
     assert sequence_logprob(prior, fast, torch.ones(1, 1)).exp().item() == pytest.approx(0.24)
+
+
+@pytest.mark.parametrize(
+    ("mode", "best", "posterior", "marginals"),
+    [
+        ("thorough", "C", [0.428571, 0.571429], {"C": 0.35, "A": 0.27, "B": 0.26, "D": 0.12}),
+        ("fast", "A", [1.0, 0.0], {"A": 0.27, "C": 0.20, "B": 0.18, "D": 0.12}),
+    ],
+)
+def test_thorough_and_fast_worked(mode: str, best: str, posterior: list, marginals: dict, tmp_path: Path) -> None:
+    """Worked example I: two passages, two beams each, {A, B} and {C, D}."""
+    generator = made("bart", tmp_path)
+    table = {"A": [0.45, 0.0], "B": [0.30, 0.20], "C": [0.25, 0.50], "D": [0.0, 0.30]}
+    found = {"A": [0], "B": [0], "C": [1], "D": [1]}
+    ids = {name: tuple(generator.answer_ids(name)) for name in table}
+    totals = {
+        ids[name]: torch.tensor([p if mode == "thorough" or k in found[name] else 0.0 for k, p in enumerate(row)])
+        .double()
+        .log()
+        for name, row in table.items()
+    }
+    question = asked(["?"], [[0, 1]])
+    settings = RagSequenceDecode(kind="rag_sequence", mode=mode, beams=2)
+    prior = torch.tensor([0.6, 0.4], dtype=torch.float64).log()
+    answer = ranked(generator, question, 0, question.prompts(generator.prompt)[0], prior, totals, settings)
+    assert answer.ids == ids[best]
+    assert answer.posterior == pytest.approx(posterior, abs=1e-6)
+    assert {c.ids: math.exp(c.logprob) for c in answer.candidates} == pytest.approx({ids[n]: p for n, p in marginals.items()})
+    assert answer.logprob == pytest.approx(-1.049822 if mode == "thorough" else -1.309333, abs=1e-6)
+
+
+def test_token_and_sequence_prefer_different_answers_worked() -> None:
+    """Worked example J: two tokens over {A, B}, two passages of equal prior."""
+    prior = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    first = torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    then = torch.tensor([[[0.1, 0.9], [0.5, 0.5]], [[0.95, 0.05], [0.05, 0.95]]])  # passage, first token, second token
+    wanted = {
+        "sequence": {(0, 0): 0.32, (0, 1): 0.33, (1, 0): 0.085, (1, 1): 0.265},
+        "token": {(0, 0): 0.34125, (0, 1): 0.30875, (1, 0): 0.09625, (1, 1): 0.25375},
+    }
+    for over, values in wanted.items():
+        for (a, b), value in values.items():
+            table = torch.stack([first[:, a], then[:, a, b]], 1).double().log()[None]
+            found = marginal_logprob(prior, table, torch.ones(1, 2, dtype=torch.bool), over=over).exp().item()
+            assert found == pytest.approx(value, abs=1e-6)
 
 
 def test_sampling_follows_the_mixture_and_stays_in_lockstep(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from raglan.knowledge import KnowledgeBase, build_knowledge, passage_text, reenc
 from raglan.objective.staleness import Refresher
 from raglan.rag import RAG
 from raglan.recipe import Recipe, StalenessSettings, load_recipe
+from raglan.retriever import Retriever
 from raglan.train import finished_parts, train
+from raglan.trainer import stage_trainer
 from test_kill import small_recipe
 from test_marginal import ROWS, batch, objective
 
@@ -146,6 +148,7 @@ def test_a_half_made_refresh_does_not_count_and_a_lost_one_is_refused(system: RA
         ({"learn": ["passage_encoder"]}, "staleness"),
         ({"staleness": {"kind": "accept"}}, "staleness"),
         ({"learn": ["passage_encoder"], "staleness": {"kind": "rerank", "pool": 3}}, "reranking needs more than k"),
+        ({"learn": ["query_encoder", "prior"], "freeze_retriever_steps": 2}, "freezes all that learns"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(settings: dict[str, Any], told: str, folder: Path) -> None:
@@ -230,4 +233,39 @@ def test_trained_through_the_command_line_with_refresh_and_used(tmp_path: Path) 
     with pytest.raises(IndexMismatch):
         system.swap(loaded.knowledge.path)  # vectors of the passage encoder as it was before
     assert runner.invoke(app, ["answer", str(path), ROWS[0][0]]).exit_code == 0
-    assert runner.invoke(app, ["retrieve", str(path), ROWS[0][0]]).exit_code == 0
+    found = runner.invoke(
+        app, ["retrieve", str(stage / "result" / "knowledge"), ROWS[0][0], "--index", "dense", "-k", "3", "--json"]
+    )
+    assert found.exit_code == 0, found.output
+    dense = Retriever(base, system.retriever.encoder, index="dense")
+    wanted = [hit.passage.id for hit in dense.retrieve([ROWS[0][0]], 3)[0]]
+    assert [hit["id"] for hit in json.loads(found.stdout)] == wanted
+
+
+def test_documents_that_changed_are_not_answered_from_the_old_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = small_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["stages"] = {"joint": joint(recipe, learn=list(ALL), staleness={"kind": "accept"})}
+    recipe["stages"]["joint"]["train"]["max_steps"] = 1
+    path.write_text(yaml.safe_dump(recipe))
+    build_knowledge(load_recipe(path).knowledge)
+    train(load_recipe(path))
+    assert [name for name, _ in finished_parts(load_recipe(path))] == ["untuned", "joint"]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(corpus.read_text() + json.dumps({"id": "new", "title": "", "text": "a new tower"}) + "\n")
+    build_knowledge(load_recipe(path).knowledge)
+    with caplog.at_level(logging.WARNING):
+        assert [name for name, _ in finished_parts(load_recipe(path))] == ["untuned"]
+    assert "it is not used" in caplog.text
+
+
+def test_temperature_and_weight_do_not_decay(folder: Path) -> None:
+    recipe = load_recipe(folder / "small.yaml", ["retriever.prior.kind=hybrid"])
+    system = RAG.open(recipe)
+    aim = objective(system, learn=("generator", "prior"))
+    stage = load_recipe(folder / "small.yaml").trainings()["read"].model_copy(update={"train": {"weight_decay": 0.5}})
+    trainer = stage_trainer(recipe, stage.model_copy(update={"objective": aim.settings}), folder / "decay", aim, [0], [])
+    groups = trainer.create_optimizer().param_groups
+    weights = {id(p) for p in aim.module.prior.parameters()}
+    assert [group["weight_decay"] for group in groups if {id(p) for p in group["params"]} & weights] == [0.0]
+    assert any(group["weight_decay"] == 0.5 for group in groups)

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +125,8 @@ class Encoder:
 
     def forward(self, features: dict[str, Tensor], *, side: Side = "query") -> Tensor:
         """Features (see `features`) of one side → (B,D), with gradient into that side's tower."""
-        vectors: Tensor = self._tower(side)(dict(features), **self._task(side))["sentence_embedding"]
+        with self._autocast():
+            vectors: Tensor = self._tower(side)(dict(features), **self._task(side))["sentence_embedding"]
         return self._normalised(vectors.float())
 
     def features(self, texts: Sequence[Text], *, side: Side = "query") -> dict[str, Tensor]:
@@ -142,10 +143,14 @@ class Encoder:
         self.passage_tower.requires_grad_(False)
         return self.query_tower
 
-    def snapshot(self) -> Encoder:
-        """This encoder with a passage tower of its own that no longer learns: what a new index is built by."""
+    def snapshot(self, **settings: Any) -> Encoder:
+        """This encoder with a passage tower of its own that no longer learns: what a new index is built by.
+
+        Args:
+            settings: what changes of the encoder's settings, as the folders its towers will be in.
+        """
         passage = copy.deepcopy(self.passage_tower).eval().requires_grad_(False)
-        return Encoder(passage, self.query_tower, self.settings)
+        return Encoder(passage, self.query_tower, self.settings.model_copy(update=settings))
 
     @property
     def passage_fingerprint(self) -> str:
@@ -210,9 +215,8 @@ class Encoder:
         return torch.nn.functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.passage_tower.device.type, torch.bfloat16)
-        return nullcontext()
+        """The encoder's own precision, whatever a trainer runs around it: queries are learned as they will be asked."""
+        return torch.autocast(self.passage_tower.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _prompt(self, side: Side) -> str | None:
         given = self.settings.query_prompt if side == "query" else self.settings.passage_prompt

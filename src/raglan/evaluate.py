@@ -270,6 +270,11 @@ def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> st
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
     questions = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
     encoder = recipe.knowledge.encoder.model_dump(mode="json")
-    folders = (recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model)
+    folders = (
+        recipe.generator.model,
+        recipe.retriever.query_encoder,
+        recipe.retriever.rewrite.model,
+        recipe.knowledge.encoder.query_model,
+    )
     stamps = [folder_stamp(folder) for folder in folders]
     return fingerprint([base, shared, encoder, stamps, settings.model_dump(mode="json"), questions, asdict(parts)])

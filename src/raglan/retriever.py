@@ -72,6 +72,7 @@ class Retriever:
         self.prior_settings = prior or PriorSettings()
         self.weights = Prior(self.prior_settings, usual_temperature=self._usual_temperature())
         self.history, self.rewrite = history, rewrite
+        self._asked: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def over(self, base: KnowledgeBase) -> Retriever:
         """The same encoder, index name, prior and ways with history over another knowledge base. Raises IndexMismatch."""
@@ -138,11 +139,13 @@ class Retriever:
         self.check_k(k)
         for query in queries:
             check_query(query)
-        found = []
+        found, embedded = [], []
         for start in track(range(0, len(queries), batch), "retrieving"):
             part = list(queries[start : start + batch])
             vectors = self.encoder.embed_queries(part) if self.index.needs_vectors else None
+            embedded += [] if vectors is None else [vectors]
             found.append(self.index.search(Queries(part, vectors), k))
+        self._asked = (tuple(queries), np.concatenate(embedded)) if embedded else None
         if not found:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
@@ -163,10 +166,17 @@ class Retriever:
         scores = torch.zeros((len(hits), most))
         if most and self.prior_settings.kind != "bm25":
             vectors = self.base.vectors.vectors(rows)
-            scores = torch.from_numpy(np.einsum("bd,bkd->bk", self.encoder.embed_queries(list(queries)), vectors))
+            scores = torch.from_numpy(np.einsum("bd,bkd->bk", self._vectors_of(queries), vectors))
         if not most:
             return scores, scores.bool()
         return self.prior_logits(scores, queries, rows).detach(), torch.from_numpy(rows >= 0)
+
+    def _vectors_of(self, queries: Sequence[str]) -> np.ndarray:
+        """Query vectors (B,D): those of the search just made, if it was for these queries. Used once, as encoders learn."""
+        asked, self._asked = self._asked, None
+        if asked is not None and asked[0] == tuple(queries):
+            return asked[1]
+        return self.encoder.embed_queries(list(queries))
 
     def prior_logprobs(self, doc_scores: Tensor, queries: Sequence[str], rows: np.ndarray) -> Tensor:
         """q·d (B,K), with or without gradient, → log p(z|x) (B,K) by the recipe's prior; −inf where row is −1."""

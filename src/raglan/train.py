@@ -30,6 +30,7 @@ from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manife
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.dialogue import turn_texts
 from raglan.errors import RecipeError
+from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.likelihood import lsr_target, normalised_entropy
 from raglan.objective import (
@@ -131,6 +132,8 @@ def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
     if len(found) == 1:  # what a system knows may be changed without training it again
         for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
             other = _finished(recipe, version)
+            if any(parts.knowledge is not None for _, parts in other):
+                break  # its own knowledge base holds the documents of that version, and not those there are now
             if len(other) > 1:
                 log.info("the parts were trained on version %s of the knowledge base", version)
                 return other
@@ -170,10 +173,10 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
     shared = [
         recipe.prompt.model_dump(mode="json"), recipe.generator.model_dump(mode="json", exclude={"batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
-        [
-            folder_stamp(name)
-            for name in (recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model)
-        ],
+        [folder_stamp(name) for name in (
+            recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
+            recipe.knowledge.encoder.query_model,
+        )],
     ]  # fmt: skip
     parts, stages = Parts(), []
     for name, settings in recipe.trainings().items():
@@ -283,6 +286,9 @@ def _marginal(
         held_out = _to_learn(recipe, stage, system, answered)
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     rows = marginal_rows(examples, system, settings)
+    check_rows(rows, system.generator)
+    if settings.on_empty == "skip" and not system.retriever.index.needs_vectors:
+        rows = _with_hits(rows, system, stage.name)
     if not learns_to_retrieve(settings, system.retriever):
         if {"query_encoder", "passage_encoder"} & set(settings.learn):
             log.warning("the prior is BM25's, so no encoder learns anything in stage %s", stage.name)
@@ -295,6 +301,27 @@ def _marginal(
     if settings.staleness is not None and settings.staleness.kind == "refresh":
         objective.refresher = Refresher(system.retriever, settings.staleness, stage.folder / "work" / "knowledge")
     return objective, rows, marginal_rows(held_out, system, settings)
+
+
+def check_rows(rows: Sequence[MarginalRow], generator: HFGenerator) -> None:
+    """Faults of questions and answers are told before the first step, and not at the step that meets them.
+
+    Raises:
+        RecipeError: a question that does not fit into the prompt. GeneratorError: an answer without a token, or too long.
+    """
+    for row in rows:
+        generator.row(generator.prompt.render(row.query, [], history=row.history), row.answer)
+
+
+def _with_hits(rows: list[MarginalRow], system: RAG, stage: str) -> list[MarginalRow]:
+    """The rows whose questions find a passage: what is left out is in no sum and in no denominator."""
+    texts = list(dict.fromkeys(text for row in rows for text in row.searched))
+    _, rows_found = system.retriever.search(texts, 1)
+    found = dict(zip(texts, rows_found[:, 0] >= 0, strict=True))
+    kept = [row for row in rows if any(found[text] for text in row.searched)]
+    if len(kept) < len(rows):
+        log.warning("%d of %d rows find no passage and are left out of stage %s", len(rows) - len(kept), len(rows), stage)
+    return kept
 
 
 def marginal_rows(examples: Sequence[Example], system: RAG, settings: MarginalSettings) -> list[MarginalRow]:
@@ -379,7 +406,8 @@ def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, A
         shutil.rmtree(stage.result / name, ignore_errors=True)
     encoder = retriever.encoder
     if "passage_encoder" in learned:
-        encoder = encoder.snapshot()  # its fingerprint is that of the passage tower as it is now
+        towers = {"model": stage.result / "passage_encoder", "query_model": stage.result / "query_encoder"}
+        encoder = encoder.snapshot(**{name: str(folder.absolute()) for name, folder in towers.items()})
         encoder.save_passage_tower(stage.result / "passage_encoder")
         reencoded(retriever.base, encoder, stage.result / "knowledge")
     if "query_encoder" in learned:

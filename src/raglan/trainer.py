@@ -114,16 +114,21 @@ class StageTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's, its groups split by part where parts learn at rates of their own."""
+        """The library's, its groups split by part where parts learn at rates of their own.
+
+        The prior's τ and λ are logarithms: weight decay would pull them to 1, so they have none.
+        """
         optimizer = super().create_optimizer(model)
         rates = getattr(getattr(self.objective, "settings", None), "rates", {})
-        parts = {id(p): name for name, found in self.objective.parameters().items() for p in found if name in rates}
+        apart = {*rates, "prior"}
+        parts = {id(p): name for name, found in self.objective.parameters().items() for p in found if name in apart}
         groups = []
         for group in optimizer.param_groups:
-            for name in (None, *rates):
+            for name in (None, *sorted(apart)):
                 params = [p for p in group["params"] if parts.get(id(p)) == name]
+                own = {"lr": rates.get(name, group["lr"])} | ({"weight_decay": 0.0} if name == "prior" else {})
                 if params:
-                    groups.append({**group, "params": params, "lr": rates.get(name, group["lr"])})
+                    groups.append({**group, "params": params, **own})
         optimizer.param_groups[:] = groups
         return optimizer
 

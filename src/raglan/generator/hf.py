@@ -38,7 +38,7 @@ from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_
 from raglan.likelihood import chunked_token_logprobs
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
-from raglan.quiet import quietly
+from raglan.quiet import quietly, without_bars
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.text import restore_surface, shortened
@@ -198,7 +198,8 @@ class HFGenerator(Generator):
 
     def save(self, folder: Path, **figures: Any) -> None:
         """Write weights (or the adapter) and tokenizer in the transformers (peft) layout, then the manifest."""
-        self.model.save_pretrained(str(folder))
+        with without_bars():
+            self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
 
@@ -409,6 +410,13 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
         raise CheckpointError(
             f"generator {name!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}…",
             hint="its files are incomplete, or of another architecture than its config.json says",
+        )
+    words = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= words:
+        raise CheckpointError(
+            f"generator {name!r} has {words} word embeddings, but its tokenizer has ids up to {highest}",
+            hint="the tokenizer is another model's, or tokens were added without resizing the embeddings",
         )
     return model, tokenizer
 

@@ -203,8 +203,12 @@ class MarginalObjective(Objective):
     def _weighed(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
         """log p(z|x) (B,K) and the rows (B,K) it is of."""
         doc_scores, rows = self._picked(batch, device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (doc_scores.requires_grad or self._learns("prior"))):
+        with self._weighing(doc_scores):
             return self.retriever.prior_logprobs(doc_scores, batch["queries"], rows), rows
+
+    def _weighing(self, doc_scores: Tensor) -> torch.set_grad_enabled:
+        """The prior's parameters have gradients from the step on at which they learn."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and (doc_scores.requires_grad or self._learns("prior")))
 
     def _picked(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
         """q·d (B,K), with gradient where an encoder learns, and the rows (B,K) the search found."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from raglan.encoder import Encoder
+from raglan.errors import CheckpointError
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.recipe import StalenessSettings
 from raglan.retriever import Retriever
@@ -84,7 +85,13 @@ class Refresher:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with the index a checkpoint was made with. Raises CheckpointError if that is gone."""
         if state["version"] != self.retriever.base.version:
-            self.retriever.adopt(KnowledgeBase.open(self.folder, version=state["version"]))
+            try:
+                self.retriever.adopt(KnowledgeBase.open(self.folder, version=state["version"]))
+            except CheckpointError as fault:
+                raise CheckpointError(
+                    f"the checkpoint was made with index {state['version']}, which is gone: {fault}",
+                    hint=f"remove {self.folder.parent} and train the stage from its start",
+                ) from None
         self.born = self._job_step = state["born"]
 
     def _build(self, encoder: Encoder) -> KnowledgeBase:

@@ -47,9 +47,10 @@ class TurnObjective(MarginalObjective):
 
     def _weighed(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, np.ndarray]:
         doc_scores, rows = self._picked(batch, device)  # (N,K), a row a turn
-        logits = self.retriever.prior_logits(doc_scores, batch["queries"], rows)
         present = torch.from_numpy(rows >= 0).to(device)
-        joint = joint_logprobs(logits, present, batch["sizes"], self.turns)  # (B,U,K)
+        with self._weighing(doc_scores):
+            logits = self.retriever.prior_logits(doc_scores, batch["queries"], rows)
+            joint = joint_logprobs(logits, present, batch["sizes"], self.turns)  # (B,U,K)
         placed = np.full(joint.shape, -1, dtype=np.int64)
         places = [(b, u) for b, size in enumerate(batch["sizes"]) for u in range(size)]
         placed[tuple(np.array(places).T)] = rows

@@ -484,6 +484,8 @@ class MarginalObjective(Settings):
                 raise ValueError(f"rates names {part}, which is not in learn")
         if ("passage_encoder" in self.learn) != (self.staleness is not None):
             raise ValueError("staleness belongs to learn: [passage_encoder, …]: the index ages only if that learns")
+        if self.freeze_retriever_steps and "generator" not in self.learn:
+            raise ValueError("freeze_retriever_steps freezes all that learns: add generator to learn, or leave it out")
         if self.staleness is not None and self.staleness.kind == "rerank" and self.staleness.pool <= self.k:
             raise ValueError(f"staleness.pool is {self.staleness.pool}; reranking needs more than k, which is {self.k}")
         return self
