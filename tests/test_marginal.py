@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+import tiny
 from raglan.cli import app
 from raglan.errors import GeneratorError, RecipeError
 from raglan.generator import HFGenerator
@@ -26,7 +27,7 @@ from raglan.rag import RAG
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import PriorSettings, load_recipe
 from raglan.retriever import Retriever
-from raglan.train import _with_hits, check_rows
+from raglan.train import _with_hits, check_rows, train
 from test_generator import made, plain_logprobs
 from test_kill import small_recipe
 from test_rag_decode import next_logprobs
@@ -332,3 +333,59 @@ def test_training_through_the_command_line_saves_both_parts(tmp_path: Path) -> N
     found = json.loads(answered.stdout)[0]
     assert sum(hit["prior"] for hit in found["passages"]) == pytest.approx(1, abs=1e-4)
     assert sum(hit["posterior"] for hit in found["passages"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_gaps_without_passages_and_with_others(system: RAG) -> None:
+    aim = objective(system)
+    rows = [MarginalRow(query, answer) for query, answer in ROWS]
+    found = aim.validate(rows)
+    aim.module.eval()
+    plain = aim.collate(rows)
+    with torch.no_grad():
+        own = aim._forward(plain).rows
+    tokens = int((plain["labels"] >= 0).sum())
+
+    def nll(candidates: np.ndarray) -> float:
+        given = [MarginalRow(row.query, row.answer, own) for row, own in zip(rows, candidates, strict=True)]
+        return aim.loss(aim.collate(given), items=1)[0].item() / tokens
+
+    assert found["loss"] == pytest.approx(nll(own), rel=1e-3)
+    assert found["shuffle_gap"] == pytest.approx(nll(own[[2, 0, 1]]) - nll(own), abs=2e-3)
+    assert found["closed_book_gap"] == pytest.approx(nll(np.full_like(own, -1)) - nll(own), abs=2e-3)
+
+
+def test_a_generator_that_ignores_its_passages_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = CollapseMonitor()
+    with caplog.at_level(logging.WARNING):
+        for gap in (0.001, 0.002, 0.5, 0.001, 0.001):
+            monitor.hear({"shuffle_gap": gap})
+        assert not caplog.records
+        monitor.hear({"shuffle_gap": 0.003})
+    assert "ignores its passages" in caplog.text
+
+
+@pytest.mark.parametrize("sick", [True, False], ids=["collapsing", "healthy"])
+def test_a_run_made_to_collapse_warns_and_a_healthy_one_does_not(
+    sick: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A frozen generator of random weights, asked for noise, likes the same few passages for every question."""
+    path = small_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    questions = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    noise = [{**question, "answers": ["zq" if sick else question["answers"][0]]} for question in questions]
+    (tmp_path / "noise.jsonl").write_text("".join(json.dumps(question) + "\n" for question in noise))
+    tiny.bart(tmp_path / "bart")
+    recipe["generator"] = {"model": "bart", "dtype": "float32"}
+    recipe["retriever"] = {"index": "dense", "k": 2}
+    recipe["stages"] = {
+        "alone": {
+            "data": {"kind": "questions", "path": "noise.jsonl"},
+            "objective": {"kind": "marginal", "over": "sequence", "k": 4, "learn": ["query_encoder"]},
+            "train": {"learning_rate": 1e-2 if sick else 1e-5, "max_steps": 60, "per_device_train_batch_size": 32},
+        }
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(recipe))
+    build_knowledge(load_recipe(path).knowledge)
+    with caplog.at_level(logging.WARNING):
+        train(load_recipe(path))
+    assert ("retrieval is collapsing" in caplog.text) == sick

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,13 +16,15 @@ __all__ = ["CollapseMonitor"]
 
 log = logging.getLogger(__name__)
 HINT = "freeze the retriever first (freeze_retriever_steps), lower its rate, raise temperature or k, or shorten the answers"
+IGNORED = 0.01  # nats an answer token
 
 
 class CollapseMonitor:
     """Warns, once, after three windows in a row that have collapsed against the first.
 
     A window has collapsed where the largest share of its queries that hold one same passage exceeds max(0.2, 4 × the first
-    window's), or where its distinct best passages fall below a quarter of the first's.
+    window's), or where its distinct best passages fall below a quarter of the first's. Also after three validations in a row
+    in which it cost less than 0.01 nats a token to be given another question's passages: the generator ignores them.
     """
 
     def __init__(self, window: int = 256):
@@ -29,13 +32,23 @@ class CollapseMonitor:
         self.warned = False
         self.figures: list[tuple[float, float]] = []  # (largest share, distinct best / queries) of each window
         self._seen: list[np.ndarray] = []
-        self._bad = 0
+        self._bad, self._ignored = 0, 0
 
     def see(self, rows: np.ndarray) -> None:
         """Rows (B,K) that a batch of queries found; −1 is absent."""
         self._seen += list(rows)
         if len(self._seen) >= self.window:
             self._close()
+
+    def hear(self, gaps: Mapping[str, float]) -> None:
+        """The gaps of a validation."""
+        gap = gaps.get("shuffle_gap")
+        self._ignored = self._ignored + 1 if gap is not None and gap < IGNORED else 0
+        if self._ignored >= 3 and not self.warned:
+            self.warned = True
+            log.warning(
+                "the generator ignores its passages: with those of other questions it loses %.3f nats a token. %s", gap, HINT
+            )
 
     def _close(self) -> None:
         seen, self._seen = self._seen, []

@@ -44,6 +44,7 @@ from raglan.retriever import Retriever
 __all__ = ["MarginalObjective", "MarginalRow", "learns_to_retrieve"]
 
 ENCODERS = {"query_encoder", "passage_encoder"}
+PROBED = 64  # held-out rows on which the gaps are measured
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class MarginalObjective(Objective):
 
     @torch.no_grad()
     def validate(self, rows: Sequence[MarginalRow]) -> dict[str, float]:
-        """Marginal negative log-likelihood per answer token and the perplexity it means, K passages searched anew."""
+        """Marginal negative log-likelihood per answer token and the perplexity it means, K passages searched anew; and on the
+        first 64 rows how much worse it is without passages, and with those of another question.
+        """
         was_training = self.module.training
         self.module.eval()
         total, count = 0.0, 0
@@ -147,8 +150,32 @@ class MarginalObjective(Objective):
             present = ~torch.isinf(value)
             total -= float(value[present].sum())
             count += int(scored.answer_mask[present].sum())
+        gaps = self._gaps(rows[:PROBED]) if self.settings.turns is None else {}
         self.module.train(was_training)
-        return {"loss": total / max(count, 1), "perplexity": perplexity([-total], [count])}
+        self.monitor.hear(gaps)
+        return {"loss": total / max(count, 1), "perplexity": perplexity([-total], [count]), **gaps}
+
+    def _gaps(self, rows: Sequence[MarginalRow]) -> dict[str, float]:
+        """Nats per answer token that are lost without passages, and with passages exchanged between questions."""
+        sums: dict[str, float] = {"own": 0.0, "closed_book_gap": 0.0, "shuffle_gap": 0.0}
+        count = 0
+        for start in range(0, len(rows) - 1, 16):
+            part = rows[start : start + 16]
+            batch = self.collate(part)
+            own = self._forward(batch)
+            others = {
+                "own": own.rows,
+                "shuffle_gap": np.roll(own.rows, 1, axis=0),
+                "closed_book_gap": np.full_like(own.rows, -1),
+            }
+            for name, found in others.items():
+                scored = own if name == "own" else self._forward({**batch, "candidates": torch.from_numpy(found)})
+                sums[name] -= float(self._marginal(scored).nan_to_num(neginf=0.0).sum())
+            count += int(own.answer_mask.sum())
+        gaps = {name: (value - sums["own"]) / count for name, value in sums.items() if name != "own" and count}
+        if self.settings.on_empty == "skip":  # nothing is asked closed book
+            gaps.pop("closed_book_gap", None)
+        return gaps
 
     def _about_retrieval(self) -> dict[str, Tensor]:
         """τ and λ where they learn; the index's age in steps and its last recall where it is refreshed."""
