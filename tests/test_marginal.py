@@ -389,3 +389,17 @@ def test_a_run_made_to_collapse_warns_and_a_healthy_one_does_not(
     with caplog.at_level(logging.WARNING):
         train(load_recipe(path))
     assert ("retrieval is collapsing" in caplog.text) == sick
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_is_refused_where_there_is_none(system: RAG, tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        aim = objective(system, generator=made("bart", tmp_path / str(checkpointing)), learn=("generator",))
+        aim.module.train()
+        if checkpointing:
+            aim.module.gradient_checkpointing_enable()
+        aim.loss(batch(aim))[0].backward()
+        found.append([p.grad for p in aim.parameters()["generator"]])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+    with pytest.raises(RecipeError, match="no gradient checkpointing"):
+        objective(system).module.gradient_checkpointing_enable()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raglan.errors import RecipeError
 from raglan.generator import HFGenerator
 from raglan.index import Queries
 from raglan.knowledge import encoder_text
@@ -339,8 +340,14 @@ class _Joint(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """The generator is what needs the memory."""
-        self.generator.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
+        """The generator is what needs the memory, and a passage encoder that learns: B·K texts each."""
+        if not getattr(self.generator, "supports_gradient_checkpointing", False):
+            raise RecipeError(
+                f"{type(self.generator).__name__} has no gradient checkpointing", hint="leave out train.gradient_checkpointing"
+            )
+        for part in ("generator", "passage_encoder"):
+            if part in self.parts and self._learns(part):
+                getattr(self, part).gradient_checkpointing_enable(**settings)
 
 
 def _spread(each: Tensor, asked: Tensor) -> Tensor:
