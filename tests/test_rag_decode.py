@@ -16,7 +16,7 @@ from transformers import DPRConfig, DPRQuestionEncoder, RagConfig, RagSequenceFo
 from raglan.decode import Asked, rag_sequence, rag_token
 from raglan.decode.rag_sequence import _answer as ranked
 from raglan.generator import HFGenerator, encode_prompts
-from raglan.likelihood import marginal_logprob, sequence_logprob
+from raglan.likelihood import chunked_token_logprobs, marginal_logprob, sequence_logprob
 from raglan.prompt import Rendered
 from raglan.recipe import RagSequenceDecode, RagTokenDecode, SampleSettings
 from raglan.records import Hit, Passage
@@ -494,3 +494,70 @@ def test_losses_and_gradients_are_transformers_where_theirs_are_right(
     assert our_loss == pytest.approx(theirs_loss, abs=1e-5, rel=1e-6)
     assert torch.allclose(our_pull, theirs_pull, atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(our_all, theirs_all, strict=True))
+
+
+# Where transformers is wrong: the true value beside theirs
+
+
+def test_an_impossible_word_makes_their_loss_nan_and_leaves_ours(tmp_path: Path) -> None:
+    generator = made("bart", tmp_path)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 40)
+    logits[:, :, 39] = -torch.inf  # a word that no passage allows, and nobody answers with
+    scores = torch.tensor([[0.3, -0.2], [0.1, 0.4]])
+    answers = torch.tensor([[7, 8, 2], [9, 2, 2]])
+    model = theirs(RagTokenForGeneration, generator, 2)
+    found = model.get_nll(logits, scores, answers, reduce_loss=True, epsilon=0.0, n_docs=2)
+    assert found.isnan()
+    each = logits.log_softmax(-1).view(2, 2, 3, 40).gather(-1, answers[:, None, :, None].expand(2, 2, 3, 1))[..., 0]
+    prior = scores.softmax(-1)
+    true = -sum(math.log(sum(float(prior[b, k] * each[b, k, t].exp()) for k in range(2))) for b in range(2) for t in range(3))
+    chunked = chunked_token_logprobs(
+        logits.view(12, 40), lambda rows: rows, answers.repeat_interleave(2, 0).flatten(), chunk=5
+    ).view(2, 2, 3)
+    ours = -marginal_logprob(scores.log_softmax(-1), chunked, torch.ones(2, 3, dtype=torch.bool), over="token").sum()
+    assert ours.item() == pytest.approx(true, rel=1e-5)
+
+
+def test_half_precision_logits_are_scored_as_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    logits = 40 * torch.randn(6, 1000)
+    targets = torch.randint(0, 1000, (6,))
+    true = logits.half().double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    found = chunked_token_logprobs(logits.half(), lambda rows: rows, targets, chunk=4)
+    assert found.double() == pytest.approx(true, rel=1e-4)
+
+
+def test_theirs_has_no_rag_sequence_with_t5_and_ours_has(tmp_path: Path) -> None:
+    generator = made("t5", tmp_path)
+    model = theirs(RagSequenceForGeneration, generator, 2)
+    model.config.bos_token_id = None  # T5 has no such token
+    question = asked(QUERIES[:1], [[0, 1]])
+    ids, mask, rows = contexts(generator, question, same_length=False)
+    labels = torch.tensor([generator.answer_ids("odo")])
+    with pytest.raises(AttributeError, match="bos_token_id"):
+        model(
+            context_input_ids=ids, context_attention_mask=mask, doc_scores=torch.zeros(1, 2), n_docs=2, reduce_loss=True,
+            labels=labels,
+        )  # fmt: skip
+    each = torch.tensor([[plain_logprobs(generator, prompt, "odo") for prompt in rows[0]]])
+    true = -math.log(sum(0.5 * math.exp(sum(passage)) for passage in each[0].tolist()))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels.repeat_interleave(2, 0)}
+    scored = generator.forward(batch).view(1, 2, -1)
+    prior = torch.zeros(1, 2).log_softmax(-1)
+    assert -marginal_logprob(prior, scored, labels >= 0, over="sequence").item() == pytest.approx(true, rel=1e-4)
+
+
+def test_theirs_takes_passages_as_configured_and_ours_as_asked(tmp_path: Path) -> None:
+    generator = sharpened(made("bart", tmp_path), 3.0)
+    generator.prefix = [2]
+    question = asked(QUERIES[:2], [[0, 1], [2, 3]])
+    ids, mask, _ = contexts(generator, question, same_length=True)
+    model = theirs(RagSequenceForGeneration, generator, 3)  # configured for 3, asked with 2
+    with pytest.raises((RuntimeError, AssertionError, IndexError, ValueError)):
+        model.generate(
+            context_input_ids=ids, context_attention_mask=mask, doc_scores=torch.zeros(2, 2), n_docs=2, num_beams=2,
+            num_return_sequences=1, max_length=6, min_length=0, do_sample=False,
+        )  # fmt: skip
+    answers = rag_sequence(generator, question, RagSequenceDecode(kind="rag_sequence", beams=2, max_new_tokens=5))
+    assert [len(answer.prior) for answer in answers] == [2, 2]
