@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
     ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "quiet", "embedded", "weights"],
-    ["documents", "corpus", "dpr", "encoder", "index", "generator"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],

@@ -19,7 +19,7 @@ from raglan.index.bm25 import build_bm25
 from raglan.index.dense import build_dense, exact_search, open_dense
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.recipe import BM25Index as BM25Settings
-from raglan.recipe import ChunkSettings, EncoderSettings, KnowledgeSettings
+from raglan.recipe import ChunkSettings, EncoderSettings, KnowledgeSettings, VectorSettings
 from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import HybridIndex as HybridSettings
 from raglan.retriever import Retriever
@@ -258,3 +258,55 @@ def test_damage_is_noticed(tmp_path: Path, encoder_folder: Path) -> None:
         KnowledgeBase.open(tmp_path / "kb")
     with pytest.raises(CheckpointError, match="raglan build"):
         KnowledgeBase.open(tmp_path / "nothing")
+
+
+def test_ready_vectors_are_taken_by_id_and_nothing_is_encoded_again(tmp_path: Path, encoder_folder: Path) -> None:
+    made = build_knowledge(settings(tmp_path, encoder_folder))
+    vectors = made.vectors.vectors(np.arange(40))
+    order = np.random.default_rng(0).permutation(40)
+    (tmp_path / "given").mkdir()
+    np.save(tmp_path / "given" / "a.npy", 3 * vectors[order[:25]].astype(np.float16))  # of any length: cosines
+    np.save(tmp_path / "given" / "b.npy", 3 * vectors[order[25:]].astype(np.float16))
+    (tmp_path / "ids.txt").write_text("".join(f"d{row}\n" for row in order))
+    given = VectorSettings(path=tmp_path / "given", ids=tmp_path / "ids.txt")
+    base = build_knowledge(settings(tmp_path, encoder_folder, vectors=given))
+    assert base.version != made.version
+    assert base.vectors.vectors(np.arange(40)) == pytest.approx(vectors, abs=2e-3)
+    encoder = Encoder.open(base.settings.encoder)
+    for question in ("who built the tower", "old river"):
+        found, wanted = (Retriever(one, encoder, index="dense").retrieve([question], 5)[0] for one in (base, made))
+        assert found[0].passage.id == wanted[0].passage.id
+
+
+def test_ready_vectors_with_numbers_for_ids_begin_at_one_unless_said(tmp_path: Path, encoder_folder: Path) -> None:
+    rows = [json.loads(line) for line in (documents(tmp_path / "numbered") / "corpus.jsonl").read_text().splitlines()]
+    numbered = tmp_path / "numbers.jsonl"
+    numbered.write_text("".join(json.dumps({**row, "id": str(n)}) + "\n" for n, row in enumerate(rows, 1)))
+    made = build_knowledge(settings(tmp_path, encoder_folder, documents=(numbered,)))
+    vectors = made.vectors.vectors(np.arange(40))
+    np.save(tmp_path / "given.npy", vectors)
+    base = build_knowledge(
+        settings(tmp_path, encoder_folder, documents=(numbered,), vectors=VectorSettings(path=tmp_path / "given.npy"))
+    )
+    assert base.vectors.vectors(np.arange(40)) == pytest.approx(vectors, abs=1e-6)
+    off = VectorSettings(path=tmp_path / "given.npy", first=2)
+    with pytest.raises(CorpusError, match="passage '1' has no vector among the 40"):
+        build_knowledge(settings(tmp_path, encoder_folder, documents=(numbered,), vectors=off))
+
+
+def test_ready_vectors_that_do_not_belong_are_refused(tmp_path: Path, encoder_folder: Path) -> None:
+    made = build_knowledge(settings(tmp_path, encoder_folder))
+    vectors, ids = made.vectors.vectors(np.arange(40)), "".join(f"d{row}\n" for row in range(40))
+    (tmp_path / "ids.txt").write_text(ids)
+    given = VectorSettings(path=tmp_path / "given.npy", ids=tmp_path / "ids.txt")
+    cases = [
+        (vectors[::-1], IndexMismatch, "are not the encoder's"),
+        (vectors[:, :-1], IndexMismatch, "dimensions, the encoder has"),
+        (np.array([{"pickled": 1}], dtype=object), CorpusError, "holds no array of numbers"),
+    ]
+    for array, fault, told in cases:
+        np.save(tmp_path / "given.npy", array, allow_pickle=True)
+        with pytest.raises(fault, match=told):
+            build_knowledge(settings(tmp_path, encoder_folder, vectors=given))
+    with pytest.raises(CorpusError, match=r"no \.npy file"):
+        build_knowledge(settings(tmp_path, encoder_folder, vectors=given.model_copy(update={"path": tmp_path / "none.npy"})))

@@ -208,6 +208,10 @@ class Encoder:
             )  # fmt: skip
         return np.asarray(self._normalised(vectors.float()).cpu().numpy(), dtype=np.float32)
 
+    def normalised(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors (n,D) made elsewhere by this encoder, as it would give them: of length 1 where it compares by cosine."""
+        return np.asarray(self._normalised(torch.from_numpy(vectors).float()).numpy())
+
     def _tower(self, side: Side) -> SentenceTransformer:
         return self.query_tower if side == "query" else self.passage_tower
 

@@ -36,6 +36,7 @@ from raglan.index import BM25Index, HybridIndex, Index
 from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
 from raglan.progress import counting, track
+from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import HybridIndex as HybridSettings
@@ -47,6 +48,7 @@ __all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
 SHARD = 4096
+PROBE = 16  # passages encoded to see whose vectors ready-made ones are
 
 
 class KnowledgeBase:
@@ -195,7 +197,11 @@ class _Build:
     def _vectors(self, passages: Sequence[Passage]) -> tuple[int, float]:
         folder = self.folder / "vectors"
         folder.mkdir(exist_ok=True)
-        self._reuse(folder)
+        ready = None if self.settings.vectors is None else ReadyVectors(self.settings.vectors, self.encoder.dimension)
+        if ready is None:
+            self._reuse(folder)
+        else:
+            self._check(ready, passages)
         starts = list(range(0, len(passages), SHARD))
         missing = [start for start in starts if not (folder / f"{start:09d}.npy").is_file()]
         began = time.monotonic()
@@ -203,15 +209,25 @@ class _Build:
         done = len(passages) - sum(min(SHARD, len(passages) - start) for start in missing)
         with counting(len(passages), "encoding", done=done) as seen:
             for start in missing:
-                texts = self._texts(passages[start : start + SHARD])
+                part = passages[start : start + SHARD]
                 half = folder / f"{start:09d}.part"
                 with open(half, "wb") as file:
-                    np.save(file, self.encoder.embed_passages(texts, seen=seen))
+                    if ready is None:
+                        np.save(file, self.encoder.embed_passages(self._texts(part), seen=seen))
+                    else:
+                        np.save(file, self.encoder.normalised(ready.of(part)))
+                        seen(len(part))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(half, folder / f"{start:09d}.npy")
-                encoded += len(texts)
+                encoded += len(part)
         return encoded, max(time.monotonic() - began, 1e-9)
+
+    def _check(self, ready: ReadyVectors, passages: Sequence[Passage]) -> None:
+        """A few passages, spread over the corpus, are encoded here and compared."""
+        places = sorted({round(at) for at in np.linspace(0, len(passages) - 1, PROBE)})
+        probe = [passages[place] for place in places]
+        ready.check(ready.of(probe), self.encoder.embed_passages(self._texts(probe)))
 
     def _texts(self, passages: Sequence[Passage]) -> list[Text]:
         return [encoder_text(passage, self.encoder) for passage in passages]
@@ -296,7 +312,7 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
         working = path / "building" / version
         shutil.rmtree(working, ignore_errors=True)
         shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=_same_file)
-        settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings})
+        settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
         source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
         _Build(settings, encoder, Reading(), working, source).run()
         publish(working, final)
@@ -307,4 +323,12 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
 def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) -> str:
     made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
     documents = [[d.id, d.title, d.text] for d in reading.documents]
-    return fingerprint([made_of, encoder.identity, documents, reading.skipped])
+    given = settings.vectors
+    ready = [] if given is None else [[given.first, *map(_stamp, [given.path, *([given.ids] if given.ids else [])])]]
+    return fingerprint([made_of, encoder.identity, documents, reading.skipped, *ready])
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    """Names, sizes and times: reading 60 GB to name a version would take as long as copying them."""
+    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

@@ -37,6 +37,7 @@ from raglan.recipe.settings import (
     StageSettings,
     StalenessSettings,
     TurnSettings,
+    VectorSettings,
 )
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "StageSettings",
     "StalenessSettings",
     "TurnSettings",
+    "VectorSettings",
     "load_recipe",
     "recipe_schema",
 ]

@@ -39,6 +39,7 @@ __all__ = [
     "StageSettings",
     "StalenessSettings",
     "TurnSettings",
+    "VectorSettings",
     "number",
 ]
 
@@ -122,6 +123,14 @@ def _default_indexes() -> dict[str, IndexSettings]:
     return {"dense": DenseIndex(kind="dense"), "bm25": BM25Index(kind="bm25"), "hybrid": HybridIndex(kind="hybrid")}
 
 
+class VectorSettings(Settings):
+    """Passage vectors that are there already, made by the passage encoder that `encoder` names."""
+
+    path: Path = Field(description="A .npy file (N,D), or a folder of them, read in the order of their names.")
+    ids: Path | None = Field(None, description="Their passage ids, one a line; without it ids are numbers.")
+    first: int = Field(1, description="The first vector's id, where ids are numbers; DPR's begin at 1.")
+
+
 class KnowledgeSettings(Settings):
     """Documents, and the knowledge base that is built from them."""
 
@@ -137,7 +146,14 @@ class KnowledgeSettings(Settings):
         ChunkSettings(), description="null: rows of .jsonl, .csv and .parquet are passages as they stand."
     )
     encoder: EncoderSettings = EncoderSettings()
+    vectors: VectorSettings | None = Field(None, description="Take these instead of encoding; needs `chunk: null`.")
     indexes: dict[str, IndexSettings] = Field(default_factory=_default_indexes)
+
+    @model_validator(mode="after")
+    def _vectors_belong_to_rows(self) -> KnowledgeSettings:
+        if self.vectors is not None and self.chunk is not None:
+            raise ValueError("vectors belong to passages as they stand in the files: set chunk: null")
+        return self
 
     @field_validator("documents", mode="before")
     @classmethod
