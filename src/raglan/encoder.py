@@ -150,7 +150,9 @@ class Encoder:
             settings: what changes of the encoder's settings, as the folders its towers will be in.
         """
         passage = copy.deepcopy(self.passage_tower).eval().requires_grad_(False)
-        return Encoder(passage, self.query_tower, self.settings.model_copy(update=settings))
+        taken = Encoder(passage, self.query_tower, self.settings.model_copy(update=settings))
+        taken.pairs = self.pairs  # the folders may not be there yet
+        return taken
 
     @property
     def passage_fingerprint(self) -> str:
