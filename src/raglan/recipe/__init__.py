@@ -5,40 +5,37 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
-from raglan.recipe.load import load_recipe, recipe_schema
-from raglan.recipe.settings import (
-    AnswerObjective,
-    BM25Index,
-    ChunkSettings,
+from raglan.recipe.data import LessonData, QuestionData
+from raglan.recipe.decode import (
     ClassifyDecode,
     ConcatDecode,
     DecodeSettings,
+    RagSequenceDecode,
+    RagTokenDecode,
+    SampleSettings,
+    TurnSettings,
+)
+from raglan.recipe.knowledge import (
+    BM25Index,
+    ChunkSettings,
     DenseIndex,
     EncoderSettings,
-    EvaluateSettings,
-    GeneratorSettings,
     HybridIndex,
     IndexSettings,
     KnowledgeSettings,
-    LearnedTurns,
-    LessonData,
-    LsrObjective,
-    MarginalObjective,
+    VectorSettings,
+)
+from raglan.recipe.load import load_recipe, recipe_schema
+from raglan.recipe.objective import AnswerObjective, LearnedTurns, LsrObjective, MarginalObjective, StalenessSettings
+from raglan.recipe.parts import (
+    GeneratorSettings,
     PriorSettings,
     PromptSettings,
-    QuestionData,
-    RagSequenceDecode,
-    RagTokenDecode,
-    Recipe,
     RetrieveAgain,
     RetrieverSettings,
     RewriteSettings,
-    SampleSettings,
-    StageSettings,
-    StalenessSettings,
-    TurnSettings,
-    VectorSettings,
 )
+from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
     "AnswerObjective",

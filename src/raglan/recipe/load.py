@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raglan.errors import RecipeError
-from raglan.recipe.settings import Recipe, Settings, number
+from raglan.recipe.base import Settings, number
+from raglan.recipe.settings import Recipe
 
 __all__ = ["load_recipe", "recipe_schema"]
 

@@ -1,0 +1,119 @@
+"""Settings of retriever, prompt and generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raglan.recipe.base import Settings
+
+__all__ = [
+    "GeneratorSettings",
+    "PriorSettings",
+    "PromptSettings",
+    "RetrieveAgain",
+    "RetrieverSettings",
+    "RewriteSettings",
+]
+
+
+class PriorSettings(Settings):
+    """p(z|x) over the K passages of a query, for the RAG decodings and the `marginal` objective."""
+
+    kind: Literal["dense", "bm25", "hybrid"] = Field(
+        "dense", description="Softmax of q·d/τ, of BM25/τ, or of q·d/τ + λ·BM25. With bm25 the retriever learns nothing."
+    )
+    temperature: float | None = Field(None, gt=0, description="τ; default 1, and 0.05 for cosines.")
+    sparse_weight: float = Field(0.1, gt=0, description="λ of the hybrid prior.")
+
+
+class RewriteSettings(Settings):
+    """A generator writes a dialogue's last question so that it can be searched for by itself."""
+
+    model: str | None = Field(None, description="A folder or hub name; default is the system's own generator.")
+    template: str = Field(
+        "{history}\n\nThe last question, so that it can be understood by itself.\nQuestion: {question}\nRewritten: ",
+        description="Must hold {question}; not used by `fused`.",
+    )
+    max_new_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _question_is_asked(self) -> RewriteSettings:
+        if "{question}" not in self.template:
+            raise ValueError("template must hold {question}")
+        return self
+
+
+class RetrieveAgain(Settings):
+    """Draft an answer, search once more with question and draft, then answer."""
+
+    max_draft_tokens: int = Field(32, ge=1)
+
+
+class RetrieverSettings(Settings):
+    """Which index answers a query, and with how many passages."""
+
+    index: str | None = Field(None, description="An index of the knowledge base; default is hybrid if there is one.")
+    prior: PriorSettings = PriorSettings()
+    k: int = Field(5, ge=1, description="Passages a query.")
+    query_encoder: Path | None = Field(None, description="A query tower that raglan has tuned.")
+    history: Literal["last_turn", "history", "rewrite"] = Field(
+        "history",
+        description="What of a dialogue is searched for: the question alone, the newest turns that the query encoder reads "
+        "whole and the question, or a question that a generator writes.",
+    )
+    rewrite: RewriteSettings = RewriteSettings()
+    retrieve_again: RetrieveAgain | None = Field(None, description="Search a second time, with a drafted answer.")
+
+
+class PromptSettings(Settings):
+    """How a question and its passages become the generator's input."""
+
+    layout: Literal["auto", "joined", "chat", "fused"] = Field(
+        "auto",
+        description="`joined`: one text; `chat`: the model's chat template; `fused`: one block a passage (the embedded "
+        "reader's); `auto` asks the model.",
+    )
+    template: str = Field(
+        "{passages}\n\nQuestion: {question}\nAnswer: ",
+        description="Must hold {question}; {passages} is the joined passages, {history} a dialogue's earlier turns, which "
+        "stand before the question's line where they are not placed.",
+    )
+    passage: str = Field("{title} / {text}", description="One passage; may hold {title}, {text} and {number}.")
+    separator: str = Field("\n\n", description="Between passages.")
+    question_form: Literal["as_written", "query_decoded"] = Field(
+        "as_written",
+        description="`query_decoded`: as transformers feeds its RAG checkpoints, in the query encoder's own spelling (lower "
+        "case where it knows no other), without the quotes around titles and with double spaces made single.",
+    )
+    no_passage: str | None = Field(None, description="Template without passages; default is `template` with none.")
+    max_tokens: int = Field(1024, ge=16, description="Prompt budget: all passages together, or one block if fused.")
+    min_passage_tokens: int = Field(
+        16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
+    )
+    max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
+
+    @model_validator(mode="after")
+    def _question_is_asked(self) -> PromptSettings:
+        for name in ("template", "no_passage"):
+            text = getattr(self, name)
+            if text is not None and "{question}" not in text:
+                raise ValueError(f"{name} must hold {{question}}")
+        try:
+            self.passage.format(title="", text="", number=1)
+        except (KeyError, IndexError, ValueError) as fault:
+            raise ValueError(f"passage may hold {{title}}, {{text}} and {{number}}, but not {fault}") from None
+        return self
+
+
+class GeneratorSettings(Settings):
+    """A transformers seq2seq or causal model, or the embedded reader."""
+
+    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
+    lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
+    batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
+    head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
