@@ -57,6 +57,7 @@ class Encoder:
         dimension: D.
         query_tower, passage_tower: sentence-transformers models; identical objects for a one-tower encoder.
         pairs: whether passages go to the tokenizer as pairs of title and text, as DPR wants them.
+        gamma: the temperature a tuned query tower was tuned at, from its manifest.
     """
 
     def __init__(self, passage_tower: SentenceTransformer, query_tower: SentenceTransformer, settings: EncoderSettings):
@@ -75,6 +76,8 @@ class Encoder:
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float32
         self._passage_fingerprint: str | None = None
+        self.gamma: float | None = None
+        self._query_prompt = settings.query_prompt
 
     @classmethod
     def open(cls, settings: EncoderSettings, *, query_encoder: Path | None = None) -> Encoder:
@@ -152,21 +155,29 @@ class Encoder:
         passage = copy.deepcopy(self.passage_tower).eval().requires_grad_(False)
         taken = Encoder(passage, self.query_tower, self.settings.model_copy(update=settings))
         taken.pairs = self.pairs  # the folders may not be there yet
+        taken.gamma, taken._query_prompt = self.gamma, self._query_prompt
         return taken
 
     @property
     def passage_fingerprint(self) -> str:
-        """Names what passage vectors depend on: the passage tower's weights, its prompt, its limit."""
+        """Names what passage vectors depend on: the passage tower's weights, its prompt, its limit. Taken once."""
         if self._passage_fingerprint is None:
-            digest = hashlib.sha256(_weights(self.passage_tower))
-            digest.update(repr((self._prompt("passage"), self.passage_tower.max_seq_length, self.similarity)).encode())
-            modules: list[Any] = list(self.passage_tower)
-            parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
-            digest.update(repr([sorted(part.items(), key=str) for part in parts]).encode())
-            digest.update(_vocabulary(self.passage_tower.tokenizer))
-            digest.update(b"pairs" if self.pairs else b"")
-            self._passage_fingerprint = digest.hexdigest()[:16]
+            self._passage_fingerprint = self._passage_tower_now()
         return self._passage_fingerprint
+
+    def passage_tower_moved(self, since: str) -> bool:
+        """Whether the passage tower, as it is now, is another than the one of this fingerprint."""
+        return self._passage_tower_now() != since
+
+    def _passage_tower_now(self) -> str:
+        digest = hashlib.sha256(_weights(self.passage_tower))
+        digest.update(repr((self._prompt("passage"), self.passage_tower.max_seq_length, self.similarity)).encode())
+        modules: list[Any] = list(self.passage_tower)
+        parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
+        digest.update(repr([sorted(part.items(), key=str) for part in parts]).encode())
+        digest.update(_vocabulary(self.passage_tower.tokenizer))
+        digest.update(b"pairs" if self.pairs else b"")
+        return digest.hexdigest()[:16]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -184,9 +195,19 @@ class Encoder:
             self.passage_tower.save(str(folder), create_model_card=False)
 
     def save_query_tower(self, folder: Path, **figures: Any) -> None:
-        """Write the query tower as a sentence-transformers model that remembers its passage tower."""
+        """Write the query tower as a sentence-transformers model that remembers its passage tower.
+
+        Raises:
+            CheckpointError: the passage tower has learned since the vectors were made, so no index belongs to the two.
+        """
+        if self.passage_tower_moved(self.passage_fingerprint):
+            raise CheckpointError(
+                f"the passage tower has learned, and the vectors are those of {self.passage_fingerprint}",
+                hint="take a snapshot(), encode the passages by it, and save the query tower from there",
+            )
         self.query_tower.save(str(folder), create_model_card=False)
-        write_manifest(folder, "query encoder", {**self.identity, **figures, "weights": directory_fingerprint(folder)})
+        told = {**self.identity, "query_prompt": self._prompt("query"), **figures}
+        write_manifest(folder, "query encoder", {**told, "weights": directory_fingerprint(folder)})
 
     def _adopt(self, folder: Path) -> None:
         manifest = read_manifest(folder, "query encoder")
@@ -197,6 +218,9 @@ class Encoder:
                 hint="use the knowledge base it was tuned on, or train the query encoder again",
             )
         self.query_tower = open_tower(str(folder), self.settings)
+        self.gamma = manifest.get("gamma")
+        if self._query_prompt is None:
+            self._query_prompt = manifest.get("query_prompt")
 
     def _embed(self, side: Side, texts: Sequence[Text], batch_size: int | None) -> np.ndarray:
         if not texts:
@@ -225,7 +249,7 @@ class Encoder:
         return torch.autocast(self.passage_tower.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _prompt(self, side: Side) -> str | None:
-        given = self.settings.query_prompt if side == "query" else self.settings.passage_prompt
+        given = self._query_prompt if side == "query" else self.settings.passage_prompt
         if given is not None:
             return given
         prompts = self._tower(side).prompts

@@ -117,8 +117,9 @@ class KnowledgeBase:
         same = ("passage_fingerprint", "similarity", "dimension")
         if any(built[key] != encoder.identity[key] for key in same):
             raise IndexMismatch(
-                f"{self.folder.parent.parent} was built by encoder {built['model']!r} ({built['passage_fingerprint']}), "
-                f"not by {encoder.settings.model!r} ({encoder.passage_fingerprint})",
+                f"{self.folder.parent.parent} was built by encoder {built['model']!r} ({built['passage_fingerprint']}, "
+                f"{built['similarity']}), not by {encoder.settings.model!r} ({encoder.passage_fingerprint}, "
+                f"{encoder.similarity})",
                 hint="build it again with this encoder: raglan build recipe.yaml, or name the other one in the recipe",
             )
 

@@ -37,6 +37,7 @@ __all__ = [
     "lsr_target",
     "marginal_logprob",
     "normalised_entropy",
+    "passage_divergence",
     "passage_logprobs",
     "passage_posterior",
     "predictive_weights",
@@ -56,7 +57,7 @@ __all__ = [
 Direction = Literal["student_first", "target_first"]
 Over = Literal["sequence", "token"]
 Reduction = Literal["token", "example", "sum"]
-Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob"]
+Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]
 
 
 def passage_logprobs(doc_scores: Tensor, *, present: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
@@ -203,21 +204,22 @@ def lsr_target(
 
     RA-DIT's equation 4 puts the *probability* itself in the exponent (`prob`, u = exp Σ_t log p). For long answers all
     such u are 0 and q is flat; `mean_prob` (u = exp of the mean), `mean_logprob` and `sum_logprob` are the ways out.
+    `given` takes values as they are: people's grades, or attention.
 
     Args:
-        answer_logprobs: Σ_t log p(y_t | x, z_k, y_<t).
+        answer_logprobs: Σ_t log p(y_t | x, z_k, y_<t), or with `given` u itself.
         target: what u is.
-        tau: τ > 0. 0.01 (the paper's) is the default for the two probabilities; a log target has none.
+        tau: τ > 0. 0.01 (the paper's) is the default for the two probabilities; the others have none.
         answer_lengths: (B,) answer tokens T, needed by the two means.
         passage_mask: (B,K) bool, False where there is no passage.
     """
     if target not in get_args(Target):
         raise RecipeError(f"objective.target is {target!r}; allowed are {', '.join(get_args(Target))}")
     if tau is None:
-        if "logprob" in target:
+        if "logprob" in target or target == "given":
             raise RecipeError(
                 f"objective.tau is missing: target {target} has no default temperature",
-                hint="usual values are 0.1 for mean_logprob and 1 to 10 for sum_logprob",
+                hint="usual values are 0.1 for mean_logprob, 1 to 10 for sum_logprob, and 1 for given grades",
             )
         tau = 0.01
     if target.startswith("mean") and answer_lengths is None:
@@ -256,12 +258,20 @@ def lsr_divergence(
     """
     log_q = lsr_target(answer_logprobs, target=target, tau=tau, answer_lengths=answer_lengths, passage_mask=passage_mask)
     log_p = passage_logprobs(doc_scores, present=passage_mask, temperature=gamma)
-    first, second = (log_p, log_q) if direction == "student_first" else (log_q, log_p)
-    present = torch.ones_like(log_p, dtype=torch.bool) if passage_mask is None else passage_mask
+    return passage_divergence(log_p, log_q, direction=direction)
+
+
+def passage_divergence(doc_logprobs: Tensor, target_logprobs: Tensor, *, direction: Direction) -> Tensor:
+    """KL(p‖q), `student_first`, or KL(q‖p) over the passages of each query, −inf where absent. (B,K), (B,K) → (B,)."""
+    if direction not in get_args(Direction):
+        raise RecipeError(f"objective.direction is {direction!r}; allowed are {', '.join(get_args(Direction))}")
+    student = direction == "student_first"
+    first, second = (doc_logprobs, target_logprobs) if student else (target_logprobs, doc_logprobs)
+    present = ~torch.isneginf(first)  # 0 ln 0 = 0; what is absent is so on both sides
     zeros = torch.zeros_like(first)
     bracket = torch.where(present, first, zeros) - torch.where(present, second, zeros)  # zeroed before multiplying:
     weight = torch.where(present, first, zeros).exp()  # a pad's gradient is then 0, not NaN
-    return (weight * bracket).sum(-1)
+    return (torch.where(present, weight, zeros) * bracket).sum(-1)
 
 
 def normalised_entropy(logprobs: Tensor) -> Tensor:

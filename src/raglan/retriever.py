@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Literal, cast
 
@@ -80,6 +81,12 @@ class Retriever:
             base, self.encoder, index=self.name, prior=self.prior_settings, history=self.history, rewrite=self.rewrite
         )
         other.weights = self.weights
+        return other
+
+    def by(self, index: str) -> Retriever:
+        """The same retriever, asking another index of its knowledge base. Raises CheckpointError where there is none."""
+        other = copy.copy(self)
+        other.name, other.index = index, self.base.index(index)
         return other
 
     def adopt(self, base: KnowledgeBase) -> None:
@@ -212,9 +219,10 @@ class Retriever:
         )
 
     def _usual_temperature(self) -> float:
-        """Cosines lie so close together that τ = 1 is nearly flat; inner products and BM25 do not."""
-        cosine = self.encoder.similarity == "cosine" and self.prior_settings.kind != "bm25"
-        return 0.05 if cosine else 1.0
+        """The one a tuned query encoder was tuned at. Else: cosines lie so close together that τ = 1 is nearly flat."""
+        if self.prior_settings.kind == "bm25":
+            return 1.0
+        return self.encoder.gamma or (0.05 if self.encoder.similarity == "cosine" else 1.0)
 
     def score(self, features: dict[str, Tensor], passage_vectors: Tensor) -> Tensor:
         """Inner products with gradient into the query tower only. Features of B queries, (B,K,D) → doc_scores (B,K)."""

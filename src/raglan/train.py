@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
@@ -32,7 +31,6 @@ from raglan.dialogue import turn_texts
 from raglan.errors import RecipeError
 from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
-from raglan.likelihood import lsr_target, normalised_entropy
 from raglan.objective import (
     AnswerObjective,
     LsrObjective,
@@ -42,16 +40,25 @@ from raglan.objective import (
     TurnObjective,
     learns_to_retrieve,
 )
-from raglan.objective.lsr import LsrRow
-from raglan.objective.staleness import Refresher
+from raglan.objective.lsr import HeldOut, LsrRow
+from raglan.objective.staleness import Refresher, StaleRetriever
+from raglan.preference import judged, preferred
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
 from raglan.recipe import ClassifyDecode, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
-from raglan.scores import ScoreTable
-from raglan.trainer import INDEX_STATE, Interrupt, Refreshing, StageTrainer, last_whole, stage_trainer
+from raglan.trainer import (
+    CANDIDATES,
+    INDEX_STATE,
+    Interrupt,
+    Refreshing,
+    Researching,
+    StageTrainer,
+    last_whole,
+    stage_trainer,
+)
 
 __all__ = ["Parts", "finished_parts", "train"]
 
@@ -88,6 +95,8 @@ class _Stage:
     def learned(self) -> set[str]:
         """What the result holds."""
         objective = self.settings.objective
+        if isinstance(objective, LsrSettings) and objective.learn == "both":
+            return {"query_encoder", "passage_encoder", "knowledge"}
         if not isinstance(objective, MarginalSettings):
             return {LEARNED[objective.kind]}
         tower = {"query_encoder", "knowledge"} if "passage_encoder" in objective.learn else set()
@@ -214,10 +223,14 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     log.info("stage %s: %d rows, %d held out", stage.name, len(rows), len(held_out))
     trainer = stage_trainer(recipe, stage.settings, stage.folder, objective, rows, held_out)
     checkpoint = last_whole(stage.folder / "work")
-    if isinstance(objective, MarginalObjective) and objective.refresher is not None:
+    if isinstance(objective, MarginalObjective | LsrObjective) and objective.refresher is not None:
         trainer.add_callback(Refreshing(objective.refresher))
         if checkpoint is not None:
             objective.refresher.restore(json.loads((checkpoint / INDEX_STATE).read_text(encoding="utf-8")))
+    if isinstance(objective, LsrObjective) and objective.research is not None:
+        trainer.add_callback(Researching(objective.research))
+        if checkpoint is not None:
+            objective.research.restore(checkpoint / CANDIDATES)
     if checkpoint is not None:
         log.info("stage %s goes on from %s", stage.name, checkpoint.name)
     interrupt = Interrupt()
@@ -235,8 +248,10 @@ def _finish(
 ) -> None:
     """Keep what was learned, then say that the stage is done, then drop the checkpoints."""
     _keep(stage, system, objective, {"rows": rows, "steps": trainer.state.global_step})
+    bound = {"objective": getattr(objective, "settings", stage.settings.objective)}  # with what was left to defaults
+    settings = stage.settings.model_copy(update=bound).model_dump(mode="json")
     write_manifest(stage.result, KIND, {
-        "stage": stage.name, "settings": stage.settings.model_dump(mode="json"), "recipe": recipe.name,
+        "stage": stage.name, "settings": settings, "recipe": recipe.name,
         "knowledge": system.retriever.base.version, "rows": rows, "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step, "seconds": round(time.monotonic() - began, 1),
     })  # fmt: skip
@@ -264,13 +279,20 @@ def _answer(
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data = stage.settings.data
     assert isinstance(data, QuestionData)
-    corpus = system.retriever.base.corpus
-    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
-    rows = lsr_rows(examples, system, settings, recipe.run / "scores.jsonl")
-    held_out: list[Example] = []
+    corpus, table = system.retriever.base.corpus, recipe.run / "scores.jsonl"
+    if settings.answers == "any":  # all of them, whatever other objectives learn from
+        data = data.model_copy(update={"answers": "each"})
+    examples = learned_answers(stage_examples(data, corpus, recipe.seed), data, system.retriever, recipe.seed)
+    held_out: list[HeldOut] = []
     if data.dev is not None:
-        held_out = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.relevant]
-    return LsrObjective(system.retriever, settings), rows, held_out
+        held_out = judged(load_examples(data.dev, corpus, limit=500, seed=recipe.seed), system, settings, table)
+    if settings.learn == "both":
+        system.retriever = StaleRetriever.of(system.retriever, over_retrieve=settings.over_retrieve)
+    objective = LsrObjective(system.retriever, settings)
+    rows = lsr_rows(examples, system, objective.settings, table)
+    objective.look(rows)
+    objective.prepare(rows, lambda: lsr_rows(examples, system, objective.settings, table), stage.folder / "work" / "knowledge")
+    return objective, rows, held_out
 
 
 def _marginal(
@@ -358,46 +380,12 @@ def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
 
 def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:
     """Candidates by the starting retriever and their language-model scores, both made once, before the first step."""
-    retriever, generator = system.retriever, system.generator
-    base = retriever.base
-    k = min(settings.k, len(base.corpus))
-    searcher = retriever if settings.candidates is None else type(retriever)(
-        base, retriever.encoder, index=settings.candidates
-    )  # fmt: skip
+    retriever = system.retriever
+    k = min(settings.k, len(retriever.base.corpus))
+    searcher = retriever if settings.candidates is None else retriever.by(settings.candidates)
     texts = retriever.search_texts([example.query for example in examples], [example.history for example in examples])
     _, candidates = searcher.search(texts, k)
-    scores = ScoreTable(table, generator, score_eos=settings.score_eos)
-    pairs = [(n, c) for n in range(len(examples)) for c in range(k) if candidates[n, c] >= 0]
-    prompts = [
-        generator.prompt.render(examples[n].query, [base.corpus[int(candidates[n, c])]], history=examples[n].history)
-        for n, c in pairs
-    ]
-    values = scores.token_logprobs(prompts, [examples[n].answers[0] for n, _ in pairs])
-    sums = np.zeros((len(examples), k), dtype=np.float32)
-    lengths = np.ones(len(examples), dtype=np.int64)
-    for (n, c), value in zip(pairs, values, strict=True):
-        sums[n, c], lengths[n] = value.sum(), len(value)
-    _warn_if_flat(sums, candidates, lengths, settings)
-    return [
-        LsrRow(texts[n], candidates[n], sums[n], int(lengths[n]))
-        for n in range(len(examples))
-        if (candidates[n] >= 0).sum() > 1
-    ]
-
-
-def _warn_if_flat(sums: np.ndarray, candidates: np.ndarray, lengths: np.ndarray, settings: LsrSettings) -> None:
-    """A target that prefers no passage teaches only to flatten the retriever."""
-    first = slice(0, 256)
-    log_q = lsr_target(
-        torch.from_numpy(sums[first]), target=settings.target, tau=settings.tau,
-        answer_lengths=torch.from_numpy(lengths[first]), passage_mask=torch.from_numpy(candidates[first] >= 0),
-    )  # fmt: skip
-    flat = float((normalised_entropy(log_q) > 0.99).float().mean())
-    if flat > 0.5:
-        log.warning(
-            "%.0f %% of the lsr targets are flat (target %s, tau %s): they teach nothing. Lower tau, or use mean_prob.",
-            100 * flat, settings.target, settings.tau if settings.tau is not None else 0.01,
-        )  # fmt: skip
+    return preferred(examples, texts, candidates, system, settings, table)
 
 
 def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -30,13 +30,24 @@ from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
 from raglan.objective import MarginalObjective, Objective
+from raglan.objective.lsr import CandidateRefresh
 from raglan.objective.staleness import Refresher
 from raglan.recipe import Recipe, StageSettings
 
-__all__ = ["INDEX_STATE", "Interrupt", "Refreshing", "StageTrainer", "last_whole", "stage_trainer"]
+__all__ = [
+    "CANDIDATES",
+    "INDEX_STATE",
+    "Interrupt",
+    "Refreshing",
+    "Researching",
+    "StageTrainer",
+    "last_whole",
+    "stage_trainer",
+]
 
 log = logging.getLogger(__name__)
 INDEX_STATE = "index.json"  # in a checkpoint: which index it was made with
+CANDIDATES = "candidates.npz"  # and which candidates, where they are searched for anew
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -64,6 +75,14 @@ def stage_trainer(
     trainer.model_accepts_loss_kwargs = objective.division == "items"
     trainer.loss_is_scaled_for_ga = True
     trainer._loss_shifts_labels = False  # labels are the answer's own tokens, for causal models too: count them all
+    patience = getattr(settings.objective, "patience", None)
+    if patience is not None:
+        if not trainer.args.load_best_model_at_end:
+            raise RecipeError(
+                "objective.patience waits for a better evaluation, and none is kept",
+                hint="give data.dev, and save_steps a multiple of eval_steps",
+            )
+        trainer.add_callback(EarlyStoppingCallback(patience))
     trainer.add_callback(_Curves(folder / "log.json"))
     trainer.add_callback(_KeepMemory())
     if not sys.stderr.isatty():
@@ -144,6 +163,9 @@ class StageTrainer(Trainer):
         refresher = getattr(self.objective, "refresher", None)
         if refresher is not None:
             write_json(Path(str(output_dir or self.args.output_dir)) / INDEX_STATE, refresher.state())
+        research = getattr(self.objective, "research", None)
+        if research is not None:
+            research.save(Path(str(output_dir or self.args.output_dir)) / CANDIDATES)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -201,6 +223,16 @@ class Refreshing(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.refresher.close()
+
+
+class Researching(TrainerCallback):
+    """Searches for candidates anew at a step's end."""
+
+    def __init__(self, research: CandidateRefresh):
+        self.research = research
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.research.at(state.global_step)
 
 
 class _ByLength(Sampler[int]):
@@ -292,14 +324,27 @@ def _arguments(recipe: Recipe, settings: StageSettings, work: Path, validates: b
         defaults["train_sampling_strategy"] = "group_by_length"
     if validates and "eval_strategy" not in given:
         defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
-    if given.get("load_best_model_at_end") and settings.objective.kind == "lsr":
-        defaults |= {"metric_for_best_model": "mrr@10", "greater_is_better": True}
+    if settings.objective.kind == "lsr" and validates:
+        defaults |= _keeps_best(given)
     if not validates and given.get("eval_strategy", "no") != "no":
         raise RecipeError(f"stage {_name(work)!r} wants evaluations but has no held-out questions", hint="give data.dev")
     try:
         return TrainingArguments(**{**defaults, **given, "output_dir": str(work)})
     except (TypeError, ValueError) as fault:
         raise RecipeError(f"stages.{_name(work)}.train: {fault}", hint="fields are transformers.TrainingArguments'") from None
+
+
+def _keeps_best(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The step with the best validation search is kept, unless it is said otherwise or steps are not saved then."""
+    every = given.get("eval_steps", given.get("save_steps", 100))
+    keeps = given.get("eval_strategy", "steps") == given.get("save_strategy", "steps") != "no"
+    keeps = keeps and given.get("save_steps", every) % every == 0
+    if not given.get("load_best_model_at_end", keeps):
+        return {}
+    return {
+        "eval_steps": every, "save_steps": every, "load_best_model_at_end": True,
+        "metric_for_best_model": "mrr@10", "greater_is_better": True,
+    }  # fmt: skip
 
 
 def _name(work: Path) -> str:

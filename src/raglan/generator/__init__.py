@@ -1,7 +1,16 @@
 """Generators. `hf` runs any transformers model here, the embedded reader among them; `encoded` is its work on many prompts."""
 
+from raglan.generator.attention import passage_attention
 from raglan.generator.base import Generator
 from raglan.generator.encoded import EncodedPrompts, Written, encode_prompts
 from raglan.generator.hf import HFGenerator, open_generator
 
-__all__ = ["EncodedPrompts", "Generator", "HFGenerator", "Written", "encode_prompts", "open_generator"]
+__all__ = [
+    "EncodedPrompts",
+    "Generator",
+    "HFGenerator",
+    "Written",
+    "encode_prompts",
+    "open_generator",
+    "passage_attention",
+]

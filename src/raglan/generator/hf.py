@@ -292,13 +292,13 @@ class HFGenerator(Generator):
         output = model(**batch)
         return output.target_logprobs  # type: ignore[no-any-return]
 
-    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
         prefix = torch.tensor(self.prefix, device=labels.device).expand(len(labels), -1)
         return torch.cat([prefix, labels[:, :-1].masked_fill(labels[:, :-1] < 0, self.pad)], dim=1)
 
     def _seq2seq_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        inputs["decoder_input_ids"] = self._decoder_inputs(batch["labels"])
+        inputs["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
         return self.states_before_head(model, inputs)[:, len(self.prefix) - 1 :]
 
     def _causal_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:

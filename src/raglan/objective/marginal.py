@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from raglan.errors import RecipeError
 from raglan.generator import HFGenerator
 from raglan.index import Queries
-from raglan.knowledge import encoder_text
 from raglan.likelihood import (
     chunked_token_logprobs,
     chunked_uniform_logprobs,
@@ -38,7 +37,7 @@ from raglan.likelihood import (
 from raglan.metrics import perplexity
 from raglan.objective.base import Objective
 from raglan.objective.collapse import CollapseMonitor
-from raglan.objective.staleness import Refresher
+from raglan.objective.staleness import Refresher, encoded_anew
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.retriever import Retriever
 
@@ -279,13 +278,7 @@ class MarginalObjective(Objective):
             return self._encoded(rows, device)
 
     def _encoded(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """(B,K) rows → (B,K,D) by the passage tower as it is now, each passage once; 0 where a row is −1."""
-        encoder, corpus = self.retriever.encoder, self.retriever.base.corpus
-        unique, places = np.unique(rows, return_inverse=True)
-        texts = [encoder_text(corpus[int(row)], encoder) if row >= 0 else "" for row in unique]
-        features = {name: value.to(device) for name, value in encoder.features(texts, side="passage").items()}
-        vectors = encoder.forward(features, side="passage") * torch.from_numpy(unique >= 0).to(device)[:, None]
-        return vectors[torch.from_numpy(places.reshape(rows.shape)).to(device)]
+        return encoded_anew(self.retriever, rows, device)
 
     def _prompt(self, query: str, history: Sequence[str], *, row: int) -> Any:
         passages = [self.retriever.base.corpus[row]] if row >= 0 else []

@@ -26,7 +26,14 @@ from raglan.recipe.knowledge import (
     VectorSettings,
 )
 from raglan.recipe.load import load_recipe, recipe_schema
-from raglan.recipe.objective import AnswerObjective, LearnedTurns, LsrObjective, MarginalObjective, StalenessSettings
+from raglan.recipe.objective import (
+    AnswerObjective,
+    LearnedTurns,
+    LsrObjective,
+    MarginalObjective,
+    StalenessSettings,
+    TargetSettings,
+)
 from raglan.recipe.parts import (
     GeneratorSettings,
     PriorSettings,
@@ -67,6 +74,7 @@ __all__ = [
     "SampleSettings",
     "StageSettings",
     "StalenessSettings",
+    "TargetSettings",
     "TurnSettings",
     "VectorSettings",
     "load_recipe",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ __all__ = [
     "MarginalObjective",
     "ObjectiveSettings",
     "StalenessSettings",
+    "TargetSettings",
 ]
 
 
@@ -47,22 +48,118 @@ class AnswerObjective(Settings):
     tokens: Tokens = "all"
 
 
+Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]
+USUAL_TAU = "usual: 0.1 for mean_logprob, 1 to 10 for sum_logprob, 1 for given grades"
+
+
+def _check_tau(target: str, tau: float | None) -> None:
+    if tau is None and ("logprob" in target or target == "given"):
+        raise ValueError(f"target {target} needs tau; {USUAL_TAU}")
+
+
+class TargetSettings(Settings):
+    """Another target for the rows of one source of data."""
+
+    target: Target
+    tau: float | None = Field(None, gt=0, description="As in `lsr`.")
+
+    @model_validator(mode="after")
+    def _named_tau(self) -> TargetSettings:
+        _check_tau(self.target, self.tau)
+        return self
+
+
+# What published methods chose, in the words of the settings below. Explicit keys beside a preset win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "ra_dit": {"k": 10, "direction": "student_first", "target": "prob", "tau": 0.01, "gamma": 1.0},
+    "replug": {"k": 20, "direction": "student_first", "target": "prob", "tau": 0.1, "gamma": 0.1},
+    "pdist": {"direction": "target_first", "target": "mean_logprob", "tau": 0.01, "gamma": 0.01, "divide_by": "sqrt_d"},
+    "emdr2": {"loss": "marginal", "over": "sequence"},
+    "loop": {"evidence": "left_out", "direction": "target_first", "target": "sum_logprob", "tau": 1.0},
+    "adist": {"evidence": "attention", "direction": "target_first", "target": "given", "tau": 0.01},
+}
+
+
 class LsrObjective(Settings):
     """LM-supervised retrieval: the query encoder learns what the generator found useful."""
 
     kind: Literal["lsr"]
+    preset: Literal["ra_dit", "replug", "pdist", "emdr2", "loop", "adist"] | None = Field(
+        None, exclude=True, description="Settings of a published method, written out before anything else; explicit keys win."
+    )
     k: int = Field(10, ge=2, description="Candidates a query, from the starting retriever, once.")
+    loss: Literal["divergence", "marginal"] = Field(
+        "divergence", description="KL between retriever and target, or `marginal`'s −log p(y|x) with the generator held still."
+    )
     direction: Literal["student_first", "target_first"] = "student_first"
-    target: Literal["prob", "sum_logprob", "mean_logprob", "mean_prob"] = "prob"
-    tau: float | None = Field(None, gt=0, description="Target temperature; 0.01 for prob and mean_prob, none for logs.")
+    evidence: Literal["alone", "left_out", "attention"] = Field(
+        "alone",
+        description="What tells a passage's use: the answer's probability with it alone; with all the others but it, turned "
+        "round; or the attention that a sequence-to-sequence generator pays it, all K in one prompt.",
+    )
+    target: Target = Field("prob", description="`given`: the grades that people gave passages, or the attention.")
+    tau: float | None = Field(None, gt=0, description="Target temperature; 0.01 for prob and mean_prob, none for others.")
     gamma: float | None = Field(None, gt=0, description="Retriever temperature; default 1 with dot, 0.05 with cosine.")
+    divide_by: Literal["one", "sqrt_d"] = Field("one", description="`sqrt_d`: γ is multiplied by √D, as Atlas has it.")
+    over: Literal["sequence", "token"] = Field("sequence", description="For loss marginal.")
+    flat: Literal["keep", "skip"] = Field("keep", description="`skip`: targets without a preference take no part.")
+    answers: Literal["first", "any"] = Field("first", description="`any`: the sum over all gold answers' probabilities.")
+    corpus_halves: TargetSettings | None = Field(None, description="The target of rows made from the corpus itself.")
     candidates: str | None = Field(None, description="Index the candidates come from; default the retriever's.")
+    refresh: Literal["never"] | Annotated[int, Field(ge=1)] = Field(
+        "never", description="Search for candidates anew every so many steps; only unseen pairs are scored."
+    )
+    learn: Literal["query_encoder", "both"] = "query_encoder"
+    over_retrieve: int | None = Field(
+        None, ge=2, description="For learn both: passages taken from the index as it is, encoded anew and ranked again."
+    )
+    refresh_index: tuple[tuple[int, int | None, int], ...] = Field(
+        (), description="For learn both: [from, to, every], steps between which the index is built anew every so many."
+    )
     score_eos: bool = Field(True, description="Whether the end token counts in the LM score.")
+    patience: int | None = Field(None, ge=1, description="Stop after so many evaluations in a row without a better figure.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, given: Any) -> Any:
+        """A preset's settings under the explicit ones; its tau belongs to its own target."""
+        if not isinstance(given, dict) or given.get("preset") not in PRESETS:
+            return given
+        preset = dict(PRESETS[given["preset"]])
+        if given.get("target", preset.get("target")) != preset.get("target"):
+            preset.pop("tau", None)
+        return {**preset, **given}
 
     @model_validator(mode="after")
-    def _log_targets_name_tau(self) -> LsrObjective:
-        if self.tau is None and "logprob" in self.target:
-            raise ValueError(f"target {self.target} needs tau; usual: 0.1 for mean_logprob, 1 to 10 for sum_logprob")
+    def _target_fits(self) -> LsrObjective:
+        if self.loss == "divergence":
+            _check_tau(self.target, self.tau)
+        if self.evidence == "left_out" and "logprob" not in self.target:
+            raise ValueError("evidence left_out needs target sum_logprob or mean_logprob: it is a negative log-probability")
+        if self.evidence == "attention" and self.target != "given":
+            raise ValueError("evidence attention is no probability: target given")
+        if self.loss == "marginal" and (self.evidence != "alone" or self.target == "given"):
+            raise ValueError(
+                "loss marginal needs the answer's probabilities with each passage: evidence alone, no given target"
+            )
+        if self.loss == "marginal" and self.flat == "skip":
+            raise ValueError("flat skip is for loss divergence: a posterior is no target that could be flat")
+        if self.loss == "marginal" and self.over == "token" and self.answers == "any":
+            raise ValueError("over token reads one answer's tokens: answers first")
+        return self
+
+    @model_validator(mode="after")
+    def _index_ages_only_with_passages(self) -> LsrObjective:
+        stale = self.over_retrieve is not None or bool(self.refresh_index)
+        if self.learn == "query_encoder" and stale:
+            raise ValueError("over_retrieve and refresh_index are for learn both: otherwise the index does not age")
+        if self.learn == "both" and not stale:
+            raise ValueError("learn both makes the index old: give over_retrieve or refresh_index")
+        if self.over_retrieve is not None and self.over_retrieve <= self.k:
+            raise ValueError(f"over_retrieve is {self.over_retrieve}; it must exceed k, which is {self.k}")
+        for first, last, every in self.refresh_index:
+            if first < 0 or every < 1 or (last is not None and last <= first):
+                raise ValueError(f"refresh_index holds {[first, last, every]}; needed are [from, to, every], 0 ≤ from < to")
         return self
 
 

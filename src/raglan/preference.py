@@ -1,0 +1,196 @@
+"""What the generator found useful: examples with their candidates → rows for the `lsr` objective.
+
+    evidence: alone       Σ_t log p(y_t | x, z_k)                    one passage a prompt
+    evidence: left_out    −Σ_t log p(y_t | x, all z but z_k)         K prompts of K − 1 passages (Atlas' leave-one-out)
+    evidence: attention   mean of α·‖v‖ over the passage             one prompt of K passages (Atlas' attention distillation)
+    target: given         the grades that people gave                no prompt
+
+Probabilities come out of the table of scores, so nothing is asked of the generator twice. Attention is computed at every
+start, one pass a question.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from raglan.corpus import Corpus
+from raglan.generator import passage_attention
+from raglan.metrics import answer_recall
+from raglan.objective.lsr import CORPUS_HALVES, HeldOut, LsrRow
+from raglan.progress import track
+from raglan.prompt import Rendered
+from raglan.rag import RAG
+from raglan.recipe import LsrObjective as LsrSettings
+from raglan.records import Example, Passage
+from raglan.scores import ScoreTable
+
+__all__ = ["judged", "preferred"]
+
+log = logging.getLogger(__name__)
+DEPTH = 100  # passages in which a held-out question's answers are looked for
+
+
+class Evidence(NamedTuple):
+    """Values (N,K) of candidates, answer lengths (N,), and token log-probabilities by (n, k) where each answer is one."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+    tokens: dict[tuple[int, int], np.ndarray]
+
+
+def preferred(
+    examples: Sequence[Example], texts: Sequence[str], candidates: np.ndarray, system: RAG, settings: LsrSettings, table: Path,
+    *, sources: Sequence[str] = (),
+) -> list[LsrRow]:  # fmt: skip
+    """A row for each example that has two candidates or more.
+
+    Args:
+        texts: what is searched for, of each example.
+        candidates: rows (N,K), −1 where there is none. With grades, graded passages come in at the front.
+        table: the file of language-model scores.
+        sources: which data made each example; default none in particular.
+
+    Raises:
+        GeneratorError: attention is asked of a generator that has none across.
+    """
+    sources = sources or [""] * len(examples)
+    if settings.target == "given" and settings.evidence == "alone":
+        candidates, found = _graded(examples, candidates, system.retriever.base.corpus)
+    elif settings.evidence == "attention":
+        found = _attended(examples, candidates, system, settings)
+    else:
+        found = _scored(examples, candidates, system, settings, table, sources)
+    rows = [
+        LsrRow(
+            texts[n], candidates[n], found.values[n], int(found.lengths[n]), example.id, sources[n], _tokens(found, n, settings)
+        )
+        for n, example in enumerate(examples)
+    ]
+    return [row for row in rows if (row.candidates >= 0).sum() > 1]
+
+
+def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
+    """Held-out questions with what counts as found: relevant passages; else those that hold an answer, if any of the best 100
+    does; else the candidate under which the generator finds the answer likeliest. Questions with neither are left out.
+    """
+    corpus = system.retriever.base.corpus
+    known = [HeldOut(e.query, e.history, e.relevant) for e in examples if e.relevant]
+    rest = [e for e in examples if e.answers and not e.relevant]
+    if not rest:
+        return known
+    texts = system.retriever.search_texts([e.query for e in rest], [e.history for e in rest])
+    found = system.retriever.search(texts, min(DEPTH, len(corpus)))[1]
+    unheld = []
+    for example, rows in zip(rest, found, strict=True):
+        if answer_recall([f"{p.title}\n{p.text}" for p in _passages(rows, corpus)], example.answers):
+            known.append(HeldOut(example.query, example.history, (), example.answers, "answers"))
+        else:
+            unheld.append((example, rows[: settings.k]))
+    known += _favourites(unheld, system, settings, table) if unheld else []
+    for by in ("passages", "answers", "favourite"):
+        log.info("held-out questions judged by %s: %d", by, sum(row.by == by for row in known))
+    return known
+
+
+def _favourites(asked: Sequence[tuple[Example, np.ndarray]], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
+    """Examples with their candidates, each judged by the candidate under which its first answer is likeliest."""
+    alone = settings.model_copy(update={"evidence": "alone", "target": "prob", "answers": "first", "loss": "divergence"})
+    examples, candidates = [example for example, _ in asked], np.stack([rows for _, rows in asked])
+    found = _scored(examples, candidates, system, alone, table, [""] * len(examples))
+    best = np.where(candidates < 0, -np.inf, found.values).argmax(1)
+    return [
+        HeldOut(example.query, example.history, (system.retriever.base.corpus[int(rows[at])].id,), by="favourite")
+        for example, rows, at in zip(examples, candidates, best, strict=True)
+        if rows[at] >= 0
+    ]
+
+
+def _scored(
+    examples: Sequence[Example], candidates: np.ndarray, system: RAG, settings: LsrSettings, table: Path, sources: Sequence[str]
+) -> Evidence:
+    """Log-probabilities of answers with each candidate alone, or, turned round, with all the others."""
+    corpus = system.retriever.base.corpus
+    places = [(n, k) for n, k in np.argwhere(candidates >= 0).tolist()]
+    asked, prompts, answers = [], [], []
+    for n, k in places:
+        rows = candidates[n, k : k + 1] if settings.evidence == "alone" else np.delete(candidates[n], k)
+        prompt = _prompt(examples[n], _passages(rows, corpus), system)
+        for answer in examples[n].answers if settings.answers == "any" else examples[n].answers[:1]:
+            asked.append((n, k))
+            prompts.append(prompt)
+            answers.append(answer)
+    scored = ScoreTable(table, system.generator, score_eos=settings.score_eos).token_logprobs(prompts, answers)
+    each: dict[tuple[int, int], list[np.ndarray]] = {}
+    for place, value in zip(asked, scored, strict=True):
+        each.setdefault(place, []).append(value)
+    values, lengths = np.zeros(candidates.shape, np.float32), np.ones(len(examples), np.int64)
+    sign = 1 if settings.evidence == "alone" else -1
+    for (n, k), own in each.items():
+        total, lengths[n] = _together(own, mean=_target_of(sources[n], settings).startswith("mean"))
+        values[n, k] = sign * total
+    return Evidence(values, lengths, {place: own[0] for place, own in each.items()})
+
+
+def _together(answers: Sequence[np.ndarray], *, mean: bool) -> tuple[float, int]:
+    """Several answers' token log-probabilities as one Σ and its T: log Σ_a p_a, or of their means, which are then done."""
+    if len(answers) == 1:
+        return float(answers[0].sum()), len(answers[0])
+    return float(np.logaddexp.reduce([own.mean() if mean else own.sum() for own in answers])), 1
+
+
+def _target_of(source: str, settings: LsrSettings) -> str:
+    own = settings.corpus_halves if source == CORPUS_HALVES else None
+    return settings.target if own is None else own.target
+
+
+def _attended(examples: Sequence[Example], candidates: np.ndarray, system: RAG, settings: LsrSettings) -> Evidence:
+    """The attention that each candidate is paid, all of a question's candidates in one prompt."""
+    values = np.zeros(candidates.shape, dtype=np.float32)
+    for n, example in enumerate(track(list(examples), "attending")):
+        passages = _passages(candidates[n], system.retriever.base.corpus)
+        if passages:
+            prompt, answer = _prompt(example, passages, system), example.answers[0]
+            paid = passage_attention(system.generator, prompt, passages, answer, score_eos=settings.score_eos)
+            values[n, candidates[n] >= 0] = paid
+    return Evidence(values, np.ones(len(examples), np.int64), {})
+
+
+def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
+    """Grades of candidates, 0 where nobody gave one, and 1 where a passage is only said to be relevant.
+
+    Graded passages that the search did not find stand before the others, the best first, and the last found give way.
+    """
+    chosen = np.full_like(candidates, -1)
+    values = np.zeros(candidates.shape, dtype=np.float32)
+    for n, example in enumerate(examples):
+        grades = {**dict.fromkeys(example.relevant, 1), **example.grades}
+        known = {row: grade for name, grade in grades.items() if (row := corpus.row(name)) is not None}
+        order = [*sorted(known, key=lambda row: -known[row]), *(row for row in candidates[n].tolist() if row not in known)]
+        kept = order[: candidates.shape[1]]
+        chosen[n, : len(kept)] = kept
+        values[n, : len(kept)] = [known.get(row, 0) for row in kept]
+    return chosen, Evidence(values, np.ones(len(examples), np.int64), {})
+
+
+def _tokens(found: Evidence, n: int, settings: LsrSettings) -> np.ndarray | None:
+    """(K,T) where the loss is a marginal over tokens."""
+    if settings.loss != "marginal" or settings.over != "token":
+        return None
+    each = np.zeros((found.values.shape[1], int(found.lengths[n])), dtype=np.float32)
+    for k in range(len(each)):
+        if (n, k) in found.tokens:
+            each[k] = found.tokens[n, k]
+    return each
+
+
+def _prompt(example: Example, passages: Sequence[Passage], system: RAG) -> Rendered:
+    return system.generator.prompt.render(example.query, passages, history=example.history)
+
+
+def _passages(rows: np.ndarray, corpus: Corpus) -> list[Passage]:
+    return [corpus[int(row)] for row in rows if row >= 0]
