@@ -141,6 +141,38 @@ def sentence_encoder(folder: Path, *, seed: int = 0, similarity: str = "cosine",
     return folder / "encoder"
 
 
+def bag_of_words(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
+    """A sentence-transformers folder without layers: the mean of random vectors of the texts' own words."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    normal, cut = BertNormalizer(lowercase=True), BertPreTokenizer()
+    found = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(normal.normalize_str(text))})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *found]
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normal, cut
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=inner.get_vocab_size(), hidden_size=256, num_hidden_layers=0, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=256, hidden_dropout_prob=0.0, initializer_range=1.0, layer_norm_eps=1e4,
+    )  # fmt: skip
+    model = BertModel(config)
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight.zero_()
+        model.embeddings.token_type_embeddings.weight.zero_()
+        model.embeddings.LayerNorm.weight.fill_(100.0)  # with so large an epsilon words keep their own lengths
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    _saved(model, PreTrainedTokenizerFast(tokenizer_object=inner, **marks), folder / "bert")
+    whole = SentenceTransformer(
+        modules=[Transformer(str(folder / "bert"), max_seq_length=256), Pooling(256)], similarity_fn_name="cosine", device="cpu"
+    )
+    whole.save(str(folder / "encoder"), create_model_card=False)
+    return folder / "encoder"
+
+
 def reader(*, seed: int = 0, folder: Path) -> Any:
     from raglan.generator.reader import reader_from_encoder
 

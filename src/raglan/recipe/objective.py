@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raglan.recipe.base import Settings
 from raglan.recipe.decode import TurnSettings
@@ -57,6 +57,12 @@ def _check_tau(target: str, tau: float | None) -> None:
         raise ValueError(f"target {target} needs tau; {USUAL_TAU}")
 
 
+def _never_or_steps(value: Any) -> Any:
+    if value != "never" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("must be never, or a number of steps")
+    return value
+
+
 class TargetSettings(Settings):
     """Another target for the rows of one source of data."""
 
@@ -106,7 +112,7 @@ class LsrObjective(Settings):
     answers: Literal["first", "any"] = Field("first", description="`any`: the sum over all gold answers' probabilities.")
     corpus_halves: TargetSettings | None = Field(None, description="The target of rows made from the corpus itself.")
     candidates: str | None = Field(None, description="Index the candidates come from; default the retriever's.")
-    refresh: Literal["never"] | Annotated[int, Field(ge=1)] = Field(
+    refresh: Annotated[Literal["never"] | int, BeforeValidator(_never_or_steps)] = Field(
         "never", description="Search for candidates anew every so many steps; only unseen pairs are scored."
     )
     learn: Literal["query_encoder", "both"] = "query_encoder"
