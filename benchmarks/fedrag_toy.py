@@ -1,12 +1,12 @@
 """R-ft on a toy: a tiny two-tower encoder, sixteen questions, eight passages each, one of them wanted.
 
-    python benchmarks/fedrag_toy.py [--steps 150] [--rate 3e-3]
+    python benchmarks/fedrag_toy.py [--steps 300] [--rate 3e-3]
 
 A correct loop goes from about two nats to below 0.05. raglan's own runs on it (`Retriever`, `LsrObjective`), and, where the
 package `fed-rag` can be imported, so does FedRAG's public `HuggingFaceTrainerForLSR` on the same encoder, questions and
-passages, with a two-layer language model that was taught the same answers. For each are printed the first and the last loss, the
-gradient's norm at the first step, and how many parameters moved. Nothing is said of quality: it is one question, whether the
-query encoder gets a gradient at all.
+passages, with an untaught language model of two layers as its judge. For each are printed the first and the last loss, the
+gradient's norm at the first step, and how many parameter tensors moved. Nothing is said of quality: the one question is
+whether the query encoder gets a gradient at all. (FedRAG's side is written from its public interface and was not run here.)
 
 fed-rag wants other versions than raglan does, so give it an environment of its own, in which raglan is then put without its
 dependencies being changed:
@@ -67,7 +67,7 @@ def ours(folder: Path, steps: int, rate: float) -> dict[str, float]:
     settings = {"path": folder / "kb", "documents": folder / "corpus.jsonl", "chunk": None, "encoder": named}
     base = build_knowledge(KnowledgeSettings(**settings, indexes={"dense": {"kind": "dense"}}))
     retriever = Retriever(base, Encoder.open(named), index="dense")
-    shared = {"target": "given", "tau": 0.1, "gamma": 0.01, "direction": "target_first"}
+    shared = {"target": "given", "tau": 0.1, "gamma": 0.03, "direction": "target_first"}
     objective = LsrObjective(retriever, LsrSettings(kind="lsr", k=K, **shared))
     chance = np.random.default_rng(SEED)
     made = []
@@ -151,7 +151,7 @@ def theirs(folder: Path, steps: int, rate: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="R-ft on a toy, by raglan and, where it is installed, by FedRAG")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=3e-3)
     asked = parser.parse_args()
     loops = {"raglan": ours}

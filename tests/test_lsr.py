@@ -227,7 +227,7 @@ def test_a_preset_is_its_explicit_settings(name: str) -> None:
         ("over_retrieve: 64", "are for learn both"),
         ("learn: both, over_retrieve: 10", "over_retrieve is 10; it must exceed k, which is 10"),
         ("learn: both, refresh_index: [[500, 100, 50]]", "needed are"),
-        ("refresh: sometimes", r"find\.objective\.refresh: must be never, or a number of steps, but is 'sometimes'"),
+        ("refresh: sometimes", r"find\.objective: refresh must be never, or a number of steps, but is 'sometimes'"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: str, told: str, folder: Path) -> None:

@@ -59,7 +59,7 @@ def _check_tau(target: str, tau: float | None) -> None:
 
 def _never_or_steps(value: Any) -> Any:
     if value != "never" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError("must be never, or a number of steps")
+        raise ValueError("refresh must be never, or a number of steps")
     return value
 
 
