@@ -51,7 +51,7 @@ def questions(passages: list[str]) -> list[tuple[str, str]]:
 
 
 def ours(folder: Path, steps: int, rate: float) -> dict[str, float]:
-    """raglan: a built knowledge base, the wanted passage as the target, scores with a gradient."""
+    """raglan: a built knowledge base, a passage drawn for each question as the target, scores with a gradient."""
     from raglan.encoder import Encoder
     from raglan.knowledge import build_knowledge
     from raglan.objective import LsrObjective
@@ -67,15 +67,13 @@ def ours(folder: Path, steps: int, rate: float) -> dict[str, float]:
     settings = {"path": folder / "kb", "documents": folder / "corpus.jsonl", "chunk": None, "encoder": named}
     base = build_knowledge(KnowledgeSettings(**settings, indexes={"dense": {"kind": "dense"}}))
     retriever = Retriever(base, Encoder.open(named), index="dense")
-    shared = {"target": "given", "tau": 0.1, "gamma": 0.03, "direction": "target_first"}
+    shared = {"target": "given", "tau": 0.1, "gamma": 0.02, "direction": "target_first"}
     objective = LsrObjective(retriever, LsrSettings(kind="lsr", k=K, **shared))
     chance = np.random.default_rng(SEED)
     made = []
-    for own, (query, _) in enumerate(questions(passages)):
-        others = chance.choice([n for n in range(len(passages)) if n != own], K - 1, replace=False)
-        wanted = np.zeros(K, np.float32)
-        wanted[0] = 1
-        made.append(LsrRow(query, np.array([own, *others]), wanted, 1))
+    for query, _ in questions(passages):
+        wanted = np.eye(K, dtype=np.float32)[chance.integers(K)]
+        made.append(LsrRow(query, chance.choice(len(passages), K, replace=False), wanted, 1))
     batch = objective.collate(made)
     tower = objective.towers["query_encoder"]
     return followed(tower, lambda _: objective.loss(batch)[0], steps, rate)
