@@ -15,7 +15,7 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "scores", "trainer", "train", "evaluate"],
+    ["lessons", "data", "datapoints", "scores", "trainer", "train", "evaluate"],
     ["report", "interop"],
     ["cli", "__main__"],
 ]
