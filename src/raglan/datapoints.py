@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raglan.artifact import read_manifest, write_manifest
+from raglan.artifact import MANIFEST, read_manifest, write_manifest
 from raglan.errors import CorpusError
 from raglan.records import Context, DataPoint
 
-__all__ = ["POINTS", "read_points", "write_points"]
+__all__ = ["POINTS", "points_figures", "read_points", "write_points"]
 
 KIND = "data points"
 POINTS = "points.jsonl"
@@ -29,6 +29,7 @@ def write_points(folder: Path, points: Iterable[DataPoint], **figures: Any) -> P
     """Write the points, then the manifest with their number and `figures`. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     count = 0
     with open(folder / POINTS, "w", encoding="utf-8") as file:
         for point in points:
@@ -52,6 +53,12 @@ def read_points(path: Path) -> list[DataPoint]:
         raise CorpusError(f"there are no data points at {path}", hint="give a folder that training wrote, or its points.jsonl")
     with open(path, encoding="utf-8") as file:
         return [_point(line, path, number) for number, line in enumerate(file, 1)]
+
+
+def points_figures(folder: Path) -> dict[str, Any]:
+    """How many points a folder holds and the figures kept with them. Raises CheckpointError."""
+    own = {"kind", "raglan", "files"}
+    return {name: value for name, value in read_manifest(folder, KIND).items() if name not in own}
 
 
 def _point(line: str, path: Path, number: int) -> DataPoint:

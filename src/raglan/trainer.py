@@ -29,9 +29,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
+from raglan.mixture import DEV_MEAN
 from raglan.objective import MarginalObjective, Objective
 from raglan.objective.staleness import Refresher
-from raglan.recipe import Recipe, StageSettings
+from raglan.recipe import InstructionMix, Recipe, StageSettings
 
 __all__ = ["INDEX_STATE", "Interrupt", "Refreshing", "StageTrainer", "last_whole", "stage_trainer"]
 
@@ -294,12 +295,21 @@ def _arguments(recipe: Recipe, settings: StageSettings, work: Path, validates: b
         defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
     if given.get("load_best_model_at_end") and settings.objective.kind == "lsr":
         defaults |= {"metric_for_best_model": "mrr@10", "greater_is_better": True}
+    if settings.data.kind == "instruction_mix" and validates and given.get("eval_strategy") != "no":
+        defaults |= _best_step(settings.data, given)
     if not validates and given.get("eval_strategy", "no") != "no":
         raise RecipeError(f"stage {_name(work)!r} wants evaluations but has no held-out questions", hint="give data.dev")
     try:
         return TrainingArguments(**{**defaults, **given, "output_dir": str(work)})
     except (TypeError, ValueError) as fault:
         raise RecipeError(f"stages.{_name(work)}.train: {fault}", hint="fields are transformers.TrainingArguments'") from None
+
+
+def _best_step(data: InstructionMix, given: dict[str, Any]) -> dict[str, Any]:
+    """The best step is kept: by the mean of the dev tasks' metrics, or by the loss of the one task there is."""
+    every = given.get("save_steps", given.get("eval_steps", 100))
+    best = {"metric_for_best_model": DEV_MEAN, "greater_is_better": True} if len(data.dev) > 1 else {}
+    return {"load_best_model_at_end": True, "save_steps": every, "eval_steps": every, **best}
 
 
 def _name(work: Path) -> str:
