@@ -101,6 +101,8 @@ def mix(data: InstructionMix, system: RAG, *, seed: int, folder: Path) -> Mixtur
     """
     if data.packing == "fit":
         check_packing(system.generator)
+    if data.unsupervised:
+        system.generator.text_row("a")  # refused before anything is searched for
     drafts, told = _drafts(data, system, seed)
     random.Random(f"{seed}/order").shuffle(drafts)
     writer = _Writer(data, system, seed)
