@@ -129,14 +129,14 @@ class Prompt:
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
         wanted = [self._ids(text) for text in texts]
         lengths = [len(own) for own in wanted]
-        joints = len(texts) * len(self._ids(self.settings.separator))
-        fixed = len(self._whole(query, []))
-        self._check_room(self.budget - fixed + 1, query)
-        if texts:
-            self._check_passages(self.budget - fixed - joints, len(texts))
-        turns = self._newest(history, self.budget - fixed - joints - self._least(wanted, together=True))
+        empty = [""] * len(texts)
+        fixed = len(self._whole(query, empty))
+        if fixed + len(texts) > self.budget:
+            self._check_room(self.budget - len(self._whole(query, [])) + 1, query)
+            self._check_passages(self.budget - fixed, len(texts))
+        turns = self._newest(history, self.budget - fixed - self._least(wanted, together=True))
         while True:  # joins can cost a token more than their parts
-            room = self.budget - (len(self._whole(query, [], turns)) if turns else fixed) - joints
+            room = self.budget - (len(self._whole(query, empty, turns)) if turns else fixed)
             shares, kept, ids = self._fitted(query, texts, turns, _shares(lengths, room))
             if len(ids) <= self.budget or not turns:
                 break
