@@ -85,6 +85,10 @@ ALL = {
 SHARES = {"unsupervised": 0.10, "dialogue": 0.05}
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
 def points(folder: Path) -> list[DataPoint]:
     return read_points(folder / "data")
 
@@ -137,7 +141,7 @@ def test_a_retrieved_example_has_a_row_for_each_passage(system: RAG, folder: Pat
 
 def test_contexts_are_those_that_the_source_declares(system: RAG, folder: Path, tmp_path: Path) -> None:
     mixture = mix(data(folder, ALL, **SHARES, rows=400), system, seed=1, folder=tmp_path)
-    own = {json.loads(line)["query"]: json.loads(line) for line in (folder / "squad.train.jsonl").read_text().splitlines()}
+    own = {row["query"]: row for row in read(folder / "squad.train.jsonl")}
     texts = {passage.id: f"{passage.title}\n{passage.text}" for passage in system.retriever.base.corpus}
     words = system.generator.tokenizer
     for row, point in zip(mixture.rows, points(tmp_path), strict=True):
@@ -159,7 +163,11 @@ def test_contexts_are_those_that_the_source_declares(system: RAG, folder: Path, 
 
 
 def test_raw_text_comes_from_files_too(system: RAG, folder: Path, tmp_path: Path) -> None:
-    sources = {**WHO, "book": {"path": "book.txt", "context": "none"}, "lines": {"path": "texts.train.jsonl", "context": "none"}}
+    sources = {
+        **WHO,
+        "book": {"path": "book.txt", "context": "none"},
+        "lines": {"path": "texts.train.jsonl", "context": "none"},
+    }
     mixture = mix(data(folder, sources, unsupervised=0.5, max_length=30, misfits="skip"), system, seed=1, folder=tmp_path / "a")
     assert all(len(row["input_ids"]) + len(row["labels"]) <= 30 for row in mixture.rows)
     mix(data(folder, sources, unsupervised=0.5), system, seed=1, folder=tmp_path / "b")
@@ -167,8 +175,8 @@ def test_raw_text_comes_from_files_too(system: RAG, folder: Path, tmp_path: Path
     assert {point.answer for point in told} == {"The first paragraph\nof two lines.", "The second."}
     with pytest.raises(GeneratorError, match="cannot learn raw text"):
         mix(data(folder, sources, unsupervised=0.5), opened(folder, "bart"), seed=1, folder=tmp_path / "c")
+    named = {**WHO, "x": {"path": "small.yaml", "context": "none"}}
     with pytest.raises(CorpusError, match="is no file of raw text"):
-        named = {**WHO, "x": {"path": "small.yaml", "context": "none"}}
         mix(data(folder, named, unsupervised=0.5), system, seed=1, folder=tmp_path / "c")
 
 
@@ -329,7 +337,7 @@ def test_truncation_takes_the_passages_end_and_counts_to_the_token(folder: Path,
     for length, room in ((11, 0), (10, -1)):
         with pytest.raises(RecipeError, match=f"1 of 1 rows leave their passages too little .* leaves {room} tokens"):
             mix(data(folder, source, markers="fixed", max_length=length), rag, seed=0, folder=tmp_path / str(length))
-        (listed,) = [json.loads(line) for line in (tmp_path / str(length) / "misfits.jsonl").read_text().splitlines()]
+        (listed,) = read(tmp_path / str(length) / "misfits.jsonl")
         assert (listed["room"], listed["example_id"], listed["source"], listed["max_length"]) == (room, "1", "q", length)
 
 
@@ -346,7 +354,7 @@ def test_misfits_are_listed_and_counted_and_only_then_left_out(folder: Path, tmp
     rows = mix(data(folder, source, **settings, misfits="skip"), rag, seed=0, folder=tmp_path).rows
     assert len(rows) == 2
     assert {point.example_id for point in points(tmp_path)} == {"short", "whole"}
-    (listed,) = [json.loads(line) for line in (tmp_path / "misfits.jsonl").read_text().splitlines()]
+    (listed,) = read(tmp_path / "misfits.jsonl")
     assert (listed["example_id"], listed["room"], listed["min_passage_tokens"]) == ("tight", 9, 16)
     assert points_figures(tmp_path / "data")["misfits"] == 1
 
@@ -363,7 +371,7 @@ def test_unanswerable_rows_hold_a_wrong_passage_and_say_so(system: RAG, folder: 
     assert len(said) == 80
     assert {point.answer for point in said} == {"no idea"}
     assert all(point.answer != "no idea" for point in made if point.source != "unanswerable")
-    known = {e["query"]: e for name in ("who", "when", "squad") for e in map(json.loads, open(folder / f"{name}.train.jsonl"))}
+    known = {row["query"]: row for name in ("who", "when", "squad") for row in read(folder / f"{name}.train.jsonl")}
     for point in said:
         (context,) = point.contexts
         if origin == "gold":
@@ -378,8 +386,8 @@ def test_unanswerable_rows_hold_a_wrong_passage_and_say_so(system: RAG, folder: 
 
 
 def test_unanswerable_rows_that_are_not_there_are_told(system: RAG, folder: Path, tmp_path: Path) -> None:
-    answered = [line for line in open(folder / "squad.train.jsonl") if json.loads(line)["answers"]]
-    (tmp_path / "squad.jsonl").write_text("".join(answered))
+    answered = [row for row in read(folder / "squad.train.jsonl") if row["answers"]]
+    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))
     source = {"squad": {"path": tmp_path / "squad.jsonl", "context": "gold"}}
     with pytest.raises(CorpusError, match="there are no unanswerable rows"):
         mix(data(folder, source, unanswerable={"share": 0.1, "from": "gold"}), system, seed=1, folder=tmp_path)
@@ -408,6 +416,7 @@ def test_a_test_split_is_not_learned_from_by_mistake(system: RAG, folder: Path, 
         ({"sources": {"who": {}}}, "path is missing"),
         ({"sources": {"talk": {"path": "x", "dialogue": True}}, "dialogue": 0.5}, "must hold questions that are no dialogue"),
         ({"unanswerable": {"share": 0.1, "from": "gold"}}, "need a source with context: gold"),
+        ({"sources": {**WHO, "unanswerable": {"path": "x"}}}, "sources has unanswerable"),
         ({"template": "{question}"}, "template must hold {passages}"),
         ({"sources": {**WHO, "c": {"context": "none"}}, "unsupervised": 0.5, "unanswerable": {"share": 0.5}}, "leave none"),
     ],
@@ -422,7 +431,9 @@ def test_settings_that_cannot_be_mixed(settings: dict[str, Any], fault: str) -> 
 
 def test_data_points_come_back_as_they_were_written(tmp_path: Path) -> None:
     made = [
-        DataPoint("nq-0", "7", "nq", "train", "who?", "Odo", (Context("p1", "Odo\nbuilt it", 0.5, 1),), "…", "abc", ("Q: ", "A: ")),
+        DataPoint(
+            "nq-0", "7", "nq", "train", "who?", "Odo", (Context("p1", "Odo\nbuilt it", 0.5, 1),), "…", "abc", ("Q: ", "A: ")
+        ),
         DataPoint("text-0", "8", "text", "train", "", "中文", history=("a", "b"), seed=3),
     ]
     write_points(tmp_path / "data", made, rows=2)
@@ -448,7 +459,10 @@ name: {name}
 seed: 1
 knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
 retriever: {{k: 2}}
-prompt: {{template: "Background: {{passages}}\\n\\nQ: {{question}}\\nA: ", no_passage: "Q: {{question}}\\nA: ", max_tokens: 200}}
+prompt:
+  template: "Background: {{passages}}\\n\\nQ: {{question}}\\nA: "
+  no_passage: "Q: {{question}}\\nA: "
+  max_tokens: 200
 generator: {{model: llama, dtype: float32}}
 decode: {{kind: concat, max_new_tokens: 6}}
 data:
@@ -507,6 +521,39 @@ def test_it_learns_through_the_command_line(folder: Path) -> None:
     assert not (folder / "who.dev.jsonl").read_text().endswith("}\n")
 
 
+def test_the_shipped_recipe_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is shipped, on tiny models: packs of rows of five sources, adapters learned, the best of two dev tasks kept."""
+    pytest.importorskip("peft")
+    monkeypatch.setenv("DOCUMENTS", str(folder / "corpus.jsonl"))
+    monkeypatch.setenv("QUESTIONS", str(tmp_path))
+    files = {"web_questions": "who.train", "gsm8k": "when.train", "squad_v2": "squad.train", "oasst": "talk.train"}
+    for name, source in {**files, "nq.dev": "who.dev", "fever.dev": "when.dev"}.items():
+        (tmp_path / f"{name}.jsonl").write_text((folder / f"{source}.jsonl").read_text())
+    recipe = ROOT / "recipes" / "ra_dit_lm_ft.yaml"
+    encoder = {"model": str(folder / "encoder" / "encoder"), "dtype": "float32"}
+    changes = [
+        f"runs={tmp_path / 'runs'}", f"knowledge.path={tmp_path / 'kb'}", f"knowledge.encoder={json.dumps(encoder)}",
+        f"generator.model={folder / 'llama'}", "generator.dtype=float32", "train.bf16=false", "retriever.k=2", "data.rows=60",
+        "data.max_length=256", "data.dev.nq.limit=2", "data.dev.fever.limit=2", "decode.max_new_tokens=3", "train.max_steps=2",
+        "train.eval_steps=1", "train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=2",
+    ]  # fmt: skip
+    for command in ("build", "train"):
+        done = CliRunner().invoke(app, [command, str(recipe), *changes])
+        assert done.exit_code == 0, done.output
+    (stage,) = (tmp_path / "runs" / "ra-dit-lm-ft" / "stages").iterdir()
+    assert (stage / "result" / "generator" / "adapter_model.safetensors").is_file()
+    log = json.loads((stage / "log.json").read_text())
+    assert [row["step"] for row in log if "eval_dev_mean" in row] == [1, 2]
+    assert set(points_figures(stage / "data")["rows"]) == {
+        "web_questions",
+        "gsm8k",
+        "squad_v2",
+        "oasst",
+        "text",
+        "unanswerable",
+    }
+
+
 def test_dev_figures_are_those_of_the_answers(folder: Path, tmp_path: Path) -> None:
     recipe = written(folder, "figures")
     rag = RAG.open(recipe)
@@ -514,7 +561,7 @@ def test_dev_figures_are_those_of_the_answers(folder: Path, tmp_path: Path) -> N
     assert isinstance(settings, InstructionMix)
     mixture = mix(settings, rag, seed=1, folder=tmp_path)
     assert mixture.measure is not None
-    rows = [json.loads(line) for line in (folder / "who.dev.jsonl").read_text().splitlines() if line]
+    rows = read(folder / "who.dev.jsonl")
     kept = sorted(random.Random(1).sample(range(len(rows)), 4))
     answers = rag.answer([rows[place]["query"] for place in kept])
     wanted = sum(f1(a.text, rows[place]["answers"]) for a, place in zip(answers, kept, strict=True)) / 4
@@ -560,6 +607,5 @@ def test_gold_without_context_and_questions_without_answers_are_told(system: RAG
         mix(data(folder, {"q": {"path": tmp_path / "q.jsonl"}}), system, seed=1, folder=tmp_path)
     relevant = data(folder, {"who": {"path": "who.train.jsonl", "context": "gold"}})
     mix(relevant, system, seed=1, folder=tmp_path)
-    known = {e["query"]: e for e in map(json.loads, open(folder / "who.train.jsonl"))}
+    known = {row["query"]: row for row in read(folder / "who.train.jsonl")}
     assert all([c.passage_id for c in p.contexts] == known[p.query]["relevant"] for p in points(tmp_path))
-

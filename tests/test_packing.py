@@ -142,5 +142,5 @@ def test_models_whose_packed_rows_would_read_each_other_are_refused(tmp_path: Pa
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0, eos_token_id=2
     )
     recurrent = tiny._saved(MambaForCausalLM(config), words, tmp_path / "mamba")
-    with pytest.raises(GeneratorError, match="rows cannot be packed for .*mamba"):
+    with pytest.raises(GeneratorError, match=r"rows cannot be packed for .*mamba"):
         check_packing(opened(recurrent))

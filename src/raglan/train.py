@@ -189,6 +189,8 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
         if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
             made_of.append(recipe.decode.labels)
+        if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
+            made_of.append([recipe.decode.model_dump(mode="json"), recipe.retriever.k])  # by which the best step is chosen
         stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
         stages.append((stage, parts))
         parts = stage.parts(parts)

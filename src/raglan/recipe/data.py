@@ -162,6 +162,8 @@ class InstructionMix(Settings):
         ):  # fmt: skip
             if (share > 0) != there:
                 raise ValueError(f"{name} is {share}: a share above 0 and sources with {rule} belong together")
+        if "unanswerable" in self.sources:
+            raise ValueError("sources has unanswerable, which is what the rows without an answer are called")
         if not self.tasks:
             raise ValueError("sources must hold questions that are no dialogue")
         reserved = self.unsupervised + self.dialogue + (self.unanswerable.share if self.unanswerable else 0)
