@@ -26,6 +26,7 @@ from raglan.objective import AnswerObjective
 from raglan.rag import RAG
 from raglan.recipe import GeneratorSettings, InstructionMix, PromptSettings, Recipe, load_recipe
 from raglan.records import Context, DataPoint, Passage
+from raglan.train import train
 from raglan.trainer import stage_trainer
 from test_kill import small_recipe
 
@@ -584,18 +585,48 @@ def test_a_seq2seq_model_and_the_reader_learn_unpacked_mixes(folder: Path, tmp_p
             mix(data(folder, sources, dialogue=0.05, packing="fit"), rag, seed=1, folder=tmp_path)
 
 
-def test_packed_accumulation_changes_nothing(system: RAG, folder: Path, tmp_path: Path) -> None:
-    """Loss of a batch of packs ≡ its parts, each divided by the answer tokens of the whole; rows of unlike length."""
-    mixture = mix(data(folder, ALL, **SHARES, rows=100, packing="fit", max_length=256), system, seed=1, folder=tmp_path)
-    objective = AnswerObjective(system.generator)
-    packs = list(mixture.rows)[:8]
-    whole = objective.collate(packs)
-    items = int((whole["labels"] >= 0).sum())
-    assert items == sum(len(row["labels"]) for pack in packs for row in pack["rows"])
+@pytest.mark.parametrize("packing", ["none", "fit"])
+def test_accumulation_changes_nothing(folder: Path, tmp_path: Path, packing: str) -> None:
+    """1×8 ≡ 8×1 over answers of unlike length: the loss is divided by the answer tokens of the whole accumulated batch."""
+    shared = ["train.max_steps=2", "train.optim=sgd", "train.learning_rate=1.0", "train.lr_scheduler_type=constant"]
+    shared += [
+        "train.max_grad_norm=0",
+        "train.warmup_steps=0",
+        "train.weight_decay=0",
+        "data.dev={}",
+        f"data.packing={packing}",
+    ]
+    shared += ["train.train_sampling_strategy=sequential", "train.logging_steps=1", f"runs={tmp_path}"]
+    found = []
+    for size, times in ((8, 1), (1, 8)):
+        changes = [f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={times}"]
+        recipe = written(folder, f"accumulate{size}", [*shared, *changes])
+        model = train(recipe).open(recipe).generator.model
+        (stage,) = (recipe.run / "stages").iterdir()
+        losses = [row["loss"] for row in json.loads((stage / "log.json").read_text()) if "loss" in row]
+        found.append((losses, [p.detach().clone() for p in model.parameters()]))
+    (whole, ours), (parts, theirs) = found
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("packing", ["none", "fit"])
+def test_losses_of_parts_make_the_loss_of_the_batch(system: RAG, folder: Path, tmp_path: Path, packing: str) -> None:
+    """Mean of single rows' losses, and sums over the tokens of all; a pack counts as the rows that it holds."""
+    mixed = data(folder, ALL, **SHARES, rows=60, packing=packing, max_length=256)
+    rows = list(mix(mixed, system, seed=1, folder=tmp_path).rows)[:6]
+    singles = [row for pack in rows for row in pack.get("rows", [pack])]
+    example, token = (AnswerObjective(system.generator, reduction=kind) for kind in ("example", "token"))  # type: ignore[arg-type]
     with torch.no_grad():
-        together = objective.loss(whole, items=items)[0]
-        parts = sum(objective.loss(objective.collate([pack]), items=items)[0] for pack in packs)
-    assert float(parts) == pytest.approx(float(together), rel=1e-5)
+        alone = [float(example.loss(example.collate([row]))[0]) for row in singles]
+        whole = example.collate(rows)
+        assert len(whole["labels"]) == len(singles)
+        assert float(example.loss(whole)[0]) == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+        items = sum(len(row["labels"]) for row in singles)
+        assert items == int((whole["labels"] >= 0).sum())
+        parts = sum(float(token.loss(token.collate([row]), items=items)[0]) for row in rows)
+        assert parts == pytest.approx(float(token.loss(whole, items=items)[0]), rel=1e-4)
+        assert parts == pytest.approx(sum(alone) / items, rel=1e-4)
 
 
 def test_gold_without_context_and_questions_without_answers_are_told(system: RAG, folder: Path, tmp_path: Path) -> None:

@@ -128,6 +128,21 @@ def test_the_trial_lets_models_pass_that_can_be_packed(generator: HFGenerator) -
     check_packing(generator)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_attention_masks_packs(attention: str, tmp_path: Path) -> None:
+    settings = GeneratorSettings(model=str(tiny.llama(tmp_path)), dtype="float32", attention=attention)  # type: ignore[arg-type]
+    generator = open_generator(settings, PromptSettings())
+    assert generator.model.config._attn_implementation == attention
+    check_packing(generator)
+    rows = some_rows(6)
+    packs, _ = pack_rows(rows, 64)
+    ordered = [row for pack in packs for row in pack["rows"]]
+    with torch.no_grad():
+        packed = generator.forward(packed_batch(packs, generator.pad, flat=False))
+        apart = generator.forward(generator.collate(ordered))
+    assert torch.allclose(packed, apart, atol=1e-5)
+
+
 def test_models_whose_packed_rows_would_read_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GeneratorError, match="reads a prompt apart from its answer, and such rows cannot be packed"):
         check_packing(opened(tiny.bart(tmp_path / "bart")))

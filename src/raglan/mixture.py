@@ -354,16 +354,13 @@ class _Writer:
             return self.generator.text_row(example.query, limit=self.size), replace(point, query="", answer=example.query)
         labels = self.generator.answer_ids(answer, prompt.answer_space)
         used = 0 if self.generator.is_seq2seq else len(labels)
-        passages = [hit.passage for hit in draft.hits]
-        room = self._room(prompt, example, used) if passages else self.size
-        if room < 1:
-            raise _Misfit(room)
         try:
+            passages = [hit.passage for hit in draft.hits]
             rendered = prompt.within(self.size - used).render(example.query, passages, history=example.history)
-        except RecipeError:
-            raise _Misfit(min(room, 0)) from None
+        except RecipeError:  # the question does not fit, or leaves its passages nothing
+            raise _Misfit(self._room(prompt, example, used)) from None
         if rendered.starved:
-            raise _Misfit(room)
+            raise _Misfit(self._room(prompt, example, used))
         return {"input_ids": list(rendered.ids), "labels": labels}, replace(point, prompt=rendered.text)
 
     def _room(self, prompt: Prompt, example: Example, used: int) -> int:

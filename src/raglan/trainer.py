@@ -309,6 +309,7 @@ def _best_step(data: InstructionMix, given: dict[str, Any]) -> dict[str, Any]:
     """The best step is kept: by the mean of the dev tasks' metrics, or by the loss of the one task there is."""
     every = given.get("save_steps", given.get("eval_steps", 100))
     best = {"metric_for_best_model": DEV_MEAN, "greater_is_better": True} if len(data.dev) > 1 else {}
+    best |= {"save_strategy": given["eval_strategy"]} if "eval_strategy" in given else {}
     return {"load_best_model_at_end": True, "save_steps": every, "eval_steps": every, **best}
 
 
