@@ -127,7 +127,7 @@ class InstructionMix(Settings):
     unsupervised: float = Field(0.0, ge=0, lt=1, description="Share of rows that are raw text.")
     dialogue: float = Field(0.0, ge=0, lt=1, description="Share of rows from sources of dialogue.")
     cap: int = Field(7500, ge=1, description="The other sources share the rest in proportion to min(examples, cap).")
-    unanswerable: Unanswerable | None = None
+    unanswerable: Unanswerable | None = Field(None, description="Rows with a wrong passage and an answer that says so.")
     markers: Literal["random", "fixed"] = Field(
         "random",
         description="`random`: `template`, with markers drawn for each row; `fixed`: `prompt`'s template, as in evaluation. "
