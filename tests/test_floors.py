@@ -11,11 +11,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
     ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "quiet", "embedded", "weights"],
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "scores", "preference", "trainer", "train", "evaluate"],
+    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "trainer", "train", "evaluate"],
     ["report", "interop"],
     ["cli", "__main__"],
 ]

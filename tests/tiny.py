@@ -13,6 +13,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -70,6 +72,17 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
+
+
+def gpt2(folder: Path, *, seed: int = 0) -> Path:
+    """Learned positions, and a tokenizer that begins no row."""
+    torch.manual_seed(seed)
+    words = tokenizer(ends=False)
+    config = GPT2Config(
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=512, pad_token_id=0, bos_token_id=None,
+        eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return _saved(GPT2LMHeadModel(config), words, folder)
 
 
 def bert_words() -> list[str]:

@@ -20,7 +20,7 @@ from raglan.generator import HFGenerator
 from raglan.lessons import lessons
 from raglan.metrics import answer_recall, found_answers
 from raglan.progress import track
-from raglan.recipe import ClassifyDecode, LessonData, QuestionData
+from raglan.recipe import ClassifyDecode, InstructionMix, LessonData, QuestionData
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 from raglan.text import pattern
@@ -140,7 +140,7 @@ def class_texts(examples: Sequence[Example], decode: ClassifyDecode) -> list[Exa
 
 
 def learned_answers(
-    examples: Sequence[Example], data: QuestionData | LessonData, retriever: Retriever, seed: int
+    examples: Sequence[Example], data: QuestionData | LessonData | InstructionMix, retriever: Retriever, seed: int
 ) -> list[Example]:
     """The examples with those answers that are trained on, each of them; questions that have none left are left out.
 

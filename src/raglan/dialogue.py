@@ -38,7 +38,7 @@ class Rewriter:
         self.settings = settings
         own = PromptSettings(template=settings.template, no_passage=settings.template)
         layout, limit = generator.prompt.layout, generator.prompt.budget
-        self.prompt = Prompt(own, generator.tokenizer, layout=layout, limit=limit)
+        self.prompt = Prompt(own, generator.tokenizer, layout=layout, limit=limit, end=generator.prompt.end)
 
     def __call__(self, queries: Sequence[str], history: Sequence[Sequence[str]]) -> list[str]:
         """One text a question; a question without history stays as it is, and so does one for which nothing is written."""

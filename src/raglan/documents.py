@@ -121,6 +121,26 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     return examples
 
 
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """(id, text) of raw texts: the paragraphs of a .txt file, or {"text": …, "id": …} lines of a .jsonl(.gz) file.
+
+    Raises:
+        CorpusError: a missing file, one of another kind, or one without text.
+    """
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}", hint="give a .txt or .jsonl(.gz) file of raw text")
+    if _ending(path) in (".jsonl", ".jsonl.gz"):
+        rows = [(str(row.get("id", line)), row.get("text")) for line, row in _json_lines(path, "utf-8")]
+    elif _ending(path) == ".txt":
+        rows = list(enumerate(re.split(r"\n\s*\n", _text(path, "utf-8")), 1))  # type: ignore[arg-type]
+    else:
+        raise CorpusError(f"{path} is no file of raw text", hint="paragraphs in a .txt file, or `text` in a .jsonl(.gz) file")
+    texts = [(str(name), text.strip()) for name, text in rows if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise CorpusError(f"{path} holds no text", hint='paragraphs, or lines as in {"text": "…"}')
+    return texts
+
+
 def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
     for path in paths:
         if path.is_dir():

@@ -180,6 +180,13 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     @property
+    def query_fingerprint(self) -> str:
+        """Names what query vectors depend on, as the query tower is now."""
+        digest = hashlib.sha256(_weights(self.query_tower))
+        digest.update(repr((self._prompt("query"), self.query_tower.max_seq_length, self.similarity)).encode())
+        return digest.hexdigest()[:16]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the knowledge base's manifest keeps of its encoder."""
         return {

@@ -15,6 +15,7 @@ their quotes, two spaces as one.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Sequence
@@ -54,10 +55,15 @@ class Rendered:
 
 
 class Prompt:
-    """Renders for one tokenizer. `limit` is the longest input its model takes, in tokens."""
+    """Renders for one tokenizer. `limit` is the longest input its model takes, in tokens.
 
-    def __init__(self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None):
-        self.settings, self.tokenizer, self.layout = settings, tokenizer, layout
+    `end` is the end token of a causal model: some tokenizers put it behind every text, and an answer cannot begin there.
+    """
+
+    def __init__(
+        self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None, end: int | None = None
+    ):
+        self.settings, self.tokenizer, self.layout, self.end = settings, tokenizer, layout, end
         self.question_tokenizer: Any = None  # the query encoder's, where there is one
         self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
@@ -70,9 +76,24 @@ class Prompt:
         query = self._decoded(query) if self._as_fed else query
         return self._fused(query, passages, history) if self.layout == "fused" else self._joined(query, passages, history)
 
+    def within(self, tokens: int) -> Prompt:
+        """This prompt with another budget."""
+        other = copy.copy(self)
+        other.budget = tokens
+        return other
+
+    def worded(self, **settings: str) -> Prompt:
+        """This prompt with other templates."""
+        other = copy.copy(self)
+        other.settings = self.settings.model_copy(update=settings)
+        return other
+
     @property
     def answer_space(self) -> str:
-        """The white space behind the template, which belongs to the head of an answer."""
+        """The white space behind the template, which belongs to the head of every answer, with and without passages.
+
+        A chat template says itself how an answer begins.
+        """
         template = self.settings.template
         return "" if self.layout != "joined" else template[len(template.rstrip()) :]
 
@@ -108,14 +129,14 @@ class Prompt:
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
         wanted = [self._ids(text) for text in texts]
         lengths = [len(own) for own in wanted]
-        joints = len(texts) * len(self._ids(self.settings.separator))
-        fixed = len(self._whole(query, []))
-        self._check_room(self.budget - fixed + 1, query)
-        if texts:
-            self._check_passages(self.budget - fixed - joints, len(texts))
-        turns = self._newest(history, self.budget - fixed - joints - self._least(wanted, together=True))
+        empty = [""] * len(texts)
+        fixed = len(self._whole(query, empty))
+        if fixed + len(texts) > self.budget:
+            self._check_room(self.budget - len(self._whole(query, [])) + 1, query)
+            self._check_passages(self.budget - fixed, len(texts))
+        turns = self._newest(history, self.budget - fixed - self._least(wanted, together=True))
         while True:  # joins can cost a token more than their parts
-            room = self.budget - (len(self._whole(query, [], turns)) if turns else fixed) - joints
+            room = self.budget - (len(self._whole(query, empty, turns)) if turns else fixed)
             shares, kept, ids = self._fitted(query, texts, turns, _shares(lengths, room))
             if len(ids) <= self.budget or not turns:
                 break
@@ -124,10 +145,9 @@ class Prompt:
         cut = sum(lengths) - sum(min(a, b) for a, b in zip(lengths, shares, strict=True))
         least = self.settings.min_passage_tokens
         starved = any(share < min(length, least) for share, length in zip(shares, lengths, strict=True))
-        text, space = self._text(query, kept, turns)
-        space = "" if self.layout == "chat" else space  # there the template says how an answer begins
         sources = tuple(p.text for p in passages)
-        return Rendered(tuple(ids), text, sources, space, cut, starved, len(history) - len(turns))
+        text = self._text(query, kept, turns)
+        return Rendered(tuple(ids), text, sources, self.answer_space, cut, starved, len(history) - len(turns))
 
     def _fitted(
         self, query: str, texts: Sequence[str], turns: Sequence[str], shares: list[int]
@@ -161,9 +181,9 @@ class Prompt:
         return sum(least) if together else max(least, default=0)
 
     def _whole(self, query: str, texts: Sequence[str], turns: Sequence[str] = ()) -> list[int]:
-        text, _ = self._text(query, texts, turns)
+        text = self._text(query, texts, turns)
         if self.layout != "chat":
-            return self._ids(text, special=True)
+            return self.opened(text)
         chat = [{"role": "user", "content": MARK}]
         around = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         before, found, after = around.partition(MARK)
@@ -171,7 +191,12 @@ class Prompt:
             raise RecipeError("the model's chat template changes the text it is given", hint="set prompt.layout: joined")
         return [*self._ids(before, control=True), *self._ids(text), *self._ids(after, control=True)]
 
-    def _text(self, query: str, texts: Sequence[str], turns: Sequence[str]) -> tuple[str, str]:
+    def opened(self, text: str) -> list[int]:
+        """Ids of a text behind the token that begins a row, if the tokenizer has one; a causal model's has no end."""
+        ids = self._ids(text, special=True)
+        return ids[:-1] if self.end is not None and ids[-1:] == [self.end] else ids
+
+    def _text(self, query: str, texts: Sequence[str], turns: Sequence[str]) -> str:
         template = self.settings.template
         if not texts:
             template = self.settings.no_passage or template.replace("{passages}", "").lstrip("\n")
@@ -181,8 +206,7 @@ class Prompt:
         }  # fmt: skip
         text = re.sub(r"\{question\}|\{history\}|\{passages\}", lambda found: parts[found.group()], template)
         text = text.replace("  ", " ") if self._as_fed else text
-        bare = text.rstrip()
-        return bare, text[len(bare) :]
+        return text.rstrip()  # what a question or a passage ends with is no part of the answer, what the template does is
 
     @property
     def _as_fed(self) -> bool:

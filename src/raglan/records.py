@@ -1,7 +1,8 @@
 """The nouns that travel: plain, immutable records without behaviour.
 
 A `Document` is a source text, a `Passage` a span of it, a `Hit` a passage with its score and rank, an `Example` a question
-with what is known of its answer, and an `Answer` what a RAG system made of it.
+with what is known of its answer, and an `Answer` what a RAG system made of it. A `DataPoint` is a row that was trained on,
+with the `Context`s it held.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Answer", "Candidate", "Completion", "Document", "Example", "Hit", "Passage"]
+__all__ = ["Answer", "Candidate", "Completion", "Context", "DataPoint", "Document", "Example", "Hit", "Passage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +102,44 @@ class Answer:
     posterior: tuple[float, ...] = ()
     token_posterior: tuple[tuple[float, ...], ...] = ()
     candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A passage as a data point holds it: its own text, uncut. `score` is the search's; a gold passage has none."""
+
+    passage_id: str
+    text: str
+    score: float | None = None
+    rank: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DataPoint:
+    """A row that a generator learns from, so that people and other programs can read it.
+
+    Attributes:
+        id: of the row; several rows may come from one example.
+        example_id: the question's id in its source, or the passage's or text's where it has no question.
+        source: which of the data's sources it is from. `split`: the example's.
+        query: the question, without markers; empty for raw text. `history`: a dialogue's earlier turns, oldest first.
+        answer: what is learned; for raw text, all of it.
+        contexts: the passages in the prompt, in their order; none for raw text and closed book.
+        prompt: the rendered prompt, passages cut as they were learned from.
+        retriever: fingerprint of what found the contexts; empty where nothing was searched.
+        markers: what stood before the question and before the answer.
+        seed: the rows' seed.
+    """
+
+    id: str
+    example_id: str
+    source: str
+    split: str
+    query: str
+    answer: str
+    contexts: tuple[Context, ...] = ()
+    prompt: str = ""
+    retriever: str = ""
+    markers: tuple[str, str] = ("", "")
+    history: tuple[str, ...] = ()
+    seed: int = 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raglan.artifact import fingerprint
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.index import BM25Index, Index, Queries
@@ -228,6 +229,12 @@ class Retriever:
         """Inner products with gradient into the query tower only. Features of B queries, (B,K,D) → doc_scores (B,K)."""
         queries = self.encoder.forward(features)
         return (queries[:, None, :] * passage_vectors.detach()).sum(-1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what is found: the knowledge base's version, the index, the query tower as it is now, and its way of asking."""
+        asks = self.encoder.query_fingerprint if self.index.needs_vectors else ""
+        return fingerprint([self.base.version, self.name, asks, self.history])
 
     def check_k(self, k: int) -> None:
         if k > len(self.base.corpus):

@@ -3,6 +3,7 @@
     runs/<name>/stages/<stage>-<fingerprint>/
         work/         the trainer's checkpoints; a rerun goes on from the last whole one
         log.json      learning curves
+    data/         the rows of an instruction mix, readable (`raglan.datapoints`); misfits.jsonl, those that do not fit
         result/       what learned: generator/, query_encoder/, passage_encoder/ with its knowledge/, prior/;
                     and manifest.json, written last
     runs/<name>/scores.jsonl   language-model scores (lsr), shared by all settings that do not change them
@@ -27,10 +28,12 @@ from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
+from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
 from raglan.errors import RecipeError
 from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
+from raglan.mixture import mix
 from raglan.objective import (
     AnswerObjective,
     LsrObjective,
@@ -45,7 +48,7 @@ from raglan.objective.staleness import Refresher, StaleRetriever
 from raglan.preference import judged, preferred
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
-from raglan.recipe import ClassifyDecode, QuestionData, Recipe, StageSettings
+from raglan.recipe import ClassifyDecode, InstructionMix, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
@@ -180,7 +183,8 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
     """
     made_of: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
     shared = [
-        recipe.prompt.model_dump(mode="json"), recipe.generator.model_dump(mode="json", exclude={"batch_tokens", "head_chunk"}),
+        recipe.prompt.model_dump(mode="json"),
+        recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
@@ -189,15 +193,25 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
     ]  # fmt: skip
     parts, stages = Parts(), []
     for name, settings in recipe.trainings().items():
-        files = [path for key in ("path", "dev") if (path := getattr(settings.data, key, None)) is not None]
+        files = files_of(settings.data)
         contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
         made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
         if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
             made_of.append(recipe.decode.labels)
+        if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
+            made_of.append([recipe.decode.model_dump(mode="json"), recipe.retriever.k])  # by which the best step is chosen
         stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
         stages.append((stage, parts))
         parts = stage.parts(parts)
     return stages
+
+
+def files_of(data: Any) -> list[Path]:
+    """The files that a stage's data are read from."""
+    if isinstance(data, InstructionMix):
+        paths = [*(source.path for source in data.sources.values()), *(task.path for task in data.dev.values())]
+        return [path for path in paths if path is not None]
+    return [path for key in ("path", "dev") if (path := getattr(data, key, None)) is not None]
 
 
 def folder_stamp(name: str | Path | None) -> list[list[Any]]:
@@ -254,6 +268,7 @@ def _finish(
         "stage": stage.name, "settings": settings, "recipe": recipe.name,
         "knowledge": system.retriever.base.version, "rows": rows, "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step, "seconds": round(time.monotonic() - began, 1),
+        **({"data": points_figures(stage.folder / "data")} if (stage.folder / "data").is_dir() else {}),
     })  # fmt: skip
     shutil.rmtree(stage.folder / "work", ignore_errors=True)
 
@@ -262,6 +277,8 @@ def _answer(
     recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
+    if isinstance(data, InstructionMix):
+        return _mixed(recipe, stage, system, settings, data)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     if recipe.generator.lora is None:
@@ -274,6 +291,16 @@ def _answer(
             _to_learn(recipe, stage, system, answered), data, system.retriever, system.generator, recipe.seed
         )
     return objective, rows, held_out
+
+
+def _mixed(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: InstructionMix
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    if recipe.generator.lora is None:
+        system.generator.model.float()
+    mixture = mix(data, system, seed=recipe.seed, folder=stage.folder)
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, measure=mixture.measure)
+    return objective, mixture.rows, mixture.held_out
 
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:

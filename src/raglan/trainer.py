@@ -29,10 +29,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
+from raglan.mixture import DEV_MEAN
 from raglan.objective import MarginalObjective, Objective
 from raglan.objective.lsr import CandidateRefresh
 from raglan.objective.staleness import Refresher
-from raglan.recipe import Recipe, StageSettings
+from raglan.recipe import InstructionMix, Recipe, StageSettings
 
 __all__ = [
     "CANDIDATES",
@@ -326,6 +327,8 @@ def _arguments(recipe: Recipe, settings: StageSettings, work: Path, validates: b
         defaults |= {"eval_strategy": "steps", "eval_steps": given.get("save_steps", 100)}
     if settings.objective.kind == "lsr" and validates:
         defaults |= _keeps_best(given)
+    if settings.data.kind == "instruction_mix" and validates and given.get("eval_strategy") != "no":
+        defaults |= _best_step(settings.data, given)
     if not validates and given.get("eval_strategy", "no") != "no":
         raise RecipeError(f"stage {_name(work)!r} wants evaluations but has no held-out questions", hint="give data.dev")
     try:
@@ -345,6 +348,14 @@ def _keeps_best(given: Mapping[str, Any]) -> dict[str, Any]:
         "eval_steps": every, "save_steps": every, "load_best_model_at_end": True,
         "metric_for_best_model": "mrr@10", "greater_is_better": True,
     }  # fmt: skip
+
+
+def _best_step(data: InstructionMix, given: dict[str, Any]) -> dict[str, Any]:
+    """The best step is kept: by the mean of the dev tasks' metrics, or by the loss of the one task there is."""
+    every = given.get("save_steps", given.get("eval_steps", 100))
+    best = {"metric_for_best_model": DEV_MEAN, "greater_is_better": True} if len(data.dev) > 1 else {}
+    best |= {"save_strategy": given["eval_strategy"]} if "eval_strategy" in given else {}
+    return {"load_best_model_at_end": True, "save_steps": every, "eval_steps": every, **best}
 
 
 def _name(work: Path) -> str:

@@ -37,7 +37,7 @@ from raglan.generator.base import Generator
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
 from raglan.progress import track
-from raglan.prompt import Prompt, Rendered
+from raglan.prompt import MARK, Prompt, Rendered
 from raglan.quiet import quietly, without_bars
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
@@ -47,6 +47,7 @@ __all__ = ["HFGenerator", "open_generator", "padded"]
 
 log = logging.getLogger(__name__)
 UNSCORED = -100
+MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 
@@ -79,7 +80,11 @@ class HFGenerator(Generator):
         longest = getattr(sized, "max_position_embeddings", None)
         self._positions = int(longest) if longest else None
         layout = prompt.layout if prompt.layout != "auto" else self._layout()
-        self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit())
+        closes = self._end_of_turn() if layout == "chat" else None
+        if closes is not None:
+            self.eos, self.ends = closes, list(dict.fromkeys([*self.ends, closes]))
+        end = None if self.is_seq2seq else own
+        self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit(), end=end)
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
         self._head_is_checked = False
@@ -126,6 +131,23 @@ class HFGenerator(Generator):
         self.check_positions(len(prompt.ids), len(labels), f", answer {shortened(answer)!r}")
         return {"input_ids": list(prompt.ids), "labels": labels}
 
+    def text_row(self, text: str, *, limit: int | None = None) -> dict[str, list[int]]:
+        """A row of raw text with the end token: all but its first token is learned. What exceeds `limit` tokens is cut.
+
+        Raises:
+            GeneratorError: a model that is not causal, or a text without a token.
+        """
+        if self.is_seq2seq:
+            raise GeneratorError(
+                f"{self.settings.model!r} reads a prompt apart from its answer: it cannot learn raw text",
+                hint="leave out sources with context: none, or take a causal model",
+            )
+        most = min(limit or MOST, self._positions or MOST) - 1
+        ids = [*self.prompt.opened(text)[:most], self.eos]
+        if not text.strip() or len(ids) < 2:
+            raise GeneratorError(f"text {shortened(text)!r} has no token in this model's vocabulary", hint="remove it")
+        return {"input_ids": ids[:1], "labels": ids[1:]}
+
     def answer_ids(self, answer: str, space: str | None = None) -> list[int]:
         """An answer's own ids with the end token. `space` is what the prompt's template leaves to it; default, this prompt's.
 
@@ -135,7 +157,7 @@ class HFGenerator(Generator):
         space = self.prompt.answer_space if space is None else space
         text = answer if self.is_seq2seq else space + answer
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        if not ids:
+        if not ids or not answer.strip():  # white space that the prompt left is no answer yet
             raise GeneratorError(
                 f"answer {answer!r} has no token in this model's vocabulary", hint="correct or remove it in the question file"
             )
@@ -153,6 +175,8 @@ class HFGenerator(Generator):
         `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
         """
         model = model or self.model
+        if "at" in batch:
+            return self._packed_logprobs({name: value.to(self.device) for name, value in batch.items()}, model)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         labels = batch["labels"]
         if self.reader is not None:
@@ -216,6 +240,18 @@ class HFGenerator(Generator):
         if self.reader is not None:
             return "fused"
         return "chat" if not self.is_seq2seq and getattr(self.tokenizer, "chat_template", None) else "joined"
+
+    def _end_of_turn(self) -> int | None:
+        """The control token that the chat template writes behind what an assistant says, if it writes one."""
+        chat = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+        _, _, after = self.tokenizer.apply_chat_template(chat, tokenize=False).rpartition(MARK)
+        first = self.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
+        return first[0] if first and first[0] in {*self.tokenizer.all_special_ids, *self.ends} else None
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has; None where it has no end."""
+        return self._positions
 
     def _limit(self) -> int | None:
         if self._positions is None or self.is_seq2seq:
@@ -313,6 +349,14 @@ class HFGenerator(Generator):
         at = at.clamp_max(length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, at)
 
+    def _packed_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        """token_logprobs (R,T) of packed rows: see `raglan.packing`."""
+        hidden = self.states_before_head(model, {name: batch[name] for name in ("input_ids", "position_ids")})
+        labels, real = batch["labels"], batch["labels"] >= 0
+        states = hidden.flatten(0, 1)[batch["at"][real]]
+        values = chunked_token_logprobs(states, self.head_logits, labels[real], chunk=self.settings.head_chunk)
+        return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
+
     def states_before_head(self, model: nn.Module, inputs: dict[str, Any], *, use_cache: bool = False) -> Tensor:
         """What the LM head is given in a forward pass, while the head itself is given nothing to do."""
         head = self.model.get_output_embeddings()
@@ -397,10 +441,11 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with quietly():
-            loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True)
+            attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+            loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True, **attention)
             model, found = loaded
             tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
             hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",

@@ -6,7 +6,7 @@ not know. Full weights or LoRA is a setting of the generator; the objective does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from raglan.generator import HFGenerator
 from raglan.likelihood import answer_nll
 from raglan.objective.base import Objective
+from raglan.packing import packed_batch, reads_flat
 
 __all__ = ["AnswerObjective"]
 
 
 class AnswerObjective(Objective):
-    """Rows are `HFGenerator.row`'s; batches its `collate`'s.
+    """Rows are `HFGenerator.row`'s and batches its `collate`'s, or rows are packs of such rows.
 
-    With `tokens` "first" an answer's first token alone is scored, without the end token.
+    With `tokens` "first" an answer's first token alone is scored, without the end token. `measure` adds figures of its own
+    to the held-out loss.
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class AnswerObjective(Objective):
         *,
         reduction: Literal["token", "example"] = "token",
         tokens: Literal["all", "first"] = "all",
+        measure: Callable[[], dict[str, float]] | None = None,
     ):
+        self.measure = measure
         self.generator, self.reduction, self.tokens = generator, reduction, tokens
         self.module = generator.model
         self.division = "items" if reduction == "token" else "mean"
@@ -48,7 +52,9 @@ class AnswerObjective(Objective):
             loss = answer_nll(token_logprobs, mask, reduction=self.reduction)
         return loss, {}
 
-    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if "rows" in rows[0]:
+            return dict(packed_batch(rows, self.generator.pad, flat=reads_flat(self.generator)))
         if self.tokens == "first":
             rows = [{**row, "labels": row["labels"][:1]} for row in rows]
         return dict(self.generator.collate(rows))
@@ -71,4 +77,5 @@ class AnswerObjective(Objective):
             total += float(answer_nll(logprobs, mask, reduction="none").sum())
             count += int(mask.sum())
         self.module.train(was_training)
-        return {"loss": total / max(count, 1)}
+        own = {} if self.measure is None else self.measure()
+        return {"loss": total / max(count, 1), **own}

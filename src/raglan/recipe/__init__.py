@@ -5,7 +5,7 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
-from raglan.recipe.data import LessonData, QuestionData
+from raglan.recipe.data import DevTask, InstructionMix, LessonData, MixSource, QuestionData, Unanswerable
 from raglan.recipe.decode import (
     ClassifyDecode,
     ConcatDecode,
@@ -52,16 +52,19 @@ __all__ = [
     "ConcatDecode",
     "DecodeSettings",
     "DenseIndex",
+    "DevTask",
     "EncoderSettings",
     "EvaluateSettings",
     "GeneratorSettings",
     "HybridIndex",
     "IndexSettings",
+    "InstructionMix",
     "KnowledgeSettings",
     "LearnedTurns",
     "LessonData",
     "LsrObjective",
     "MarginalObjective",
+    "MixSource",
     "PriorSettings",
     "PromptSettings",
     "QuestionData",
@@ -76,6 +79,7 @@ __all__ = [
     "StalenessSettings",
     "TargetSettings",
     "TurnSettings",
+    "Unanswerable",
     "VectorSettings",
     "load_recipe",
     "recipe_schema",

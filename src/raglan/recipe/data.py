@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from raglan.recipe.base import Settings
 
 __all__ = [
     "AnswersAre",
     "Data",
+    "DevTask",
+    "InstructionMix",
     "LessonData",
+    "MixSource",
     "QuestionData",
+    "Unanswerable",
 ]
 
 
@@ -55,4 +59,132 @@ class LessonData(Settings):
     dev: Path | None = Field(None, description="Questions for the validation loss.")
 
 
-Data = Annotated[QuestionData | LessonData, Field(discriminator="kind")]
+class MixSource(Settings):
+    """One file of an instruction mix, and what its rows hold of passages."""
+
+    path: Path | None = Field(
+        None,
+        description="Questions, as for `questions`; for context `none`, paragraphs of a .txt file or `text` of a .jsonl(.gz) "
+        "file, and the corpus itself if there is none.",
+    )
+    context: Literal["retrieved", "gold", "none"] = Field(
+        "retrieved",
+        description="`retrieved`: the search's passages; `gold`: the row's own `context`, or its relevant passages; "
+        "`none`: raw text, with loss on all its tokens.",
+    )
+    dialogue: bool = Field(False, description="Counts towards the share `dialogue`; its rows have a `history`.")
+    query: str = Field("{question}", description="What is searched for; retriever.history adds a dialogue's turns.")
+    answers: Literal["first", "random"] = Field("first", description="Which of several answers a row learns.")
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> MixSource:
+        if self.context != "none" and self.path is None:
+            raise ValueError("path is missing; only raw text (context: none) may come from the corpus")
+        if self.context == "none" and self.dialogue:
+            raise ValueError("raw text (context: none) is no dialogue")
+        if "{question}" not in self.query:
+            raise ValueError("query must hold {question}")
+        return self
+
+
+class Unanswerable(Settings):
+    """Rows with a wrong passage, from which the generator learns to say that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    share: float = Field(gt=0, lt=1, description="Of all rows.")
+    answer: str = Field("I don't know", min_length=1)
+    origin: Literal["gold", "mined"] = Field(
+        "mined",
+        alias="from",
+        description="`gold`: questions of the `gold` sources that have no answer, with their own context; `mined`: questions "
+        "of the `retrieved` sources, with a retrieved passage that holds none of their answers.",
+    )
+
+
+class DevTask(Settings):
+    """Held-out questions of one task, with the task's own metric."""
+
+    path: Path
+    metric: Literal["em", "f1", "accuracy", "rouge_l"] = "em"
+    limit: int = Field(2500, ge=1, description="Use so many questions, drawn with the seed.")
+
+
+class InstructionMix(Settings):
+    """RA-DIT's LM-ft rows: tasks, dialogue and raw text in fixed shares, with one passage a row."""
+
+    kind: Literal["instruction_mix"]
+    sources: dict[str, MixSource] = Field(min_length=1, description="Files by name; at least one of questions.")
+    dev: dict[str, DevTask] = Field(
+        default_factory=dict,
+        description="Held-out tasks. One is validated by its loss, several by the unweighted mean of their metrics.",
+    )
+    rows: int | None = Field(
+        None, ge=1, description="Rows of an epoch; default so many that no task shows fewer than min(n, cap) examples."
+    )
+    passages: int = Field(3, ge=1, description="k̃: passages of an example whose context is retrieved.")
+    passages_a_row: int = Field(1, ge=1, description="1 is RA-DIT's; more are RAG-Tuning's rows.")
+    unsupervised: float = Field(0.0, ge=0, lt=1, description="Share of rows that are raw text.")
+    dialogue: float = Field(0.0, ge=0, lt=1, description="Share of rows from sources of dialogue.")
+    cap: int = Field(7500, ge=1, description="The other sources share the rest in proportion to min(examples, cap).")
+    unanswerable: Unanswerable | None = Field(None, description="Rows with a wrong passage and an answer that says so.")
+    markers: Literal["random", "fixed"] = Field(
+        "random",
+        description="`random`: `template`, with markers drawn for each row; `fixed`: `prompt`'s template, as in evaluation. "
+        "A chat model's template and the embedded reader's blocks are always fixed.",
+    )
+    template: str = Field(
+        "Background: {passages}\n\n{instruction}{question}\n{answer}", description="Of random markers; holds all four."
+    )
+    no_passage: str = Field("{instruction}{question}\n{answer}", description="Of random markers, without a passage.")
+    instruction_markers: tuple[str, ...] = Field(("Q: ", "Question: ", ""), min_length=1, description="{instruction}.")
+    answer_markers: tuple[str, ...] = Field(("A: ", "Answer: "), min_length=1, description="{answer}.")
+    max_length: int = Field(2048, ge=8, description="Tokens of a row, answer and end token included, and of a pack.")
+    packing: Literal["none", "fit"] = Field(
+        "none", description="`fit`: rows are packed to max_length, first-fit decreasing, and attend to themselves alone."
+    )
+    misfits: Literal["error", "skip"] = Field(
+        "error", description="What is done about rows that leave their passages fewer than prompt.min_passage_tokens."
+    )
+    allow_test: bool = Field(False, description="Learn from files or rows of the split `test` all the same.")
+
+    @property
+    def tasks(self) -> dict[str, MixSource]:
+        """The sources that share what the fixed shares leave."""
+        return {name: source for name, source in self.sources.items() if source.context != "none" and not source.dialogue}
+
+    @model_validator(mode="after")
+    def _shares_have_sources(self) -> InstructionMix:
+        raw = any(source.context == "none" for source in self.sources.values())
+        talk = any(source.dialogue for source in self.sources.values())
+        for name, share, there, rule in (
+            ("unsupervised", self.unsupervised, raw, "context: none"), ("dialogue", self.dialogue, talk, "dialogue: true"),
+        ):  # fmt: skip
+            if (share > 0) != there:
+                raise ValueError(f"{name} is {share}: a share above 0 and sources with {rule} belong together")
+        if "unanswerable" in self.sources:
+            raise ValueError("sources has unanswerable, which is what the rows without an answer are called")
+        if not self.tasks:
+            raise ValueError("sources must hold questions that are no dialogue")
+        reserved = self.unsupervised + self.dialogue + (self.unanswerable.share if self.unanswerable else 0)
+        if reserved >= 1:
+            raise ValueError(f"unsupervised, dialogue and unanswerable take {reserved:g} of the rows and leave none")
+        return self
+
+    @model_validator(mode="after")
+    def _unanswerable_rows_have_sources(self) -> InstructionMix:
+        context = {"gold": "gold", "mined": "retrieved"}.get(self.unanswerable.origin) if self.unanswerable else None
+        if context and all(source.context != context for source in self.tasks.values()):
+            raise ValueError(f"unanswerable rows need a source with context: {context}")
+        return self
+
+    @model_validator(mode="after")
+    def _templates_hold_their_parts(self) -> InstructionMix:
+        for name, parts in (("template", ("passages", "instruction", "question", "answer")), ("no_passage", ("question",))):
+            for part in parts:
+                if f"{{{part}}}" not in getattr(self, name):
+                    raise ValueError(f"{name} must hold {{{part}}}")
+        return self
+
+
+Data = Annotated[QuestionData | LessonData | InstructionMix, Field(discriminator="kind")]

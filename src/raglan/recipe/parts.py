@@ -113,6 +113,9 @@ class GeneratorSettings(Settings):
 
     model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
+    )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")

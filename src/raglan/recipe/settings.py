@@ -34,6 +34,12 @@ class StageSettings(Settings):
             raise ValueError(f"objective {self.objective.kind} needs data of kind questions")
         return self
 
+    @model_validator(mode="after")
+    def _mixed_rows_hold_whole_answers(self) -> StageSettings:
+        if self.data.kind == "instruction_mix" and getattr(self.objective, "tokens", "all") == "first":
+            raise ValueError("objective.tokens first needs data of kind questions")
+        return self
+
 
 Metric = Literal["em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "distinct_1", "distinct_2", "distinct_3"]
 
