@@ -67,6 +67,7 @@ class Encoder:
                 f"encoder {settings.model!r} compares by {passage_tower.similarity_fn_name}; raglan needs cosine or dot"
             )
         self.similarity: str = str(passage_tower.similarity_fn_name)
+        self.gamma: float | None = None  # the temperature that the query tower was tuned with, where it was tuned
         self.dimension = int(passage_tower.get_embedding_dimension() or 0)
         if query_tower.get_embedding_dimension() != self.dimension:
             raise RecipeError(
@@ -204,6 +205,7 @@ class Encoder:
                 hint="use the knowledge base it was tuned on, or train the query encoder again",
             )
         self.query_tower = open_tower(str(folder), self.settings)
+        self.gamma = manifest.get("gamma")
 
     def _embed(self, side: Side, texts: Sequence[Text], batch_size: int | None) -> np.ndarray:
         if not texts:

@@ -213,7 +213,9 @@ class Retriever:
         )
 
     def _usual_temperature(self) -> float:
-        """Cosines lie so close together that τ = 1 is nearly flat; inner products and BM25 do not."""
+        """What the query tower was tuned with. Cosines lie so close together that τ = 1 is nearly flat; others do not."""
+        if self.encoder.gamma is not None and self.prior_settings.kind != "bm25":
+            return self.encoder.gamma
         cosine = self.encoder.similarity == "cosine" and self.prior_settings.kind != "bm25"
         return 0.05 if cosine else 1.0
 
