@@ -10,13 +10,13 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
-    ["recipe", "artifact", "prompt", "metrics", "chunk", "progress", "quiet", "embedded", "weights"],
+    ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights"],
     ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "trainer", "train", "evaluate"],
-    ["report", "interop"],
+    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "trainer", "train", "evaluate", "grid"],
+    ["grid_tables", "report", "interop"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -21,7 +21,7 @@ from raglan import __version__
 from raglan.errors import RaglanError, RecipeError
 from raglan.metrics import answer_recall
 from raglan.progress import console
-from raglan.recipe import load_recipe, recipe_schema
+from raglan.recipe import Recipe, load_recipe, recipe_schema
 
 __all__ = ["app", "main"]
 
@@ -113,6 +113,9 @@ def answer(
     history: Annotated[
         list[str] | None, typer.Option(help="A dialogue's earlier turn; give it once a turn, the oldest first.")
     ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
@@ -129,7 +132,7 @@ def answer(
     check_history(said)
     loaded = load_recipe(recipe, overrides)
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
-    answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked))
+    answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked), choices=[choice or []] * len(asked))
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return
@@ -166,12 +169,24 @@ def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
     every_stage: Annotated[bool, typer.Option("--every-stage", help="Also the systems between.")] = False,
+    with_report: Annotated[bool, typer.Option("--report", help="Also write runs/<name>/report.html.")] = False,
+    fail_on: Annotated[
+        str | None, typer.Option(help="`worse`: exit with 1 if a grid's cell is worse than the base on a task.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the system before and after training, with 95 % intervals."""
+    """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
     from raglan.evaluate import compare, evaluate_recipe
 
-    evaluations = evaluate_recipe(load_recipe(recipe, overrides or []), every_stage=every_stage)
+    loaded = load_recipe(recipe, overrides or [])
+    if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
+        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+    if loaded.grid is not None:
+        _evaluate_grid(loaded, with_report=with_report, fail_on=fail_on, as_json=as_json)
+        return
+    evaluations = evaluate_recipe(loaded, every_stage=every_stage)
+    if with_report:
+        _report([loaded], loaded.run / "report.html")
     if as_json:
         typer.echo(json.dumps({e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}, indent=2))
         return
@@ -199,9 +214,7 @@ def report(
     change: Annotated[list[str] | None, typer.Option("--set", help="A setting changed in all of them: a.b.c=value.")] = None,
 ) -> None:
     """Write one self-contained HTML page: before and after, curves, examples."""
-    from raglan.report import write_report
-
-    write_report([load_recipe(path, change or []) for path in recipes], output)
+    _report([load_recipe(path, change or []) for path in recipes], output)
     typer.echo(str(output))
 
 
@@ -285,6 +298,45 @@ def main() -> None:
         raise
 
 
+def _report(recipes: list[Recipe], output: Path) -> None:
+    from raglan.report import write_report
+
+    write_report(recipes, output)
+    console.print(f"report: {output}", soft_wrap=True)
+
+
+def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:
+    """Measure, print and judge a grid. Raises typer.Exit(1) where a cell is worse and that is to fail."""
+    from rich.console import Console
+
+    from raglan.artifact import write_json
+    from raglan.grid import evaluate_grid
+    from raglan.grid_tables import grid_summary, grid_tables
+
+    grid = evaluate_grid(recipe)
+    write_json(recipe.run / "grid" / "summary.json", grid_summary(grid))
+    if with_report:
+        _report([recipe], recipe.run / "report.html")
+    if as_json:
+        typer.echo(json.dumps(grid_summary(grid), indent=2))
+    else:
+        wide = Console(width=max(100, 24 + 22 * (len(grid.cells) + 1)), highlight=False)
+        for shown in grid_tables(grid):
+            table = Table(*shown.head, box=None, title=shown.title, title_justify="left")
+            for row in shown.rows:
+                table.add_row(*row)
+            wide.print(table)
+        console.print(
+            f"{grid.passes} retrieval passes, {grid.read} prompts read for {grid.asked}; percent and points, 95 % intervals by "
+            f"paired bootstrap over questions, seed {grid.seed}\npredictions: {recipe.run / 'grid'}", soft_wrap=True,
+        )  # fmt: skip
+    regressions = grid.regressions()
+    for task, cell, kind, change in regressions:
+        console.print(f"{kind} than base: {cell} on {task}, {_percent(change, sign=True)} points", soft_wrap=True)
+    if fail_on is not None and any(kind == fail_on for _, _, kind, _ in regressions):
+        raise typer.Exit(1)
+
+
 def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
     return bool(equals) and not any(letter.isspace() for letter in word) and bool(re.fullmatch(r"[A-Za-z_][\w.-]*", key))
@@ -306,7 +358,7 @@ def _hit(hit: Any) -> dict[str, Any]:
 def _answer(found: Any) -> dict[str, Any]:
     return {
         "query": found.query, "answer": found.text, "logprob": found.logprob, "finished": found.finished,
-        "knowledge": found.knowledge,
+        "knowledge": found.knowledge, "closed_book": found.closed_book,
         "passages": [
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],

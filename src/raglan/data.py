@@ -25,7 +25,16 @@ from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 from raglan.text import pattern
 
-__all__ = ["answer_rows", "check_classes", "class_texts", "learned_answers", "load_examples", "resolve", "stage_examples"]
+__all__ = [
+    "answer_rows",
+    "check_classes",
+    "choices_of",
+    "class_texts",
+    "learned_answers",
+    "load_examples",
+    "resolve",
+    "stage_examples",
+]
 
 log = logging.getLogger(__name__)
 REGEX_DEPTH = 1000  # the paper's
@@ -131,6 +140,28 @@ def check_classes(examples: Sequence[Example], decode: ClassifyDecode) -> None:
                     f"{', '.join(decode.labels)}",
                     hint="answers are the classes' names, spelt as in the recipe",
                 )
+
+
+def choices_of(example: Example) -> tuple[str, ...]:
+    """The `choices` that a question comes with, none where it has none.
+
+    Raises:
+        CorpusError: fewer than two, one that is empty or occurs twice, or an answer that is none of them.
+    """
+    given = example.metadata.get("choices")
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(choice, str) and choice.strip() for choice in given):
+        raise CorpusError(f"question {example.id!r}: choices is {given!r}", hint='two texts or more, as in ["tin", "zinc"]')
+    if len(given) < 2 or len(set(given)) < len(given):
+        raise CorpusError(f"question {example.id!r} must have two choices or more, all different, not {given}")
+    for answer in example.answers:
+        if answer not in given:
+            raise CorpusError(
+                f"question {example.id!r} has the answer {answer!r}, which is none of its choices: {', '.join(given)}",
+                hint="answers are choices in full, spelt as there, and no letters or numbers",
+            )
+    return tuple(given)
 
 
 def class_texts(examples: Sequence[Example], decode: ClassifyDecode) -> list[Example]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
-from raglan.data import check_classes, load_examples
+from raglan.data import check_classes, choices_of, load_examples
+from raglan.decode import CHOOSES
 from raglan.documents import read_examples
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
@@ -136,12 +137,13 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         places = [place for place in answered if mode != "gold" or examples[place].relevant]
         given = [_given(mode, system, examples[place], hits[place]) for place in places]
         queries, history = [examples[place].query for place in places], [examples[place].history for place in places]
+        choices = [choices_of(examples[place]) for place in places] if system.decode.kind in CHOOSES else []
         log.info("reading: %s, %d questions", mode, len(places))
         if mode == "retrieved" and system.turns is not None:  # each turn searches for itself
             answers = system.answer(queries, history=history)
             given = [list(answer.hits) for answer in answers]
         else:
-            answers = system.read(queries, given, history=history, texts=[texts[place] for place in places])
+            answers = system.read(queries, given, history=history, texts=[texts[place] for place in places], choices=choices)
         for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
     return rows

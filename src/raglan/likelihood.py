@@ -31,6 +31,7 @@ from raglan.errors import RecipeError
 __all__ = [
     "answer_nll",
     "attribution",
+    "choice_scores",
     "chunked_token_logprobs",
     "chunked_uniform_logprobs",
     "lsr_divergence",
@@ -57,6 +58,7 @@ __all__ = [
 Direction = Literal["student_first", "target_first"]
 Over = Literal["sequence", "token"]
 Reduction = Literal["token", "example", "sum"]
+Scorer = Literal["nll", "nll_char", "nll_token", "nll_compl"]
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]
 
 
@@ -190,6 +192,35 @@ def answer_nll(token_logprobs: Tensor, answer_mask: Tensor, *, reduction: Litera
     if reduction == "none":
         return rows
     return rows.sum() / mask.sum() if reduction == "token" else rows.mean()
+
+
+def choice_scores(
+    doc_logprobs: Tensor, answer_logprobs: Tensor, *, scorer: Scorer, lengths: Tensor,
+    completion_logprobs: Tensor | None = None, normalise: Literal["after", "before"] = "after",
+) -> Tensor:  # fmt: skip
+    """By what C choices of a question are compared; the largest wins. (K,), (C,K) → (C,).
+
+        nll         log p(a|x) = log Σ_k p(z_k|x) p(a|x,z_k)
+        nll_char, nll_token    log p(a|x) / n; `before`: log Σ_k p(z_k|x) p(a|x,z_k)^(1/n)
+        nll_compl   log p(a|x) − log p(a|"Answer:")
+
+    The names are of what is least. nll_compl cannot differ before and after.
+
+    Args:
+        answer_logprobs: Σ_t log p(a_t | x, z_k, a_<t), without the end token.
+        lengths: (C,) characters or tokens; read by nll_char and nll_token only.
+        completion_logprobs: (C,) log p(a|"Answer:"); nll_compl only.
+
+    RA-DIT uses nll for knowledge tasks, nll_char for most commonsense tasks and nll_compl for OpenBookQA; whether it divides by
+    lengths after mixing or before, it does not say.
+    """
+    by = lengths if scorer in ("nll_char", "nll_token") else torch.ones_like(lengths)
+    inner, outer = (by, torch.ones_like(by)) if normalise == "before" else (torch.ones_like(by), by)
+    mixture = _logsumexp(_wide(doc_logprobs)[None] + _wide(answer_logprobs) / inner[:, None], dim=-1) / outer
+    if scorer != "nll_compl":
+        return mixture
+    assert completion_logprobs is not None, "nll_compl compares with the choice's own likelihood"
+    return mixture - _wide(completion_logprobs)
 
 
 def lsr_target(

@@ -12,9 +12,10 @@ from pathlib import Path
 from threading import Lock
 
 from raglan.artifact import read_manifest
-from raglan.decode import KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn
+from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
+from raglan.errors import RecipeError
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import (
@@ -88,8 +89,11 @@ class RAG:
         """RAG-Turn's settings, if several turns of a dialogue retrieve."""
         return getattr(self.decode, "turns", None)
 
-    def answer(self, queries: Sequence[str], *, k: int | None = None, history: Sequence[Sequence[str]] = ()) -> list[Answer]:
-        """One answer a query, with the passages it was read from.
+    def answer(
+        self, queries: Sequence[str], *, k: int | None = None, history: Sequence[Sequence[str]] = (),
+        choices: Sequence[Sequence[str]] = (),
+    ) -> list[Answer]:  # fmt: skip
+        """One answer a query, with the passages it was read from; of its `choices` (`ensemble`), where it has any.
 
         Raises:
             CorpusError: an empty or overlong question or turn. RecipeError: k larger than the corpus.
@@ -104,7 +108,7 @@ class RAG:
                 priors, sizes = [f.doc_logprobs for f in found], [f.sizes for f in found]
                 return self._decoded(retriever, Asked(queries, [f.hits for f in found], priors, said, sizes), self.decode)
             texts, hits = self._search(retriever, queries, k, history)
-            return self._read(retriever, queries, texts, hits, history)
+            return self._read(retriever, queries, texts, hits, history, choices=choices)
 
     def search(
         self, queries: Sequence[str], k: int, *, history: Sequence[Sequence[str]] = ()
@@ -116,11 +120,11 @@ class RAG:
 
     def read(
         self, queries: Sequence[str], hits: Sequence[Sequence[Hit]], *, history: Sequence[Sequence[str]] = (),
-        texts: Sequence[str] = (),
+        texts: Sequence[str] = (), choices: Sequence[Sequence[str]] = (),
     ) -> list[Answer]:  # fmt: skip
         """One answer a query from given hits; none means closed book. `texts`: what `search` said it searched for."""
         with self._turn:
-            return self._read(self.retriever, queries, texts, hits, history)
+            return self._read(self.retriever, queries, texts, hits, history, choices=choices)
 
     def swap(self, path: Path | None = None, *, version: str | None = None) -> str:
         """Answer from another knowledge base, or from another version of this one; no weight is loaded again.
@@ -154,13 +158,18 @@ class RAG:
 
     def _read(
         self, retriever: Retriever, queries: Sequence[str], texts: Sequence[str], hits: Sequence[Sequence[Hit]],
-        history: Sequence[Sequence[str]], decode: DecodeSettings | None = None,
+        history: Sequence[Sequence[str]], decode: DecodeSettings | None = None, choices: Sequence[Sequence[str]] = (),
     ) -> list[Answer]:  # fmt: skip
         decode = decode or self.decode
+        if any(choices) and decode.kind not in CHOOSES:
+            raise RecipeError(
+                f"decode.kind is {decode.kind!r}, which does not choose among given answers",
+                hint="decode.kind: ensemble, or concat",
+            )
         prior = None
         if decode.kind in NEEDS_PRIOR:
             prior = retriever.prior(texts or retriever.search_texts(queries, history), hits)
-        return self._decoded(retriever, Asked(queries, hits, prior, history), decode)
+        return self._decoded(retriever, Asked(queries, hits, prior, history, choices=choices), decode)
 
     def _decoded(self, retriever: Retriever, asked: Asked, decode: DecodeSettings) -> list[Answer]:
         turns = self.turns if asked.turns else None

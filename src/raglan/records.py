@@ -72,12 +72,19 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's; a class's log p(c|x)."""
+    """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's; a class's log p(c|x).
+
+    `ensemble` adds log p(y|x,z_k) under each passage, what a choice was compared by, and all spellings of a group of answers,
+    the likeliest first.
+    """
 
     text: str
     ids: tuple[int, ...]
     logprob: float
     finished: bool
+    passage_logprobs: tuple[float, ...] = ()
+    score: float | None = None
+    surfaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,8 @@ class Answer:
 
     The RAG decodings add, in the order of `hits`: `prior` p(z|x); `posterior` p(z|x,y), which for `rag_token` is each
     passage's share in the answer, and for `classify` p(z|x,c) of the class; and for `rag_token` also `token_posterior`, a row
-    for each token of `ids`. All candidates are kept, the answer first and the rest by their log-probability.
+    for each token of `ids`. All candidates are kept, the answer first and the rest by their log-probability, or by what choices
+    are compared by. `ensemble` adds `passage_logprobs`, log p(y|x,z_k).
     """
 
     query: str
@@ -102,6 +110,12 @@ class Answer:
     posterior: tuple[float, ...] = ()
     token_posterior: tuple[tuple[float, ...], ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    passage_logprobs: tuple[float, ...] = ()
+
+    @property
+    def closed_book(self) -> bool:
+        """Whether no passage was there to read."""
+        return not self.hits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: before/after with intervals, learning curves, recall curves, examples to leaf through."""
+"""One self-contained HTML page: before/after or a grid, with intervals; curves; examples to leaf through."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from raglan.artifact import MANIFEST
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
+from raglan.grid import Grid, open_grid
+from raglan.grid_tables import grid_tables
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.train import finished_parts, learning_curves
@@ -44,6 +46,8 @@ def write_report(recipes: Sequence[Recipe], output: Path) -> None:
 
 
 def _section(recipe: Recipe) -> dict[str, Any]:
+    if recipe.grid is not None:
+        return _grid_section(recipe, open_grid(recipe))
     evaluations = _evaluations(recipe)
     before, after = evaluations[0], evaluations[-1]
     differences = compare(before, after) if len(evaluations) > 1 else {}
@@ -57,6 +61,19 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
         "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")},
+    }
+
+
+def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
+    """A grid has no before and after, and its answers are in its own files; there are tables and learning curves."""
+    worse = [f"{kind} than base: {cell} on {task}" for task, cell, kind, _ in grid.regressions()]
+    return {
+        "name": recipe.name,
+        "summary": f"Query encoder {{base, R-ft}} × generator {{base, LM-ft}} on {len(grid.tasks)} tasks. "
+        + ("; ".join(worse) + "." if worse else "No tuned cell is below the base on any task."),
+        "grid": grid_tables(grid),
+        "curves": _curves(learning_curves(recipe)),
+        "settings": {"passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed},
     }
 
 

@@ -63,7 +63,7 @@ from raglan.trainer import (
     stage_trainer,
 )
 
-__all__ = ["Parts", "finished_parts", "train"]
+__all__ = ["Parts", "finished_parts", "learned_by", "stage_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
@@ -123,8 +123,11 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
         raise RecipeError(f"recipe {recipe.name!r} trains nothing", hint="give it `objective` and `data`, or `stages`")
     if only is not None and only not in trainings:
         raise RecipeError(f"there is no stage {only!r}; the recipe has {', '.join(trainings)}")
+    wanted = trainings if only is None else [*recipe.behind(only), only]
     parts = Parts()
     for stage, before in _stages(recipe):
+        if stage.name not in wanted:
+            continue
         if (stage.result / MANIFEST).is_file():
             read_manifest(stage.result, KIND)
             log.info("stage %s is done: %s", stage.name, stage.result)
@@ -132,14 +135,12 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
             _train_stage(recipe, stage, before)
         else:
             raise RecipeError(f"stage {stage.name!r} comes before {only!r} and is not done", hint=f"--stage {stage.name}")
-        parts = stage.parts(before)
-        if stage.name == only:
-            break
+        parts = stage.parts(parts)
     return parts
 
 
 def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
-    """("untuned", …), then each finished stage's name with the parts as they stand after it."""
+    """("untuned", …), then each finished stage's name with the parts as they stand after it and all that come before."""
     found = _finished(recipe)
     if len(found) == 1:  # what a system knows may be changed without training it again
         for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
@@ -159,12 +160,33 @@ def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
 
 
 def _finished(recipe: Recipe, version: str | None = None) -> list[tuple[str, Parts]]:
-    found = [("untuned", Parts())]
-    for stage, before in _stages(recipe, version):
-        if not (stage.result / MANIFEST).is_file():
-            break
-        found.append((stage.name, stage.parts(before)))
+    found, parts = [("untuned", Parts())], Parts()
+    done: set[str] = set()
+    for stage, _ in _stages(recipe, version):
+        if (stage.result / MANIFEST).is_file() and done.issuperset(recipe.behind(stage.name)):
+            done.add(stage.name)
+            parts = stage.parts(parts)
+            found.append((stage.name, parts))
     return found
+
+
+def stage_parts(recipe: Recipe, names: Sequence[str]) -> Parts:
+    """What these stages learned, the later before the earlier where two learned the same, and nothing else.
+
+    Raises:
+        CheckpointError: one that is not finished with the recipe's settings, documents and questions as they are now.
+    """
+    parts = Parts()
+    for stage, _ in _stages(recipe):
+        if stage.name in names:
+            read_manifest(stage.result, KIND)
+            parts = stage.parts(parts)
+    return parts
+
+
+def learned_by(settings: StageSettings) -> set[str]:
+    """The parts that a stage's result holds, by their names in `Parts`."""
+    return _Stage("", settings, Path()).learned
 
 
 def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
@@ -181,7 +203,7 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
 
     `version` of the knowledge base is the current one unless it is named.
     """
-    made_of: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
+    ground: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
     shared = [
         recipe.prompt.model_dump(mode="json"),
         recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
@@ -191,19 +213,22 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
             recipe.knowledge.encoder.query_model,
         )],
     ]  # fmt: skip
-    parts, stages = Parts(), []
+    own: dict[str, list[Any]] = {}
+    stages: dict[str, tuple[_Stage, Parts]] = {}
     for name, settings in recipe.trainings().items():
+        behind, parts = recipe.behind(name), Parts()
+        for other in behind:
+            parts = stages[other][0].parts(parts)
         files = files_of(settings.data)
         contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
-        made_of = [*made_of, settings.model_dump(mode="json"), shared, contents]
+        own[name] = [settings.model_dump(mode="json", exclude={"starts_from"}), shared, contents]
         if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
-            made_of.append(recipe.decode.labels)
+            own[name].append(recipe.decode.labels)
         if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
-            made_of.append([recipe.decode.model_dump(mode="json"), recipe.retriever.k])  # by which the best step is chosen
-        stage = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}")
-        stages.append((stage, parts))
-        parts = stage.parts(parts)
-    return stages
+            own[name].append([recipe.decode.model_dump(mode="json"), recipe.retriever.k])  # by which the best step is chosen
+        made_of = [*ground, *(item for other in (*behind, name) for item in own[other])]
+        stages[name] = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}"), parts
+    return list(stages.values())
 
 
 def files_of(data: Any) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 from raglan.decode.base import Asked
 from raglan.decode.classify import classify, first_tokens
 from raglan.decode.concat import concat
+from raglan.decode.ensemble import ensemble, ensembles, normalised
 from raglan.decode.rag_sequence import rag_sequence
 from raglan.decode.rag_token import rag_token
 from raglan.decode.rag_turn import rag_turn
@@ -14,9 +15,25 @@ from raglan.records import Answer
 KINDS: dict[str, Callable[[Any, Asked, Any], list[Answer]]] = {
     "classify": classify,
     "concat": concat,
+    "ensemble": ensemble,
     "rag_sequence": rag_sequence,
     "rag_token": rag_token,
 }
-NEEDS_PRIOR = {"classify", "rag_sequence", "rag_token"}
+CHOOSES = {"concat", "ensemble"}  # one of a question's choices, where it has any
+NEEDS_PRIOR = {"classify", "ensemble", "rag_sequence", "rag_token"}
 
-__all__ = ["KINDS", "NEEDS_PRIOR", "Asked", "classify", "concat", "first_tokens", "rag_sequence", "rag_token", "rag_turn"]
+__all__ = [
+    "CHOOSES",
+    "KINDS",
+    "NEEDS_PRIOR",
+    "Asked",
+    "classify",
+    "concat",
+    "ensemble",
+    "ensembles",
+    "first_tokens",
+    "normalised",
+    "rag_sequence",
+    "rag_token",
+    "rag_turn",
+]

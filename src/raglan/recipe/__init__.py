@@ -7,14 +7,17 @@ the recipe's folder. `raglan schema` prints the JSON schema with which editors c
 
 from raglan.recipe.data import DevTask, InstructionMix, LessonData, MixSource, QuestionData, Unanswerable
 from raglan.recipe.decode import (
+    ABSTENTION,
     ClassifyDecode,
     ConcatDecode,
     DecodeSettings,
+    EnsembleDecode,
     RagSequenceDecode,
     RagTokenDecode,
     SampleSettings,
     TurnSettings,
 )
+from raglan.recipe.grid import GridFolders, GridSettings, GridTask
 from raglan.recipe.knowledge import (
     BM25Index,
     ChunkSettings,
@@ -45,6 +48,7 @@ from raglan.recipe.parts import (
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
+    "ABSTENTION",
     "AnswerObjective",
     "BM25Index",
     "ChunkSettings",
@@ -54,8 +58,12 @@ __all__ = [
     "DenseIndex",
     "DevTask",
     "EncoderSettings",
+    "EnsembleDecode",
     "EvaluateSettings",
     "GeneratorSettings",
+    "GridFolders",
+    "GridSettings",
+    "GridTask",
     "HybridIndex",
     "IndexSettings",
     "InstructionMix",

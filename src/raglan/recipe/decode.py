@@ -9,13 +9,26 @@ from pydantic import BeforeValidator, Field, model_validator
 from raglan.recipe.base import Settings
 
 __all__ = [
+    "ABSTENTION",
     "ClassifyDecode",
     "ConcatDecode",
     "DecodeSettings",
+    "EnsembleDecode",
     "RagSequenceDecode",
     "RagTokenDecode",
     "SampleSettings",
     "TurnSettings",
+]
+
+
+ABSTENTION = "I don't know"
+
+Scorer = Annotated[
+    Literal["nll", "nll_char", "nll_token", "nll_compl"],
+    Field(
+        description="How a question's choices are compared: by log p, by log p for each character or token, or by log p less "
+        'that of the choice after "Answer:" alone.'
+    ),
 ]
 
 
@@ -39,6 +52,7 @@ class ConcatDecode(Settings):
     beams: int = Field(1, ge=1, description="1 is greedy.")
     max_new_tokens: int = Field(32, ge=1)
     length_penalty: float = 1.0
+    scorer: Scorer = "nll"
 
 
 class RagSequenceDecode(Settings):
@@ -108,12 +122,51 @@ class ClassifyDecode(Settings):
     )
 
 
+def _no_truth_values(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(choice, bool) for choice in value):
+        raise ValueError("choices hold true or false, which is what YAML makes of yes and no: put them in quotes")
+    return value
+
+
+class EnsembleDecode(Settings):
+    """RA-DIT's ensemble: one prompt a passage, whole answers scored under all of them and mixed with p(z|x).
+
+    A question that comes with `choices` gets one of them; any other is answered in words.
+    """
+
+    kind: Literal["ensemble"]
+    max_new_tokens: int = Field(32, ge=1)
+    samples: int | None = Field(None, ge=1, description="Draw so many answers a prompt; default is one, greedily.")
+    sample: SampleSettings = Field(SampleSettings(), description="How they are drawn.")
+    dedupe: Literal["normalised", "exact"] = Field(
+        "normalised", description="Which answers are one group: those that exact match takes for one, or that read the same."
+    )
+    abstain: Literal["keep", "last"] = Field(
+        "keep", description="With `last`, `abstention` is the answer only where nothing else was written."
+    )
+    abstention: str = Field(ABSTENTION, description="The answer that is none.")
+    choices: Annotated[tuple[str, ...], BeforeValidator(_no_truth_values)] = Field(
+        (), description="Of the questions that come without any; none means that those are answered in words."
+    )
+    scorer: Scorer = "nll"
+    normalise: Literal["after", "before"] = Field(
+        "after", description="Divide by characters or tokens after mixing the passages, or before."
+    )
+    completion: str = Field("Answer:", description="The prompt of nll_compl, without question and passage.")
+
+    @model_validator(mode="after")
+    def _choices_differ(self) -> EnsembleDecode:
+        if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or not all(map(str.strip, self.choices))):
+            raise ValueError("choices must be two or more, all different and none empty")
+        return self
+
+
 def _concat_unless_said(value: Any) -> Any:
     return {"kind": "concat", **value} if isinstance(value, dict) else value
 
 
 DecodeSettings = Annotated[
-    ConcatDecode | RagSequenceDecode | RagTokenDecode | ClassifyDecode,
+    ConcatDecode | RagSequenceDecode | RagTokenDecode | ClassifyDecode | EnsembleDecode,
     Field(discriminator="kind"),
     BeforeValidator(_concat_unless_said),
 ]

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from raglan.recipe.base import Arguments, Settings
 from raglan.recipe.data import AnswersAre, Data
 from raglan.recipe.decode import ConcatDecode, DecodeSettings
+from raglan.recipe.grid import GridSettings
 from raglan.recipe.knowledge import KnowledgeSettings
 from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
@@ -27,6 +28,9 @@ class StageSettings(Settings):
     data: Data
     objective: ObjectiveSettings
     train: Arguments = Field(default_factory=dict, description="transformers.TrainingArguments, verbatim.")
+    starts_from: tuple[str, ...] | None = Field(
+        None, description="Earlier stages whose parts this one starts from; default all of them, [] the recipe's own parts."
+    )
 
     @model_validator(mode="after")
     def _retrieving_objectives_ask_questions(self) -> StageSettings:
@@ -76,6 +80,7 @@ class Recipe(Settings):
     train: Arguments = Field(default_factory=dict, description="TrainingArguments of all stages.")
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
+    grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:
@@ -88,8 +93,22 @@ class Recipe(Settings):
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
         if self.retriever.retrieve_again is not None and getattr(self.decode, "turns", None) is not None:
             raise ValueError("give either retriever.retrieve_again or decode.turns")
+        self._stages_are_named()
         self.trainings()
         return self
+
+    def _stages_are_named(self) -> None:
+        """Names of stages in `starts_from` and `grid` are those of stages, in `starts_from` of earlier ones."""
+        known = list(self.trainings())
+        for place, (name, stage) in enumerate(self.stages.items()):
+            for other in stage.starts_from or ():
+                if other not in known[:place]:
+                    raise ValueError(f"stages.{name}.starts_from names {other!r}; before it are {known[:place]}")
+        if self.grid is not None:
+            named = [*self.grid.base, *filter(None, (self.grid.query_encoder, self.grid.generator))]
+            for other in named:
+                if other not in known:
+                    raise ValueError(f"grid names the stage {other!r}; there are {known}")
 
     @property
     def run(self) -> Path:
@@ -101,6 +120,16 @@ class Recipe(Settings):
         """The name of the index that answers queries."""
         names = list(self.knowledge.indexes)
         return self.retriever.index or ("hybrid" if "hybrid" in names else names[0])
+
+    def behind(self, name: str) -> list[str]:
+        """The stages that a stage starts from, and those that they start from, in order."""
+        names = list(self.trainings())
+        before = names[: names.index(name)]
+        said = self.trainings()[name].starts_from
+        if said is None:
+            return before
+        wanted = {other for start in said for other in (*self.behind(start), start)}
+        return [other for other in before if other in wanted]
 
     def trainings(self) -> dict[str, StageSettings]:
         """All stages in order, the recipe's `train` merged under each stage's own."""
