@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-swap bench-marginal clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
+	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
@@ -61,6 +62,9 @@ bench-squad: env
 bench-marginal: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	$(BIN)/python benchmarks/marginal.py
+
+bench-scores: env
+	$(BIN)/python benchmarks/scores.py
 
 bench-swap: env
 	$(BIN)/python benchmarks/swap.py

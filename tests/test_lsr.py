@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import tiny
 from raglan.artifact import read_manifest
+from raglan.candidates import lsr_rows
 from raglan.corpus import Corpus
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, GeneratorError, IndexMismatch, RecipeError
@@ -34,8 +36,8 @@ from raglan.recipe import EncoderSettings, Recipe, load_recipe
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
-from raglan.scores import ScoreTable
-from raglan.train import finished_parts, lsr_rows, train
+from raglan.scores import Pair, ScoreTable
+from raglan.train import finished_parts, train
 from test_generator import made, plain_logprobs
 from test_kill import small_recipe
 
@@ -76,6 +78,11 @@ def aim(system: RAG, **settings: Any) -> LsrObjective:
 def examples(system: RAG, count: int = 6) -> list[Example]:
     corpus = system.retriever.base.corpus
     return [Example(f"q{n}", f"who built {corpus[n].title}", ("odo", "a miller"), (corpus[n].id,)) for n in range(count)]
+
+
+def kept(table: Path) -> int:
+    """Rows in a table of scores."""
+    return int(read_manifest(table, "scores")["rows"])
 
 
 def rows_of(system: RAG, objective: LsrObjective, table: Path, asked: Sequence[Example] = ()) -> list[LsrRow]:
@@ -253,7 +260,7 @@ def test_one_step_moves_the_query_tower_alone(towers: str, folder: Path, tmp_pat
         p.data_ptr() for p in encoder.passage_tower.parameters()
     }
     assert not shared
-    rows = rows_of(system, objective, tmp_path / "scores.jsonl")
+    rows = rows_of(system, objective, tmp_path / "scores")
     query, passage = learned(encoder.query_tower), learned(encoder.passage_tower)
     loss, figures = objective.loss(objective.collate(rows))
     loss.backward()
@@ -271,7 +278,7 @@ def test_emdr2_is_marginal_with_the_query_encoder_alone(system: RAG, tmp_path: P
     asked = examples(system, 3)
     for over in ("sequence", "token"):
         ours = aim(system, preset="emdr2", over=over, k=4)
-        rows = rows_of(system, ours, tmp_path / "scores.jsonl", asked)
+        rows = rows_of(system, ours, tmp_path / "scores", asked)
         loss, _ = ours.loss(ours.collate(rows))
         parameters = ours.parameters()["query_encoder"]
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -287,7 +294,7 @@ def test_emdr2_is_marginal_with_the_query_encoder_alone(system: RAG, tmp_path: P
 
 def test_a_batch_is_the_mean_of_its_rows_whatever_their_order_or_pads(system: RAG, tmp_path: Path) -> None:
     objective = aim(system, target="mean_prob", tau=0.1)
-    rows = rows_of(system, objective, tmp_path / "scores.jsonl")
+    rows = rows_of(system, objective, tmp_path / "scores")
     whole = objective.loss(objective.collate(rows))[0].item()
     single = [objective.loss(objective.collate([row]))[0].item() for row in rows]
     assert whole == pytest.approx(np.mean(single), abs=1e-5)
@@ -312,7 +319,7 @@ def test_a_batch_is_the_mean_of_its_rows_whatever_their_order_or_pads(system: RA
 def test_rows_of_the_corpus_may_have_a_target_of_their_own(system: RAG, tmp_path: Path) -> None:
     objective = aim(system, target="prob", tau=0.5, corpus_halves={"target": "mean_logprob", "tau": 0.1})
     plain, other = aim(system, target="prob", tau=0.5), aim(system, target="mean_logprob", tau=0.1)
-    rows = rows_of(system, plain, tmp_path / "scores.jsonl")[:2]
+    rows = rows_of(system, plain, tmp_path / "scores")[:2]
     halves = [LsrRow(r.query, r.candidates, r.answer_logprobs, r.answer_length, r.id, CORPUS_HALVES) for r in rows]
     value = objective.loss(objective.collate([rows[0], halves[1]]))[0].item()
     apart = plain.loss(plain.collate(rows[:1]))[0].item(), other.loss(other.collate(rows[1:]))[0].item()
@@ -392,7 +399,7 @@ def test_flat_rows_can_be_skipped(system: RAG) -> None:
 
 # Evidence.
 def test_any_answer_is_the_sum_of_their_probabilities(system: RAG, tmp_path: Path) -> None:
-    asked, table = examples(system, 2), tmp_path / "scores.jsonl"
+    asked, table = examples(system, 2), tmp_path / "scores"
     candidates = np.array([[0, 1, 2, 3, 4], [5, 6, 7, 8, -1]])
     for target in ("prob", "mean_prob"):
         settings = aim(system, target=target, answers="any").settings
@@ -413,7 +420,7 @@ def test_any_answer_is_the_sum_of_their_probabilities(system: RAG, tmp_path: Pat
 def test_left_out_asks_k_prompts_of_all_the_others(kind: str, system: RAG, tmp_path: Path) -> None:
     system.generator = made(kind, tmp_path)
     asked, corpus = examples(system, 1), system.retriever.base.corpus
-    rows = preferred(asked, [""], np.array([[3, 4, 5, -1]]), system, aim(system, preset="loop").settings, tmp_path / "s.jsonl")
+    rows = preferred(asked, [""], np.array([[3, 4, 5, -1]]), system, aim(system, preset="loop").settings, tmp_path / "s")
     for place, others in enumerate(([4, 5], [3, 5], [3, 4])):
         prompt = system.generator.prompt.render(asked[0].query, [corpus[row] for row in others])
         wanted = -sum(plain_logprobs(system.generator, prompt, "odo"))
@@ -434,8 +441,8 @@ def test_attention_is_that_of_the_models_own_layers(kind: str, system: RAG, tmp_
     assert paid.tolist() == pytest.approx([np.mean([wanted[i] for i in span]) for span in spans], rel=1e-4)
     system.generator = generator
     settings = aim(system, preset="adist", k=3).settings
-    rows = preferred(examples(system, 1), [""], np.array([[0, 7, 2]]), system, settings, tmp_path / "s.jsonl")
-    assert not (tmp_path / "s.jsonl").exists()
+    rows = preferred(examples(system, 1), [""], np.array([[0, 7, 2]]), system, settings, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
     assert rows[0].answer_logprobs.shape == (3,)
     assert generator.model.config._attn_implementation != "eager" or kind == "reader"
 
@@ -501,12 +508,12 @@ def test_grades_are_the_target_and_graded_passages_come_in(system: RAG, tmp_path
         Example("2", "who", ("odo",), relevant=(corpus[2].id,)),
     ]
     settings = aim(system, target="given", tau=1.0, k=4).settings
-    rows = preferred(asked, ["", ""], np.array([[0, 1, 2, 3], [0, 1, 2, -1]]), system, settings, tmp_path / "s.jsonl")
+    rows = preferred(asked, ["", ""], np.array([[0, 1, 2, 3], [0, 1, 2, -1]]), system, settings, tmp_path / "s")
     assert rows[0].candidates.tolist() == [9, 1, 0, 2]
     assert rows[0].answer_logprobs.tolist() == [3, -1, 0, 0]
     assert rows[1].candidates.tolist() == [2, 0, 1, -1]
     assert rows[1].answer_logprobs.tolist() == [1, 0, 0, 0]
-    assert not (tmp_path / "s.jsonl").exists()
+    assert not (tmp_path / "s").exists()
     objective = aim(system, target="given", tau=1.0, k=4)
     log_q = objective._preferred(objective.collate(rows[:1]), torch.zeros(1, 4))
     assert log_q.exp()[0].tolist() == pytest.approx(torch.tensor([3.0, -1, 0, 0]).softmax(-1).tolist())
@@ -514,14 +521,14 @@ def test_grades_are_the_target_and_graded_passages_come_in(system: RAG, tmp_path
 
 # Candidates.
 def test_refreshed_candidates_are_the_tuned_encoders_and_only_new_pairs_are_scored(system: RAG, tmp_path: Path) -> None:
-    table = tmp_path / "scores.jsonl"
+    table = tmp_path / "scores"
     objective = aim(system, target="mean_prob", tau=0.1, refresh=3, candidates="dense")
     rows = rows_of(system, objective, table)
     objective.prepare(rows, lambda: rows_of(system, objective, table), tmp_path / "kb")
     research = objective.research
     assert research is not None
     known = {(row.id, int(passage)) for row in rows for passage in row.candidates}
-    lines = len(table.read_text().splitlines())
+    lines = kept(table)
     before = [row.candidates.copy() for row in rows]
     with torch.no_grad():
         for p in system.retriever.encoder.query_tower.parameters():
@@ -533,9 +540,9 @@ def test_refreshed_candidates_are_the_tuned_encoders_and_only_new_pairs_are_scor
     assert np.array_equal(np.stack([row.candidates for row in rows]), wanted)
     fresh = {(row.id, int(passage)) for row in rows for passage in row.candidates} - known
     assert fresh
-    assert len(table.read_text().splitlines()) == lines + len(fresh)
+    assert kept(table) == lines + len(fresh)
     research.at(6)  # nothing new is known, so nothing is asked
-    assert len(table.read_text().splitlines()) == lines + len(fresh)
+    assert kept(table) == lines + len(fresh)
     research.save(tmp_path / "candidates.npz")
     other = CandidateRefresh(rows_of(system, objective, table)[::-1][::-1], list, 3)
     other.rows = [LsrRow(row.query, old, row.answer_logprobs, 1, row.id) for row, old in zip(rows, before, strict=True)]
@@ -604,7 +611,7 @@ def test_over_retrieval_is_plain_search_until_the_passage_tower_moves(system: RA
 def test_both_towers_have_gradients_and_the_plan_says_when_to_build(system: RAG, tmp_path: Path) -> None:
     system.retriever = StaleRetriever.of(system.retriever, over_retrieve=20)
     objective = aim(system, learn="both", over_retrieve=20, target="mean_prob", tau=0.1)
-    rows = rows_of(system, objective, tmp_path / "s.jsonl")
+    rows = rows_of(system, objective, tmp_path / "s")
     loss, _ = objective.loss(objective.collate(rows))
     same = aim(system, target="mean_prob", tau=0.1)
     assert loss.item() == pytest.approx(same.loss(same.collate(rows))[0].item(), abs=1e-4)
@@ -643,7 +650,7 @@ def test_held_out_questions_are_judged_by_what_is_known_of_them(
     said = Example("2", f"who built {corpus[4].title}", (miller,))
     unsaid = Example("3", "who built", ("nobody knows",))
     with caplog.at_level(logging.INFO):
-        rows = judged([known, said, unsaid, Example("4", "who?")], system, aim(system).settings, tmp_path / "s.jsonl")
+        rows = judged([known, said, unsaid, Example("4", "who?")], system, aim(system).settings, tmp_path / "s")
     assert [row.by for row in rows] == ["passages", "answers", "favourite"]
     assert "judged by favourite: 1" in caplog.text
     candidates = system.retriever.search([unsaid.query], 5)[1][0]
@@ -729,14 +736,14 @@ def test_epochs_cost_no_call_and_no_passage_and_other_settings_neither(folder: P
     assert sum(rows for rows, _ in asked) == 40 * 4  # each question with each candidate, once
     assert all(at == 0 for _, at in asked)  # before the first step
     assert not encoded
-    table = folder / "runs" / "counted" / "scores.jsonl"
+    table = folder / "runs" / "counted" / "scores"
     asked.clear()
     for n, change in enumerate(
         ({"target": "mean_logprob", "tau": 0.2}, {"gamma": 0.5}, {"direction": "target_first"}, {"k": 3}, {"preset": "emdr2"})
     ):
         recipe = recipe_of(folder, f"counted{n}", {"k": 4, "target": "prob", **change}, max_steps=1, save_steps=100)
         recipe.run.mkdir(parents=True)
-        (recipe.run / "scores.jsonl").write_bytes(table.read_bytes())
+        shutil.copytree(table, recipe.run / "scores")
         train(recipe)
     assert not asked
     assert not encoded
@@ -834,14 +841,13 @@ def learned_on(recipe: Recipe, *, shuffle: bool | None) -> dict[str, float]:
 
 
 def test_scores_cost_nothing_twice_in_one_table(system: RAG, tmp_path: Path) -> None:
-    table = tmp_path / "scores.jsonl"
+    table = tmp_path / "scores"
     rows_of(system, aim(system, target="mean_prob"), table)
     again = ScoreTable(table, system.generator)
-    prompts = [system.generator.prompt.render(e.query, [system.retriever.base.corpus[0]]) for e in examples(system)]
-    again.token_logprobs(prompts[:1], ["odo"])
+    again.complete([Pair(examples(system)[0].query, (system.retriever.base.corpus[0],), "odo")])
     before = again.calls
     rows_of(system, aim(system, preset="loop", k=3), table)  # prompts of two passages are other prompts
-    lines = len(table.read_text().splitlines())
+    lines = kept(table)
     assert lines > before
     rows_of(system, aim(system, preset="loop", k=3, tau=2.0, gamma=0.2), table)
-    assert len(table.read_text().splitlines()) == lines
+    assert kept(table) == lines

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from raglan.candidates import lsr_rows
 from raglan.data import answer_rows, choose_passages, load_examples, resolve, stage_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compare, evaluate_recipe
@@ -18,8 +19,8 @@ from raglan.objective import LsrObjective
 from raglan.rag import RAG
 from raglan.recipe import LessonData, QuestionData, Recipe, load_recipe
 from raglan.records import Example
-from raglan.scores import ScoreTable
-from raglan.train import finished_parts, lsr_rows, train
+from raglan.scores import Pair, ScoreTable
+from raglan.train import finished_parts, train
 from test_kill import small_recipe
 
 
@@ -47,7 +48,7 @@ def questions(recipe: Recipe, system: RAG) -> list[Example]:
 def test_lsr_moves_the_query_tower_and_nothing_else(recipe: Recipe, system: RAG, folder: Path) -> None:
     """One backward pass: gradients in the whole query tower, none elsewhere; passage tower and index byte-identical."""
     settings = recipe.stages["find"].objective
-    rows = lsr_rows(questions(recipe, system), system, settings, folder / "scores-a.jsonl")  # type: ignore[arg-type]
+    rows = lsr_rows(questions(recipe, system), system, settings, folder / "scores-a")  # type: ignore[arg-type]
     encoder = system.retriever.encoder
     fingerprint = encoder.passage_fingerprint
     files = {path: path.read_bytes() for path in system.retriever.base.folder.rglob("*") if path.is_file()}
@@ -100,13 +101,19 @@ def test_lsr_on_a_toy_reaches_its_fixed_point(recipe: Recipe, system: RAG) -> No
 
 
 def test_scores_are_computed_once_whatever_the_objective_settings(recipe: Recipe, system: RAG, tmp_path: Path) -> None:
-    examples, table = questions(recipe, system)[:6], tmp_path / "scores.jsonl"
+    examples, table = questions(recipe, system)[:6], tmp_path / "scores"
     settings = recipe.stages["find"].objective
     first = lsr_rows(examples, system, settings, table)  # type: ignore[arg-type]
-    size = table.stat().st_size
-    for change in ({"tau": 3.0, "target": "sum_logprob"}, {"gamma": 0.5, "direction": "target_first"}, {"k": 3}):
+    files = {path: path.stat().st_mtime_ns for path in table.iterdir()}
+    changes = (
+        {"tau": 3.0, "target": "sum_logprob"},
+        {"gamma": 0.5, "direction": "target_first"},
+        {"k": 3},
+        {"score_eos": False},
+    )
+    for change in changes:
         lsr_rows(examples, system, settings.model_copy(update=change), table)  # type: ignore[union-attr, arg-type]
-        assert table.stat().st_size == size
+        assert {path: path.stat().st_mtime_ns for path in table.iterdir()} == files
     generator = system.generator
     for row, example in zip(first, examples, strict=True):
         for place, passage in enumerate(row.candidates):
@@ -114,15 +121,12 @@ def test_scores_are_computed_once_whatever_the_objective_settings(recipe: Recipe
             alone = generator.token_logprobs([prompt], [example.answers[0]])[0]
             assert row.answer_logprobs[place] == pytest.approx(alone.sum(), abs=1e-4)
             assert row.answer_length == len(alone)
-    with open(table, "ab") as file:
-        file.write(b"deadbeef [torn")
+    passage = system.retriever.base.corpus[int(first[0].candidates[0])]
     again = ScoreTable(table, generator)
-    prompts = [generator.prompt.render(examples[0].query, [system.retriever.base.corpus[int(first[0].candidates[0])]])]
-    again.token_logprobs(prompts, [examples[0].answers[0]])
+    again.complete([Pair(examples[0].query, (passage,), examples[0].answers[0])])
     assert again.calls == 0
-    again.token_logprobs(prompts, ["another answer"])
+    again.complete([Pair(examples[0].query, (passage,), "another answer")])
     assert again.calls == 1
-    assert ScoreTable(table, generator).token_logprobs(prompts, ["another answer"])[0].shape
 
 
 def test_rows_hold_the_passages_that_were_asked_for(recipe: Recipe, system: RAG) -> None:

@@ -153,10 +153,16 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Only this stage; those before it must be done.")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only tell what the language model would have to score.")] = False,
 ) -> None:
     """Train the recipe's stages that are not done yet; an interrupted one goes on where it stopped."""
+    from raglan.train import dry_run
     from raglan.train import train as train_stages
 
+    if dry:
+        for name, plan in dry_run(load_recipe(recipe, overrides or [])).items():
+            typer.echo(f"{name}: {plan}")
+        return
     parts = train_stages(load_recipe(recipe, overrides or []), only=stage)
     if parts.generator:
         typer.echo(f"generator      {parts.generator}")

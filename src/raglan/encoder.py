@@ -119,6 +119,17 @@ class Encoder:
         plain = _plain(tokenizer)
         return sum(len(encoding) > limit for encoding in plain.encode_batch_fast(list(texts)))
 
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where the passage tower's tokens of each text begin and end, in characters, its special tokens left out.
+
+        Raises:
+            RecipeError: a tokenizer that does not say where its tokens stand.
+        """
+        if not hasattr(self.passage_tower.tokenizer, "backend_tokenizer"):
+            raise RecipeError(f"the tokenizer of {self.settings.model!r} has no offsets", hint="use an encoder with a fast one")
+        plain = _plain(self.passage_tower.tokenizer)
+        return [encoding.offsets for encoding in plain.encode_batch(list(texts), add_special_tokens=False)]
+
     def reads(self, query: str) -> bool:
         """Whether the query tower reads a query to its end."""
         limit, tokenizer = self.query_tower.max_seq_length, self.query_tower.tokenizer

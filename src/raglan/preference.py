@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +27,12 @@ from raglan.prompt import Rendered
 from raglan.rag import RAG
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.records import Example, Passage
-from raglan.scores import ScoreTable
+from raglan.scores import Pair, ScoreTable, open_scorer
 
-__all__ = ["judged", "preferred"]
+__all__ = ["HALF", "Pairs", "asked_pairs", "judged", "preferred"]
 
 log = logging.getLogger(__name__)
+HALF = "half"  # in Example.metadata: made from a passage, whose end is no end of text
 DEPTH = 100  # passages in which a held-out question's answers are looked for
 
 
@@ -52,7 +53,7 @@ def preferred(
     Args:
         texts: what is searched for, of each example.
         candidates: rows (N,K), −1 where there is none. With grades, graded passages come in at the front.
-        table: the file of language-model scores.
+        table: the folder of language-model scores.
         sources: which data made each example; default none in particular.
 
     Raises:
@@ -110,37 +111,60 @@ def _favourites(asked: Sequence[tuple[Example, np.ndarray]], system: RAG, settin
     ]
 
 
+def asked_pairs(examples: Sequence[Example], candidates: np.ndarray, system: RAG, settings: LsrSettings) -> Pairs:
+    """All pairs whose likelihood is asked of the language model."""
+    every, alone = settings.answers == "any", settings.evidence == "alone"
+    return Pairs(examples, candidates, system.retriever.base.corpus, every=every, alone=alone)
+
+
+class Pairs(Sequence[Pair]):
+    """Every (example, candidate, answer), made when it is looked at: there may be millions.
+
+    Attributes:
+        example, place, answer: (n,) each, of every pair.
+    """
+
+    def __init__(self, examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus, *, every: bool, alone: bool):
+        self.examples, self.candidates, self.corpus, self.alone = examples, candidates, corpus, alone
+        n, k = np.nonzero(candidates >= 0)
+        times = np.array([len(example.answers) if every else 1 for example in examples], np.int64)[n]
+        self.example, self.place = np.repeat(n, times), np.repeat(k, times)
+        self.answer = np.arange(len(self.example)) - np.repeat(np.cumsum(times) - times, times)
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    def __getitem__(self, number: Any) -> Any:
+        n, k = self.example[number], self.place[number]
+        example, rows = self.examples[n], self.candidates[n]
+        passages = _passages(rows[k : k + 1] if self.alone else np.delete(rows, k), self.corpus)
+        return Pair(example.query, tuple(passages), example.answers[self.answer[number]], example.history)
+
+
 def _scored(
     examples: Sequence[Example], candidates: np.ndarray, system: RAG, settings: LsrSettings, table: Path, sources: Sequence[str]
 ) -> Evidence:
-    """Log-probabilities of answers with each candidate alone, or, turned round, with all the others."""
-    corpus = system.retriever.base.corpus
-    places = [(n, k) for n, k in np.argwhere(candidates >= 0).tolist()]
-    asked, prompts, answers = [], [], []
-    for n, k in places:
-        rows = candidates[n, k : k + 1] if settings.evidence == "alone" else np.delete(candidates[n], k)
-        prompt = _prompt(examples[n], _passages(rows, corpus), system)
-        for answer in examples[n].answers if settings.answers == "any" else examples[n].answers[:1]:
-            asked.append((n, k))
-            prompts.append(prompt)
-            answers.append(answer)
-    scored = ScoreTable(table, system.generator, score_eos=settings.score_eos).token_logprobs(prompts, answers)
-    each: dict[tuple[int, int], list[np.ndarray]] = {}
-    for place, value in zip(asked, scored, strict=True):
-        each.setdefault(place, []).append(value)
-    values, lengths = np.zeros(candidates.shape, np.float32), np.ones(len(examples), np.int64)
+    """Log-probabilities of answers with each candidate alone, or, turned round, with all the others.
+
+    Of several answers log Σ_a p_a, or of their means, which are then done: T is 1.
+    """
+    pairs = asked_pairs(examples, candidates, system, settings)
+    scores = ScoreTable(table, open_scorer(settings.scorer, system.generator))
+    keys = scores.complete(pairs)
+    ends = np.array([settings.score_eos and HALF not in example.metadata for example in examples], bool)[pairs.example]
+    values, tokens = scores.sums(keys, score_eos=ends)
+    many = np.array([settings.answers == "any" and len(example.answers) > 1 for example in examples], bool)
+    means = np.array([_target_of(source, settings).startswith("mean") for source in sources], bool)
+    own = np.where((many & means)[pairs.example], values / tokens, values)
+    totals, lengths = np.full(candidates.shape, -np.inf, np.float32), np.ones(len(examples), np.int64)
+    np.logaddexp.at(totals, (pairs.example, pairs.place), own.astype(np.float32))
+    lengths[pairs.example] = np.where(many[pairs.example], 1, tokens)
     sign = 1 if settings.evidence == "alone" else -1
-    for (n, k), own in each.items():
-        total, lengths[n] = _together(own, mean=_target_of(sources[n], settings).startswith("mean"))
-        values[n, k] = sign * total
-    return Evidence(values, lengths, {place: own[0] for place, own in each.items()})
-
-
-def _together(answers: Sequence[np.ndarray], *, mean: bool) -> tuple[float, int]:
-    """Several answers' token log-probabilities as one Σ and its T: log Σ_a p_a, or of their means, which are then done."""
-    if len(answers) == 1:
-        return float(answers[0].sum()), len(answers[0])
-    return float(np.logaddexp.reduce([own.mean() if mean else own.sum() for own in answers])), 1
+    each: dict[tuple[int, int], np.ndarray] = {}
+    if settings.loss == "marginal" and settings.over == "token":
+        found = scores.token_logprobs(keys, score_eos=ends)
+        each = dict(zip(zip(pairs.example.tolist(), pairs.place.tolist(), strict=True), found, strict=True))
+    return Evidence(np.where(candidates >= 0, sign * totals, 0).astype(np.float32), lengths, each)
 
 
 def _target_of(source: str, settings: LsrSettings) -> str:

@@ -6,7 +6,7 @@
     data/         the rows of an instruction mix, readable (`raglan.datapoints`); misfits.jsonl, those that do not fit
         result/       what learned: generator/, query_encoder/, passage_encoder/ with its knowledge/, prior/;
                     and manifest.json, written last
-    runs/<name>/scores.jsonl   language-model scores (lsr), shared by all settings that do not change them
+    runs/<name>/scores/   language-model scores (lsr), shared by all settings that do not change them
 
 A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
 come out of the stages before), so a changed setting trains anew and an unchanged one is not trained twice.
@@ -27,6 +27,7 @@ import numpy as np
 from transformers import set_seed
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
@@ -43,15 +44,16 @@ from raglan.objective import (
     TurnObjective,
     learns_to_retrieve,
 )
-from raglan.objective.lsr import HeldOut, LsrRow
+from raglan.objective.lsr import HeldOut
 from raglan.objective.staleness import Refresher, StaleRetriever
-from raglan.preference import judged, preferred
+from raglan.preference import judged
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
-from raglan.recipe import ClassifyDecode, InstructionMix, QuestionData, Recipe, StageSettings
+from raglan.recipe import ClassifyDecode, InstructionMix, LsrMixData, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
+from raglan.scores import Plan
 from raglan.trainer import (
     CANDIDATES,
     INDEX_STATE,
@@ -63,11 +65,15 @@ from raglan.trainer import (
     stage_trainer,
 )
 
-__all__ = ["Parts", "finished_parts", "learned_by", "stage_parts", "train"]
+__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "stage_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
 LEARNED = {"answer": "generator", "lsr": "query_encoder"}
+# How a scorer is reached and how fast it goes changes no score; where a stage starts is told by the stages behind it.
+NOT_LEARNED: Any = {"starts_from": True, "objective": {"scorer": {
+    "endpoint", "api_key_env", "concurrency", "retries", "timeout", "batch_tokens", "head_chunk",
+}}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,33 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
             raise RecipeError(f"stage {stage.name!r} comes before {only!r} and is not done", hint=f"--stage {stage.name}")
         parts = stage.parts(parts)
     return parts
+
+
+def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
+    """What each stage would ask of the language model before its first step; or, in a word, why nothing is known of it.
+
+    Models are loaded, since their weights name the scores; nothing is scored, written or trained.
+
+    Raises:
+        RecipeError: the recipe trains nothing.
+    """
+    if not recipe.trainings():
+        raise RecipeError(f"recipe {recipe.name!r} trains nothing", hint="give it `objective` and `data`, or `stages`")
+    told: dict[str, Plan | str] = {}
+    for stage, before in _stages(recipe):
+        objective = stage.settings.objective
+        waits = next((name for name in recipe.behind(stage.name) if told[name] != "done"), None)
+        if (stage.result / MANIFEST).is_file():
+            told[stage.name] = "done"
+        elif not isinstance(objective, LsrSettings):
+            told[stage.name] = "scores nothing"
+        elif waits:
+            told[stage.name] = f"not known before stage {waits} is done"
+        else:
+            system = before.open(recipe)
+            examples = _lsr_examples(recipe, stage, system, objective)
+            told[stage.name] = lsr_plan(examples, system, objective, recipe.run / "scores")
+    return told
 
 
 def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
@@ -221,7 +254,10 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
             parts = stages[other][0].parts(parts)
         files = files_of(settings.data)
         contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
-        own[name] = [settings.model_dump(mode="json", exclude={"starts_from"}), shared, contents]
+        own[name] = [settings.model_dump(mode="json", exclude=NOT_LEARNED), shared, contents]
+        scorer = getattr(settings.objective, "scorer", None)
+        if scorer is not None:
+            own[name].append(folder_stamp(scorer.model))
         if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
             own[name].append(recipe.decode.labels)
         if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
@@ -236,7 +272,8 @@ def files_of(data: Any) -> list[Path]:
     if isinstance(data, InstructionMix):
         paths = [*(source.path for source in data.sources.values()), *(task.path for task in data.dev.values())]
         return [path for path in paths if path is not None]
-    return [path for key in ("path", "dev") if (path := getattr(data, key, None)) is not None]
+    named = [path for key in ("path", "dev") if (path := getattr(data, key, None)) is not None]
+    return [*named, *getattr(data, "exclude_documents_of", ())]
 
 
 def folder_stamp(name: str | Path | None) -> list[list[Any]]:
@@ -304,6 +341,7 @@ def _answer(
     data, corpus = stage.settings.data, system.retriever.base.corpus
     if isinstance(data, InstructionMix):
         return _mixed(recipe, stage, system, settings, data)
+    assert not isinstance(data, LsrMixData)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
     if recipe.generator.lora is None:
@@ -329,12 +367,8 @@ def _mixed(
 
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
-    data = stage.settings.data
-    assert isinstance(data, QuestionData)
-    corpus, table = system.retriever.base.corpus, recipe.run / "scores.jsonl"
-    if settings.answers == "any":  # all of them, whatever other objectives learn from
-        data = data.model_copy(update={"answers": "each"})
-    examples = learned_answers(stage_examples(data, corpus, recipe.seed), data, system.retriever, recipe.seed)
+    data, corpus, table = _lsr_data(stage), system.retriever.base.corpus, recipe.run / "scores"
+    examples = _lsr_examples(recipe, stage, system, settings)
     held_out: list[HeldOut] = []
     if data.dev is not None:
         held_out = judged(load_examples(data.dev, corpus, limit=500, seed=recipe.seed), system, settings, table)
@@ -345,6 +379,15 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     objective.look(rows)
     objective.prepare(rows, lambda: lsr_rows(examples, system, objective.settings, table), stage.folder / "work" / "knowledge")
     return objective, rows, held_out
+
+
+def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> list[Example]:
+    return lsr_examples(_lsr_data(stage), system, recipe.seed, every=settings.answers == "any")
+
+
+def _lsr_data(stage: _Stage) -> QuestionData | LsrMixData:
+    assert isinstance(stage.settings.data, QuestionData | LsrMixData)
+    return stage.settings.data
 
 
 def _marginal(
@@ -414,7 +457,9 @@ def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Exa
     """The examples with the answers the generator is to write: a class's text for its name, where it learns classes."""
     if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
         examples = class_texts(examples, recipe.decode)
-    return learned_answers(examples, stage.settings.data, system.retriever, recipe.seed)
+    data = stage.settings.data
+    assert not isinstance(data, LsrMixData)
+    return learned_answers(examples, data, system.retriever, recipe.seed)
 
 
 def _learns_classes(settings: StageSettings) -> bool:
@@ -428,16 +473,6 @@ def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
         log.warning("decode scores a class's first token, stage %s learns whole answers: objective.tokens: first", stage.name)
     if first == "first" and recipe.decode.kind != "classify":
         log.warning("stage %s learns first tokens, and nothing of how an answer ends: decode.kind: classify", stage.name)
-
-
-def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[LsrRow]:
-    """Candidates by the starting retriever and their language-model scores, both made once, before the first step."""
-    retriever = system.retriever
-    k = min(settings.k, len(retriever.base.corpus))
-    searcher = retriever if settings.candidates is None else retriever.by(settings.candidates)
-    texts = retriever.search_texts([example.query for example in examples], [example.history for example in examples])
-    _, candidates = searcher.search(texts, k)
-    return preferred(examples, texts, candidates, system, settings, table)
 
 
 def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:

@@ -1,20 +1,23 @@
-"""What every generator can do: write completions, and say how likely an answer is."""
+"""What every generator can do: write completions, and say how likely an answer is. A scorer does only the latter."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from raglan.artifact import fingerprint
+from raglan.errors import GeneratorError
 from raglan.prompt import Prompt, Rendered
 from raglan.records import Completion
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "Scorer", "answer_ids", "tokenizer_identity"]
 
 
-class Generator(ABC):
-    """A language model behind a prompt.
+class Scorer(ABC):
+    """A language model behind a prompt, asked how likely answers are.
 
     Attributes:
         prompt: renders questions and passages for this model.
@@ -22,11 +25,14 @@ class Generator(ABC):
 
     prompt: Prompt
 
+    @property
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
-    ) -> list[Completion]:
-        """The best completion of each prompt, in order; greedy with one beam."""
+    def batch_tokens(self) -> int:
+        """Padded tokens of prompts and answers that are scored together."""
+
+    @abstractmethod
+    def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
+        """`input_ids` of the prompt and `labels`, the answer's own ids with the end token. Raises GeneratorError."""
 
     @abstractmethod
     def token_logprobs(
@@ -38,3 +44,33 @@ class Generator(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Names everything that scores depend on: weights, adapter, tokenizer, prompt, precision."""
+
+
+class Generator(Scorer):
+    """A language model behind a prompt, that also writes."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
+    ) -> list[Completion]:
+        """The best completion of each prompt, in order; greedy with one beam."""
+
+
+def answer_ids(tokenizer: Any, answer: str, space: str = "") -> list[int]:
+    """An answer's own ids, tokenised apart from any prompt, behind the white space that the prompt left, without an end token.
+
+    Raises:
+        GeneratorError: the answer has no token.
+    """
+    ids = tokenizer(space + answer, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if not ids or not answer.strip():  # white space that the prompt left is no answer yet
+        raise GeneratorError(
+            f"answer {answer!r} has no token in this model's vocabulary", hint="correct or remove it in the question file"
+        )
+    return list(ids)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Names what a tokenizer makes of text: its vocabulary, what it puts around a text, and its chat template."""
+    around = tokenizer("a b")["input_ids"]
+    return fingerprint([sorted(tokenizer.get_vocab().items()), around, getattr(tokenizer, "chat_template", None)])

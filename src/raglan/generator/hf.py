@@ -33,7 +33,7 @@ from raglan.artifact import fingerprint, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
-from raglan.generator.base import Generator
+from raglan.generator.base import Generator, answer_ids, tokenizer_identity
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
 from raglan.progress import track
@@ -155,13 +155,7 @@ class HFGenerator(Generator):
             GeneratorError: the answer has no token.
         """
         space = self.prompt.answer_space if space is None else space
-        text = answer if self.is_seq2seq else space + answer
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        if not ids or not answer.strip():  # white space that the prompt left is no answer yet
-            raise GeneratorError(
-                f"answer {answer!r} has no token in this model's vocabulary", hint="correct or remove it in the question file"
-            )
-        return [*ids, self.eos]
+        return [*answer_ids(self.tokenizer, answer, "" if self.is_seq2seq else space), self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
@@ -206,6 +200,10 @@ class HFGenerator(Generator):
         return torch.autocast(self.device.type, self.dtype)
 
     @property
+    def batch_tokens(self) -> int:
+        return self.settings.batch_tokens
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
@@ -216,9 +214,8 @@ class HFGenerator(Generator):
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-        vocabulary = fingerprint(sorted(self.tokenizer.get_vocab().items()))
-        prompt = self.prompt.settings.model_dump(mode="json")
-        return fingerprint([digest.hexdigest(), vocabulary, prompt, self.prompt.layout, str(self.dtype)])
+        prompt = [self.prompt.settings.model_dump(mode="json"), self.prompt.layout, self.prefix, self.eos]
+        return fingerprint([digest.hexdigest(), tokenizer_identity(self.tokenizer), prompt, str(self.dtype)])
 
     def save(self, folder: Path, **figures: Any) -> None:
         """Write weights (or the adapter) and tokenizer in the transformers (peft) layout, then the manifest."""
@@ -395,14 +392,14 @@ class HFGenerator(Generator):
 
     @torch.no_grad()
     def _check_head(self, inputs: dict[str, Tensor]) -> None:
-        """Compare, once, the model's own logits with what `_finished` makes of its head's output."""
+        """Compare, once, the model's own logits with what `_finished` makes of its head's output: `head_chunk` of them."""
         self._head_is_checked = True
         raw: list[Tensor] = []
         handle = self.model.get_output_embeddings().register_forward_hook(lambda _, __, output: raw.append(output))
         was_training = self.model.training
         self.model.eval()
         try:
-            theirs = self.model(**{name: value[:1] for name, value in inputs.items()}, use_cache=False).logits
+            theirs = self.model(**self._one_chunk(inputs), use_cache=False).logits
         finally:
             handle.remove()
             self.model.train(was_training)
@@ -413,6 +410,12 @@ class HFGenerator(Generator):
                 f"{type(self.model).__name__} changes its logits after the LM head in a way that raglan does not know",
                 hint="report the architecture; its head cannot be applied in chunks yet",
             )
+
+    def _one_chunk(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first row, as much of it as gives logits at no more than `head_chunk` positions."""
+        whole = {"input_ids", "attention_mask"} if self.is_seq2seq else set()
+        most = self.settings.head_chunk
+        return {name: value[:1] if name in whole else value[:1, :most] for name, value in inputs.items()}
 
 
 def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:

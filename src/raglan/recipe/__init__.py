@@ -5,7 +5,7 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
-from raglan.recipe.data import DevTask, InstructionMix, LessonData, MixSource, QuestionData, Unanswerable
+from raglan.recipe.data import DevTask, InstructionMix, LessonData, LsrMixData, MixSource, QuestionData, Unanswerable
 from raglan.recipe.decode import (
     ABSTENTION,
     ClassifyDecode,
@@ -44,6 +44,7 @@ from raglan.recipe.parts import (
     RetrieveAgain,
     RetrieverSettings,
     RewriteSettings,
+    ScorerSettings,
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
@@ -70,6 +71,7 @@ __all__ = [
     "KnowledgeSettings",
     "LearnedTurns",
     "LessonData",
+    "LsrMixData",
     "LsrObjective",
     "MarginalObjective",
     "MixSource",
@@ -83,6 +85,7 @@ __all__ = [
     "RetrieverSettings",
     "RewriteSettings",
     "SampleSettings",
+    "ScorerSettings",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",

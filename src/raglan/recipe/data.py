@@ -15,6 +15,7 @@ __all__ = [
     "DevTask",
     "InstructionMix",
     "LessonData",
+    "LsrMixData",
     "MixSource",
     "QuestionData",
     "Unanswerable",
@@ -187,4 +188,39 @@ class InstructionMix(Settings):
         return self
 
 
-Data = Annotated[QuestionData | LessonData | InstructionMix, Field(discriminator="kind")]
+LsrSource = Literal["corpus_halves", "tasks"]
+
+
+class LsrMixData(Settings):
+    """What a query encoder learns from without labels: halves of the corpus' own passages, and questions with answers."""
+
+    kind: Literal["lsr_mix"]
+    sources: dict[LsrSource, Annotated[float, Field(gt=0)]] = Field(
+        {"corpus_halves": 0.95, "tasks": 0.05}, min_length=1,
+        description="Shares of the rows: `corpus_halves` asks for a passage's end by its beginning, `tasks` are questions.",
+    )  # fmt: skip
+    path: Path | None = Field(None, description="The questions of `tasks`, with answers.")
+    dev: Path | None = Field(None, description="Held-out questions for the validation search.")
+    count: int | None = Field(None, ge=1, description="Rows in all; default and most: as many as the scarcer source allows.")
+    half_tokens: int = Field(
+        50, ge=1, description="Tokens (the encoder's) of beginning and end; a passage needs twice as many."
+    )
+    exclude_documents_of: tuple[Path, ...] = Field(
+        (), description="Questions whose relevant passages' documents give no halves: those that are evaluated on."
+    )
+
+    @model_validator(mode="after")
+    def _tasks_have_questions(self) -> LsrMixData:
+        if ("tasks" in self.sources) != (self.path is not None):
+            raise ValueError("sources.tasks and path belong together: the questions that tasks takes")
+        if self.exclude_documents_of and "corpus_halves" not in self.sources:
+            raise ValueError("exclude_documents_of keeps documents out of corpus_halves, which is not in sources")
+        return self
+
+    @property
+    def tasks(self) -> QuestionData | None:
+        """The source of questions, as data of its own."""
+        return None if self.path is None else QuestionData(kind="questions", path=self.path, dev=self.dev)
+
+
+Data = Annotated[QuestionData | LessonData | InstructionMix | LsrMixData, Field(discriminator="kind")]

@@ -205,7 +205,7 @@ def _resolve(value: Any, base: Path) -> Any:
         return {key: _resolve(item, base) for key, item in value.items()}
     if isinstance(value, BaseModel):
         changes = {name: _resolve(getattr(value, name), base) for name in type(value).model_fields}
-        for name in ("model", "query_model"):
+        for name in ("model", "query_model", "tokenizer"):
             text = changes.get(name)
             if isinstance(text, str) and text != "embedded" and (base / text).is_dir():
                 changes[name] = str(base / text)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raglan.recipe.base import Settings
 from raglan.recipe.decode import TurnSettings
+from raglan.recipe.parts import ScorerSettings
 
 __all__ = [
     "AnswerObjective",
@@ -123,6 +124,7 @@ class LsrObjective(Settings):
         (), description="For learn both: [from, to, every], steps between which the index is built anew every so many."
     )
     score_eos: bool = Field(True, description="Whether the end token counts in the LM score.")
+    scorer: ScorerSettings | None = Field(None, description="Who scores; default the generator.")
     patience: int | None = Field(None, ge=1, description="Stop after so many evaluations in a row without a better figure.")
 
     @model_validator(mode="before")

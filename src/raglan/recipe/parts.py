@@ -16,6 +16,7 @@ __all__ = [
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
+    "ScorerSettings",
 ]
 
 
@@ -120,3 +121,32 @@ class GeneratorSettings(Settings):
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
+
+
+class ScorerSettings(Settings):
+    """A language model that says how likely answers are, in place of the recipe's generator: run here, or on a server."""
+
+    model: str = Field(description="`embedded`, a folder, or a hub name; with `endpoint` the name that the server knows.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$",
+        description="An OpenAI-compatible server that gives prompt log-probabilities, as http://localhost:8000/v1.",
+    )  # fmt: skip
+    tokenizer: str | None = Field(None, description="The served model's, a folder or hub name; default `model`.")
+    revision: str | None = Field(None, description="Any name; another one makes scores anew, as for other weights there.")
+    api_key_env: str | None = Field(None, description="The environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, description="Requests at a time.")
+    retries: int = Field(5, ge=0, description="Further tries of a request that fails, each after a longer wait.")
+    timeout: float = Field(120.0, gt=0, description="Seconds a request may take.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of a model run here.")
+    batch_tokens: int = Field(16384, ge=64, description="Tokens scored together, and lost at most when interrupted.")
+    head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
+
+    @model_validator(mode="after")
+    def _server_settings_need_a_server(self) -> ScorerSettings:
+        of_a_server = {"tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout"}
+        said = sorted(of_a_server & self.model_fields_set)
+        if self.endpoint is None and said:
+            raise ValueError(f"{', '.join(said)} belong to an endpoint, and none is given")
+        if self.endpoint is not None and (found := {"dtype", "head_chunk"} & self.model_fields_set):
+            raise ValueError(f"{', '.join(sorted(found))} belong to a model run here, and the endpoint runs this one")
+        return self

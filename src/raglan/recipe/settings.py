@@ -34,7 +34,9 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _retrieving_objectives_ask_questions(self) -> StageSettings:
-        if self.objective.kind != "answer" and self.data.kind != "questions":
+        if self.data.kind == "lsr_mix" and self.objective.kind != "lsr":
+            raise ValueError("data of kind lsr_mix are for objective lsr")
+        if self.objective.kind != "answer" and self.data.kind not in ("questions", "lsr_mix"):
             raise ValueError(f"objective {self.objective.kind} needs data of kind questions")
         return self
 

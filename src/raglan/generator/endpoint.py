@@ -1,0 +1,228 @@
+"""Answers scored on a server that speaks OpenAI's completions protocol: vLLM, and others that give prompt log-probabilities.
+
+A pair goes out as token ids, [prompt | w1 … wT EOS], made here as for a model run here: prompt and answer tokenised apart, one
+BOS, white space at the head of the answer. The server's text is never asked for, so its own template and tokenisation cannot
+get in between. Back come log-probabilities of the prompt's tokens, in one of two ways: `prompt_logprobs` (vLLM's) or `echo`
+with `logprobs` (OpenAI's, which vLLM has too). Which of them a server has, one pair tells, before anything else is asked; on
+the same pair the pieces of the answer must spell the answer. Repeated failures are the `openai` client's affair: it waits
+longer each time, or as long as Retry-After says, and gives up after `retries`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from raglan.artifact import fingerprint
+from raglan.errors import CheckpointError, GeneratorError, require
+from raglan.generator.base import Scorer, answer_ids, tokenizer_identity
+from raglan.prompt import Prompt, Rendered
+from raglan.quiet import quietly
+from raglan.recipe import PromptSettings, ScorerSettings
+
+__all__ = ["EndpointScorer"]
+
+PROBE = ("The tower was built in", "1831, by a miller")
+HINT = "it must return prompt log-probabilities, as `vllm serve MODEL` does; most hosted services do not"
+
+
+class EndpointScorer(Scorer):
+    """A causal model behind a server, its tokenizer here.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot be loaded.
+        GeneratorError: `api_key_env` names a variable that is not set; a tokenizer without an end token.
+    """
+
+    def __init__(self, settings: ScorerSettings, prompt: PromptSettings):
+        assert settings.endpoint is not None
+        self.settings, self.tokenizer = settings, _tokenizer(settings.tokenizer or settings.model)
+        if self.tokenizer.eos_token_id is None:
+            raise GeneratorError(f"the tokenizer of {settings.model!r} names no end token", hint="set its eos_token")
+        self.eos = int(self.tokenizer.eos_token_id)
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        layout = prompt.layout if prompt.layout != "auto" else "chat" if chat else "joined"
+        self.prompt = Prompt(prompt, self.tokenizer, layout=layout)
+        self._key = _key(settings.api_key_env)
+        self._read: _Reading | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.settings.batch_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        prompt = [self.prompt.settings.model_dump(mode="json"), self.prompt.layout, self.eos]
+        named = [self.settings.model, self.settings.revision]
+        return fingerprint([named, tokenizer_identity(self.tokenizer), prompt])
+
+    def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
+        return {"input_ids": list(prompt.ids), "labels": [*answer_ids(self.tokenizer, answer, prompt.answer_space), self.eos]}
+
+    def token_logprobs(
+        self, prompts: Sequence[Rendered], answers: Sequence[str], *, score_eos: bool = True
+    ) -> list[np.ndarray]:
+        """As every scorer's.
+
+        Raises:
+            GeneratorError: a server that cannot be reached, refuses the key or the model, or cannot score prompts.
+        """
+        rows = [self.row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        with ThreadPoolExecutor(1) as apart:  # notebooks have a loop of their own running in this thread
+            values = apart.submit(asyncio.run, self._score_all(rows)).result()
+        return [own if score_eos else own[:-1] for own in values]
+
+    async def _score_all(self, rows: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
+        openai = require("openai", "to score on an endpoint")
+        places = asyncio.Semaphore(self.settings.concurrency)
+        try:
+            async with openai.AsyncOpenAI(
+                base_url=self.settings.endpoint, api_key=self._key or "none", max_retries=self.settings.retries,
+                timeout=self.settings.timeout,
+            ) as client:  # fmt: skip
+                self._read = self._read or await self._way(client)
+
+                async def score(row: dict[str, list[int]]) -> np.ndarray:
+                    async with places:
+                        assert self._read is not None
+                        return await self._one(client, row, self._read)
+
+                return await _together([score(row) for row in rows])
+        except openai.OpenAIError as fault:
+            raise self._told(openai, fault) from None
+
+    async def _one(self, client: Any, row: dict[str, list[int]], read: _Reading) -> np.ndarray:
+        ids, first = [*row["input_ids"], *row["labels"]], len(row["input_ids"])
+        found = read(await self._asked(client, ids, read), ids, first)
+        if found is None:
+            raise GeneratorError(f"{self._name} left out log-probabilities of an answer's tokens", hint=HINT)
+        return np.array([logprob for logprob, _ in found], dtype=np.float32)
+
+    async def _asked(self, client: Any, ids: list[int], read: _Reading) -> Any:
+        answer = await client.completions.create(
+            model=self.settings.model, prompt=ids, max_tokens=1, temperature=0.0, **ASKS[read]
+        )
+        return answer.choices[0]
+
+    async def _way(self, client: Any) -> _Reading:
+        """The first way of reading prompt log-probabilities that this server answers, tried on one pair."""
+        openai = require("openai", "to score on an endpoint")
+        question, answer = PROBE
+        labels = answer_ids(self.tokenizer, answer, " ")
+        ids = [*self.tokenizer(question)["input_ids"], *labels]
+        why = ""
+        for read in ASKS:
+            try:
+                found = read(await self._asked(client, ids, read), ids, len(ids) - len(labels))
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as fault:
+                why = f": {self._without_key(fault)}"
+                continue  # a server that knows this way would not refuse so short a prompt
+            if found is not None:
+                self._check_spelling([piece for _, piece in found], labels, answer)
+                return read
+        raise GeneratorError(f"{self._name} gives no log-probabilities of a prompt's tokens{why}", hint=HINT)
+
+    def _check_spelling(self, pieces: Sequence[str], labels: Sequence[int], answer: str) -> None:
+        """What the server holds for the answer's ids must be the answer: its tokenizer has to be the one used here."""
+        ours = [f"token_id:{number}" for number in labels]
+        told = "".join(pieces).translate({ord(mark): None for mark in "▁Ġ \n"})
+        if list(pieces) != ours and told != answer.replace(" ", ""):
+            raise GeneratorError(
+                f"{self._name} reads the tokens of {answer!r} as {''.join(pieces)!r}",
+                hint="scorer.tokenizer must be the served model's own, a folder or hub name",
+            )
+
+    def _told(self, openai: Any, fault: Exception) -> GeneratorError:
+        """The client's fault as ours."""
+        said = self._without_key(fault)
+        if isinstance(fault, openai.AuthenticationError | openai.PermissionDeniedError):
+            named = self.settings.api_key_env
+            hint = f"check the key in {named}" if named else "scorer.api_key_env names the variable that holds the key"
+            return GeneratorError(f"{self._name} refuses the key: {said}", hint=hint)
+        if isinstance(fault, openai.NotFoundError):
+            return GeneratorError(
+                f"{self._name} has no such model or path: {said}",
+                hint="scorer.endpoint ends in /v1, and scorer.model is the name that is served",
+            )
+        if isinstance(fault, openai.BadRequestError | openai.UnprocessableEntityError):
+            return GeneratorError(f"{self._name} refuses a prompt: {said}", hint="lower prompt.max_tokens if it is too long")
+        return GeneratorError(
+            f"{self._name} still fails after {self.settings.retries} more tries: {said}",
+            hint="what is scored is kept; run the same command again when the server is there, or lower scorer.concurrency",
+        )
+
+    def _without_key(self, fault: Exception) -> str:
+        """What a fault says; servers like to repeat the key."""
+        return str(fault).replace(self._key, "…") if self._key else str(fault)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.settings.endpoint} (model {self.settings.model!r})"
+
+
+_Found = list[tuple[float, str]] | None  # log-probability and piece of each answer token, or nothing
+_Reading = Callable[[Any, Sequence[int], int], _Found]
+
+
+def _of_prompt(choice: Any, ids: Sequence[int], first: int) -> _Found:
+    """`prompt_logprobs`: for each position a mapping of token ids, the prompt's own among them."""
+    positions = (choice.model_extra or {}).get("prompt_logprobs")
+    if not positions or len(positions) < len(ids):
+        return None
+    own = [(position or {}).get(str(number)) for position, number in zip(positions[first:], ids[first:], strict=False)]
+    found = [(entry.get("logprob"), str(entry.get("decoded_token") or "")) for entry in own if entry]
+    return _all_told(found, len(ids) - first)
+
+
+def _of_echo(choice: Any, ids: Sequence[int], first: int) -> _Found:
+    """`echo` with `logprobs`: prompt tokens first, then what was written."""
+    told = choice.logprobs
+    if told is None or not told.token_logprobs or not told.tokens or len(told.tokens) < len(ids):
+        return None
+    last = len(ids)
+    return _all_told(list(zip(told.token_logprobs[first:last], told.tokens[first:last], strict=False)), last - first)
+
+
+ASKS: dict[_Reading, dict[str, Any]] = {
+    _of_prompt: {"extra_body": {"prompt_logprobs": 1}},
+    _of_echo: {"echo": True, "logprobs": 1},
+}
+
+
+def _all_told(found: list[tuple[Any, str]], wanted: int) -> _Found:
+    numbers = len(found) == wanted and all(isinstance(value, float | int) and not math.isnan(value) for value, _ in found)
+    return found if numbers else None
+
+
+async def _together(tasks: Sequence[Awaitable[np.ndarray]]) -> list[np.ndarray]:
+    """All results in order; the first fault calls off the rest."""
+    running = [asyncio.ensure_future(task) for task in tasks]
+    try:
+        return list(await asyncio.gather(*running))
+    finally:
+        for task in running:
+            task.cancel()
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is not None and not os.environ.get(variable):
+        raise GeneratorError(f"the environment variable {variable} holds no key", hint=f"export {variable}=…")
+    return os.environ.get(variable) if variable else None
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise CheckpointError(
+            f"tokenizer {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
+            hint="scorer.tokenizer is the served model's: a folder, or a hub name and a network",
+        ) from None
