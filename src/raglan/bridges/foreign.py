@@ -41,7 +41,9 @@ Found = tuple[Passage, float | None]
 Ask = Callable[[str, int], Sequence[Found]]
 
 
-def from_llama_index(retriever: Any, *, temperature: float = 1.0, history: Literal["last_turn", "history"] = "history") -> ForeignRetriever:
+def from_llama_index(
+    retriever: Any, *, temperature: float = 1.0, history: Literal["last_turn", "history"] = "history"
+) -> ForeignRetriever:
     """A raglan retriever that asks a `BaseRetriever` of LlamaIndex.
 
     Args:
@@ -182,7 +184,7 @@ class ForeignRetriever(Retriever):
     def _refuse(self, what: str) -> NoReturn:
         raise RecipeError(
             f"{self.kind} can retrieve, but it cannot {what}",
-            hint="LM-ft and all decodings take it as it is; to train a retriever, build a knowledge base: raglan build recipe.yaml",
+            hint="LM-ft and decodings take it as it is; to train a retriever, build a knowledge base: raglan build recipe.yaml",
         )
 
 

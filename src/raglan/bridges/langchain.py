@@ -1,6 +1,6 @@
 """raglan for LangChain: its retriever as their `BaseRetriever`, its two towers as their `Embeddings`.
 
-    chain = {"context": as_retriever(base, k=4), "question": RunnablePassthrough()} | prompt | model
+chain = {"context": as_retriever(base, k=4), "question": RunnablePassthrough()} | prompt | model
 """
 
 from __future__ import annotations

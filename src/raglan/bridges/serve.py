@@ -9,8 +9,8 @@ from typing import Any
 
 from raglan.encoder import Encoder
 from raglan.knowledge import KnowledgeBase
-from raglan.retriever import Retriever
 from raglan.records import Hit
+from raglan.retriever import Retriever
 
 __all__ = ["TURN", "Towers", "found", "metadata", "retriever_of"]
 

@@ -1,5 +1,26 @@
-"""Training files for others: written from data points, pairs or questions, and checked by their readers' own rules."""
+"""Training files for others: written from data points, questions or pairs of answers, and checked by their readers' rules."""
 
 from raglan.exports.check import FORMS, Fault, Form, Lengths, check_file, failed, shared_questions
+from raglan.exports.sentences import export_sentences
+from raglan.exports.source import Preference, cut, found_points, holds_pairs, holds_points, read_pairs
+from raglan.exports.write import Written, export_pairs, export_points
 
-__all__ = ["FORMS", "Fault", "Form", "Lengths", "check_file", "failed", "shared_questions"]
+__all__ = [
+    "FORMS",
+    "Fault",
+    "Form",
+    "Lengths",
+    "Preference",
+    "Written",
+    "check_file",
+    "cut",
+    "export_pairs",
+    "export_points",
+    "export_sentences",
+    "failed",
+    "found_points",
+    "holds_pairs",
+    "holds_points",
+    "read_pairs",
+    "shared_questions",
+]

@@ -100,7 +100,7 @@ def check_file(path: Path, form: Form, *, lengths: Lengths | None = None) -> lis
     rows = 0
     for number, row, broken in read_lines(path):
         rows += 1
-        found = [("error", broken)] if row is None else list(check_line(row))
+        found: list[Found] = [("error", broken)] if row is None else list(check_line(row))
         if row is not None and lengths is not None and not any(level == "error" for level, _ in found):
             found += _too_long(row, form, lengths)
         faults += [Fault(number, level, text) for level, text in found]
@@ -190,10 +190,11 @@ def _file_faults(path: Path, form: Form, rows: int) -> Iterator[Found]:
 def _line_check(form: Form) -> Callable[[dict[str, Any]], Iterator[Found]]:
     """The check of one line. Two forms have to look alike on all lines, so theirs remembers the first."""
     seen: dict[str, Any] = {}
-    return {
+    checks: dict[Form, Callable[[dict[str, Any]], Iterator[Found]]] = {
         "openai-chat": _chat, "openai-dpo": _dpo,
         "trl": partial(_trl, seen), "sentence-transformers": partial(_sentences, seen),
-    }[form]  # fmt: skip
+    }  # fmt: skip
+    return checks[form]
 
 
 def _chat(row: dict[str, Any]) -> Iterator[Found]:
@@ -301,7 +302,8 @@ def _sentences(seen: dict[str, Any], row: dict[str, Any]) -> Iterator[Found]:
     passages = [key for key in row if key.startswith("passage_")]
     wanted = ["query", *(f"passage_{number}" for number in range(1, len(passages) + 1)), "label"]
     if list(row) != wanted or len(passages) < 2:
-        yield "error", f"the keys are {', '.join(row) or 'none'}; they must be query, passage_1, passage_2, …, label, in this order"
+        told = ", ".join(row) or "none"
+        yield "error", f"the keys are {told}; they must be query, passage_1, passage_2, …, label, in this order"
         return
     if seen.setdefault("k", len(passages)) != len(passages):
         yield "error", f"{len(passages)} passages where the first line has {seen['k']}: columns are the same on all lines"

@@ -23,7 +23,7 @@ def line_keys(row: Mapping[str, Any], allowed: set[str], *, where: str = "") -> 
 
 
 def tool_lists(row: Mapping[str, Any]) -> Iterator[Found]:
-    """`tools` (1 or more), `functions` (1 to 128, deprecated, not beside tools: ours), `parallel_tool_calls` (true or false)."""
+    """`tools`, one or more; `functions`, 1 to 128, deprecated and not beside tools (ours); `parallel_tool_calls`, a truth."""
     tools, functions = row.get("tools"), row.get("functions")
     if "tools" in row and (not isinstance(tools, list) or not tools):
         yield "error", "`tools` must be a list that is not empty"
@@ -36,7 +36,10 @@ def tool_lists(row: Mapping[str, Any]) -> Iterator[Found]:
             yield "error", f"`functions` holds {count}; it must be a list of 1 to {MOST_FUNCTIONS}"
         elif not all(map(_named, functions or ())):
             yield "error", "`functions`: each must be an object with a name"
-        yield ("error", "`functions` beside `tools`") if "tools" in row else ("warning", "`functions` is deprecated: use `tools`")
+        if "tools" in row:
+            yield "error", "`functions` beside `tools`"
+        else:
+            yield "warning", "`functions` is deprecated: use `tools`"
     if "parallel_tool_calls" in row and not isinstance(row["parallel_tool_calls"], bool):
         yield "error", "`parallel_tool_calls` must be true or false"
 

@@ -28,6 +28,7 @@ from raglan.recipe.knowledge import (
 from raglan.recipe.load import load_recipe, recipe_schema
 from raglan.recipe.objective import AnswerObjective, LearnedTurns, LsrObjective, MarginalObjective, StalenessSettings
 from raglan.recipe.parts import (
+    QA_PROMPTS,
     GeneratorSettings,
     PriorSettings,
     PromptSettings,
@@ -38,6 +39,7 @@ from raglan.recipe.parts import (
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
+    "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
     "ChunkSettings",
