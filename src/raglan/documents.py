@@ -37,6 +37,7 @@ CONVERTED = (".html", ".htm", ".pdf", ".docx")
 ENCODINGS = "set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip"
 UNREADABLE = "check the file and its permissions, or set on_error: skip"
 LINES = 'each line is one JSON object, as in {"id": "a", "text": "…"}'
+NO_PAIRS = "is no JSON of queries, corpus and relevant_docs"
 PAIRS_FORM = 'the form is {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [corpus ids]}}'
 QUESTIONS = (
     'each line is one JSON object in UTF-8, as in {"id": "1", "query": "Who …?", "answers": ["…"], "relevant": ["passage id"]}'
@@ -82,14 +83,11 @@ def read_documents(
         try:
             if half_character(str(path)) is not None:
                 raise CorpusError(f"the file name {str(path)!r} is not UTF-8", hint="rename it, or set on_error: skip")
-            if ending == PAIRS and _qa_pairs(path, encoding) is None:
-                reading.skipped.append((str(path), "is no JSON of queries, corpus and relevant_docs"))
-                continue
             found = _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
             empty = [document.id for document in found if not document.text.strip()]
             reading.skipped += [(str(path), f"row {identity!r} holds no text") for identity in empty]
             if not found:
-                reading.skipped.append((str(path), "holds no row"))
+                reading.skipped.append((str(path), NO_PAIRS if ending == PAIRS else "holds no row"))
             reading.documents += [document for document in found if document.text.strip()]
             reading.files += 1
         except MissingExtra:
@@ -352,13 +350,13 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
 
 
 def _qa_pairs(path: Path, encoding: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]] | None:
-    """queries, corpus and relevant_docs of such a file; None for other JSON. Raises CorpusError for one that is damaged."""
+    """queries, corpus and relevant_docs of such a file; None for any other. Raises CorpusError for ids that do not agree."""
     try:
         value = json.loads(_text(path, encoding))
-    except (ValueError, RecursionError) as fault:
-        raise CorpusError(f"{path} is not JSON: {fault}", hint=PAIRS_FORM) from None
-    parts = [value.get(name) for name in ("queries", "corpus", "relevant_docs")] if isinstance(value, dict) else []
-    if len(parts) != 3 or not all(isinstance(part, dict) for part in parts):
+    except (ValueError, RecursionError):
+        return None
+    parts: list[Any] = [value.get(name) for name in ("queries", "corpus", "relevant_docs")] if isinstance(value, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         return None
     queries, corpus, relevant = parts
     for name, part in (("queries", queries), ("corpus", corpus)):
@@ -377,7 +375,7 @@ def _qa_examples(path: Path) -> list[Example]:
     """Every question with all of its passages; one that no passage is named for has none."""
     read = _qa_pairs(path, "utf-8")
     if read is None:
-        raise CorpusError(f"{path} is no JSON of queries, corpus and relevant_docs", hint=PAIRS_FORM)
+        raise CorpusError(f"{path} {NO_PAIRS}", hint=PAIRS_FORM)
     queries, _, relevant = read
     rows = [{"id": name, "query": text, "relevant": relevant.get(name, [])} for name, text in queries.items()]
     return [_example(row, path, number) for number, row in enumerate(rows, 1)]
