@@ -111,7 +111,10 @@ def export(
     elif wanted == "sentence-transformers":
         recipe = _recipe(by)
         system, learned = _system(recipe, untuned), _lsr(recipe)
-        points = _points(source, system.retriever, k or (learned.k if learned else 10), limit, recipe.seed)
+        retriever = system.retriever
+        if learned is not None and learned.candidates is not None:
+            retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
+        points = _points(source, retriever, k or (learned.k if learned else 10), limit, recipe.seed)
         settled: dict[str, Any] = {"target": target or (learned.target if learned else "prob")}
         if learned is not None:
             settled["score_eos"] = learned.score_eos

@@ -87,7 +87,7 @@ def require(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as fault:
-        if fault.name != module.partition(".")[0]:
+        if fault.name not in (module, module.partition(".")[0]):
             raise
         extra = EXTRAS.get(module.partition(".")[0], module)
         raise MissingExtra(
