@@ -371,6 +371,9 @@ def test_pairs_become_preferences(tmp_path: Path) -> None:
     rows = lines(tmp_path / "trl.jsonl")
     assert len(rows) == 21
     assert set(rows[0]) == {"prompt", "chosen", "rejected"}
+    again = read_pairs(done.path)  # lines of that form are pairs themselves
+    assert [pair.chosen for pair in again] == ["a miller"] * 10 + ["b"]
+    assert again[-1].history == ("a", "b")
     with pytest.raises(CorpusError, match="line 2: `rejected` is ''"):
         read_pairs(
             written(
@@ -565,7 +568,7 @@ def test_questions_and_a_knowledge_base_become_a_checked_file(call: Any, folder:
     assert shared[0]["line"] == 1
 
 
-def test_points_of_a_stage_and_pairs_go_out_and_a_faulty_file_exits_with_2(call: Any, tmp_path: Path) -> None:
+def test_points_of_a_stage_and_pairs_go_out_and_a_faulty_file_exits_with_2(call: Any, folder: Path, tmp_path: Path) -> None:
     write_points(tmp_path / "points", [point(n) for n in range(12)])
     assert holds_points(tmp_path / "points")
     out = str(tmp_path / "trl.jsonl")
@@ -574,6 +577,9 @@ def test_points_of_a_stage_and_pairs_go_out_and_a_faulty_file_exits_with_2(call:
     pairs = written(tmp_path / "pairs.jsonl", [{"query": f"q{n}?", "chosen": "a", "rejected": "b"} for n in range(10)])
     assert call("synthesize", "export", str(pairs), "-o", str(tmp_path / "dpo.jsonl"), "--as", "openai-dpo")[0] == 0
     assert call("synthesize", "check", str(tmp_path / "dpo.jsonl"), "--as", "openai-dpo")[0] == 0
+    by = ["--as", "openai-dpo", "--from", str(folder / "kb"), "-k", "2"]
+    assert call("synthesize", "export", str(pairs), "-o", str(tmp_path / "found.jsonl"), *by)[0] == 0
+    assert all(len(row["contexts"]) == 2 for row in lines(tmp_path / "found.meta.jsonl"))
     rows = [chat(f"question {n}?") for n in range(12)]
     bad = written(tmp_path / "bad.jsonl", [rows[0], chat(score=1), *rows[1:], turns(USER)])
     code, told, _ = call("synthesize", "check", str(bad), "--as", "openai-chat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -87,83 +88,124 @@ def export(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Write a training file for others, and <name>.meta.jsonl beside it, line for line. It is checked before it appears."""
-    from raglan.exports import Lengths, export_pairs, export_points, export_sentences, holds_pairs, read_pairs
-    from raglan.exports.sentences import NOTE
+    from raglan.exports import Lengths, export_pairs, export_points, holds_pairs
 
-    wanted: Any = _form(form)
-    for value, allowed, name in (
-        (shape, ("prompt_completion", "messages"), "--shape"),
-        (target, (None, "prob", "sum_logprob", "mean_logprob", "mean_prob"), "--target"),
-    ):
-        if value not in allowed:
-            raise RecipeError(f"{name} is {value!r}", hint=f"one of {', '.join(filter(None, allowed))}")
-    lengths = Lengths.of(model, tokenizer=tokenizer)
-    if holds_pairs(source):
-        if wanted not in ("openai-dpo", "trl"):
-            raise RecipeError(f"{source} holds pairs of answers, which {form} has no place for", hint="--as openai-dpo or trl")
-        done = export_pairs(
-            read_pairs(source), output, form=wanted, prompt=prompt, separate_context=separate_context, lengths=lengths
-        )
-    elif wanted == "openai-dpo":
-        raise RecipeError(
-            f"{source} holds no pairs of answers", hint='lines are {"query": "…", "chosen": "…", "rejected": "…"}'
-        )
-    elif wanted == "sentence-transformers":
-        recipe = _recipe(by)
-        system, learned = _system(recipe, untuned), _lsr(recipe)
-        retriever = system.retriever
-        if learned is not None and learned.candidates is not None:
-            retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
-        points = _points(source, retriever, k or (learned.k if learned else 10), limit, recipe.seed)
-        settled: dict[str, Any] = {"target": target or (learned.target if learned else "prob")}
-        if learned is not None:
-            settled["score_eos"] = learned.score_eos
-        done = export_sentences(points, output, system, scores=recipe.run / "scores.jsonl", **settled)
-        console.print(NOTE)
+    wanted = _form(form)
+    _one_of("--shape", shape, ("prompt_completion", "messages"))
+    pairs = holds_pairs(source)
+    _fits(source, wanted, pairs=pairs)
+    found = _Found(by, k, limit, untuned)
+    asked: Any = {"prompt": prompt, "separate_context": separate_context, "lengths": Lengths.of(model, tokenizer=tokenizer)}
+    if wanted == "sentence-transformers":
+        done = _labels(source, output, found, target)
+    elif pairs:
+        done = export_pairs(found.pairs(source), output, form=wanted, **asked)
     else:
-        points = _points(source, None if by is None else _retriever(by, untuned), k or _k(by), limit, 0)
-        done = export_points(
-            points,
-            output,
-            form=wanted,
-            prompt=prompt,
-            separate_context=separate_context,
-            shape=cast(Any, shape),
-            lengths=lengths,
-        )
+        done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape), **asked)
     for fault in done.warnings:
         console.print(f"warning: {fault.text}")
     typer.echo(f"{done.path}: {done.rows} rows, {done.left_out} left out")
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Where passages come from, and how many."""
+
+    by: Path | None
+    k: int | None
+    limit: int | None
+    untuned: bool
+
+    def pairs(self, source: Path) -> Any:
+        """Pairs of answers; those without passages get some, where it is said who finds them."""
+        from raglan.exports import read_pairs, with_passages
+
+        pairs = read_pairs(source)[: self.limit]
+        return pairs if self.by is None else with_passages(pairs, self._retriever(), k=self._k())
+
+    def points(self, source: Path) -> Any:
+        """The data points of the source; of questions, those that come of retrieving now."""
+        from raglan.exports import holds_points
+
+        if self.by is None and not holds_points(source):
+            raise CorpusError(f"{source} holds questions without passages", hint="say where they are found: --from recipe.yaml")
+        return _points(source, None if holds_points(source) else self._retriever(), self._k(), self.limit)
+
+    def _k(self) -> int:
+        return self.k or (load_recipe(self.by).retriever.k if self.by is not None and _is_recipe(self.by) else 3)
+
+    def _retriever(self) -> Any:
+        """Of a recipe the tuned system's; of a knowledge base its own, with the encoder it was built with."""
+        from raglan.bridges.serve import retriever_of
+        from raglan.knowledge import KnowledgeBase
+
+        assert self.by is not None
+        if _is_recipe(self.by):
+            return _system(load_recipe(self.by), self.untuned).retriever
+        return retriever_of(KnowledgeBase.open(self.by))
+
+
+def _labels(source: Path, output: Path, found: _Found, target: str | None) -> Any:
+    """The generator's verdicts on a question's passages, by the recipe's own lsr stage if it has one."""
+    from raglan.exports import export_sentences
+    from raglan.exports.sentences import NOTE
+
+    if found.by is None or not _is_recipe(found.by):
+        raise RecipeError(
+            "labels are a generator's verdicts, and no recipe says which generator's", hint="give one: --from recipe.yaml"
+        )
+    if target is not None:
+        _one_of("--target", target, ("prob", "sum_logprob", "mean_logprob", "mean_prob"))
+    recipe = load_recipe(found.by)
+    system = _system(recipe, found.untuned)
+    stages = [stage.objective for stage in recipe.trainings().values()]
+    learned = next((objective for objective in stages if isinstance(objective, LsrObjective)), None)
+    learned = learned or LsrObjective(kind="lsr")
+    retriever = system.retriever
+    if learned.candidates is not None:
+        retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
+    points = _points(source, retriever, found.k or learned.k, found.limit, seed=recipe.seed)
+    wanted: Any = target or learned.target
+    scores = recipe.run / "scores.jsonl"
+    done = export_sentences(points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos)
+    console.print(NOTE)
+    return done
+
+
+def _points(source: Path, retriever: Any, k: int, limit: int | None, seed: int = 0) -> Any:
+    from raglan.data import load_examples
+    from raglan.datapoints import read_points
+    from raglan.exports import found_points, holds_points
+
+    if holds_points(source):
+        return read_points(source)[:limit]
+    examples = load_examples(source, retriever.base.corpus, limit=limit, seed=seed, split="train")
+    return found_points(examples, retriever, k=min(k, len(retriever.base.corpus)), name=source.stem)
+
+
+def _fits(source: Path, form: str, *, pairs: bool) -> None:
+    if pairs and form not in ("openai-dpo", "trl"):
+        raise RecipeError(f"{source} holds pairs of answers, which {form} has no place for", hint="--as openai-dpo or trl")
+    if form == "openai-dpo" and not pairs:
+        raise RecipeError(
+            f"{source} holds no pairs of answers", hint='lines are {"query": "…", "chosen": "…", "rejected": "…"}'
+        )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{name} is {value!r}", hint=f"one of {', '.join(allowed)}")
+
+
 def _form(form: str) -> Any:
     from raglan.exports import FORMS
 
-    if form not in FORMS:
-        raise RecipeError(f"--as is {form!r}", hint=f"one of {', '.join(FORMS)}")
+    _one_of("--as", form, FORMS)
     return form
 
 
 def _is_recipe(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml")
-
-
-def _recipe(by: Path | None) -> Recipe:
-    if by is None or not _is_recipe(by):
-        raise RecipeError(
-            "labels are a generator's verdicts, and no recipe says which generator's", hint="give one: --from recipe.yaml"
-        )
-    return load_recipe(by)
-
-
-def _lsr(recipe: Recipe) -> LsrObjective | None:
-    """The objective of the recipe's first lsr stage: k and target, unless the command line says otherwise."""
-    objectives = [stage.objective for stage in recipe.trainings().values()]
-    return next((objective for objective in objectives if isinstance(objective, LsrObjective)), None)
-
-
-def _k(by: Path | None) -> int:
-    return load_recipe(by).retriever.k if by is not None and _is_recipe(by) else 3
 
 
 def _system(recipe: Recipe, untuned: bool) -> Any:
@@ -172,25 +214,3 @@ def _system(recipe: Recipe, untuned: bool) -> Any:
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(recipe)[-1]
     console.print(f"[dim]system: {stage}[/dim]")
     return parts.open(recipe)
-
-
-def _retriever(by: Path, untuned: bool) -> Any:
-    """Of a recipe the tuned system's; of a knowledge base its own, with the encoder it was built with."""
-    from raglan.bridges.serve import retriever_of
-    from raglan.knowledge import KnowledgeBase
-
-    return _system(load_recipe(by), untuned).retriever if _is_recipe(by) else retriever_of(KnowledgeBase.open(by))
-
-
-def _points(source: Path, retriever: Any, k: int, limit: int | None, seed: int) -> Any:
-    """The data points of the source; of questions, those that come of retrieving now."""
-    from raglan.data import load_examples
-    from raglan.datapoints import read_points
-    from raglan.exports import found_points, holds_points
-
-    if holds_points(source):
-        return read_points(source)[:limit]
-    if retriever is None:
-        raise CorpusError(f"{source} holds questions without passages", hint="say where they are found: --from recipe.yaml")
-    examples = load_examples(source, retriever.base.corpus, limit=limit, seed=seed, split="train")
-    return found_points(examples, retriever, k=min(k, len(retriever.base.corpus)), name=source.stem)

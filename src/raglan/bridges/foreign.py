@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raglan.artifact import fingerprint
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.index import Index
@@ -154,6 +155,11 @@ class ForeignRetriever(Retriever):
     @property
     def index(self) -> Index:  # type: ignore[override]
         self._refuse("be trained: it has no index here")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its name and its way of asking: what lies behind it cannot be known."""
+        return fingerprint([self.kind, self.history])
 
     def _with_history(self, text: str, turns: Sequence[str]) -> str:
         """The newest turns, each whole, as long as a query may be. What their encoder reads of it is theirs to say."""

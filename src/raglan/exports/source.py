@@ -17,9 +17,10 @@ from raglan.records import Context, DataPoint, Example, Hit
 from raglan.retriever import Retriever
 from raglan.text import check_query
 
-__all__ = ["Preference", "cut", "found_points", "holds_pairs", "holds_points", "read_pairs", "retriever_name"]
+__all__ = ["Preference", "cut", "found_points", "holds_pairs", "holds_points", "read_pairs", "with_passages"]
 
 log = logging.getLogger(__name__)
+DPO = {"input", "preferred_output", "non_preferred_output"}
 PAIR = 'each line is {"query": "…", "chosen": "…", "rejected": "…"}, with contexts and history where there are any'
 
 
@@ -44,11 +45,11 @@ def holds_points(path: Path) -> bool:
 def holds_pairs(path: Path) -> bool:
     """Whether a file's first line is a pair of answers."""
     keys = _first_keys(path)
-    return "rejected" in keys and bool(keys & {"chosen", "preferred"})
+    return keys >= DPO or ("rejected" in keys and bool(keys & {"chosen", "preferred"}))
 
 
 def read_pairs(path: Path) -> list[Preference]:
-    """Pairs from a .jsonl file of {query, chosen (or preferred), rejected, contexts?, history?}.
+    """Pairs from a .jsonl file of {query, chosen (or preferred), rejected, contexts?, history?}, or of `openai-dpo` lines.
 
     Contexts are texts, or objects {text, passage_id?, score?, rank?}.
 
@@ -60,7 +61,7 @@ def read_pairs(path: Path) -> list[Preference]:
         if row is None:
             raise CorpusError(f"{path}, line {number}: {broken}", hint=PAIR)
         try:
-            pairs.append(_pair(row))
+            pairs.append(_pair(_plain(row) if set(row) >= DPO else row))
         except CorpusError as fault:
             raise CorpusError(f"{path}, line {number}: {fault.message}", hint=fault.hint or PAIR) from None
     if not pairs:
@@ -83,7 +84,7 @@ def found_points(examples: Sequence[Example], retriever: Retriever, *, k: int, n
         log.warning("%d of %d questions have no answer and are left out", len(examples) - len(answered), len(examples))
     texts = retriever.search_texts([e.query for e in answered], [e.history for e in answered])
     hits = retriever.retrieve(texts, k)
-    who = retriever_name(retriever)
+    who = retriever.fingerprint
     return [
         DataPoint(
             id=example.id, example_id=example.id, source=name, split="", query=example.query, answer=example.answers[0],
@@ -91,6 +92,16 @@ def found_points(examples: Sequence[Example], retriever: Retriever, *, k: int, n
         )
         for example, found in zip(answered, hits, strict=True)
     ]  # fmt: skip
+
+
+def with_passages(pairs: Sequence[Preference], retriever: Retriever, *, k: int) -> list[Preference]:
+    """The pairs, those without passages with the best k of their questions. Raises RecipeError for a k above the corpus."""
+    bare = [pair for pair in pairs if not pair.contexts]
+    hits = iter(retriever.retrieve(retriever.search_texts([p.query for p in bare], [p.history for p in bare]), k))
+    name = retriever.fingerprint
+    return [
+        pair if pair.contexts else replace(pair, contexts=tuple(map(_context, next(hits))), retriever=name) for pair in pairs
+    ]
 
 
 def cut(points: Sequence[DataPoint], *, separate: bool) -> list[DataPoint]:
@@ -111,16 +122,6 @@ def cut(points: Sequence[DataPoint], *, separate: bool) -> list[DataPoint]:
     return list(together.values())
 
 
-def retriever_name(retriever: Retriever) -> str:
-    """A fingerprint of all that decides what is found: passages, index, both towers, what of a dialogue is searched for."""
-    base = retriever.base
-    made_of = [base.version, retriever.name, retriever.history]
-    if hasattr(retriever, "kind"):  # somebody else's: its name is all that is known
-        return fingerprint(made_of)
-    encoder = retriever.encoder
-    return fingerprint([*made_of, encoder.passage_fingerprint, encoder.query_fingerprint])
-
-
 def _separate(point: DataPoint) -> list[DataPoint]:
     if len(point.contexts) < 2:
         return [point]
@@ -131,6 +132,16 @@ def _context(hit: Hit) -> Context:
     passage = hit.passage
     text = f"{passage.title} / {passage.text}" if passage.title else passage.text
     return Context(passage.id, text, hit.score, hit.rank)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """An `openai-dpo` line as a pair: the last message asks, those before it are the dialogue."""
+    try:
+        said = [message["content"] for message in row["input"]["messages"] if message["role"] in ("user", "assistant")]
+        chosen, rejected = (row[name][0]["content"] for name in ("preferred_output", "non_preferred_output"))
+    except (KeyError, IndexError, TypeError):
+        raise CorpusError("it is no preference of two answers") from None
+    return {"query": said[-1] if said else None, "history": said[:-1], "chosen": chosen, "rejected": rejected}
 
 
 def _pair(row: dict[str, Any]) -> Preference:
