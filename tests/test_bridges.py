@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -218,6 +219,25 @@ def test_a_missing_package_names_its_extra(retriever: Retriever, monkeypatch: py
             without.setitem(sys.modules, module, None)
             with pytest.raises(MissingExtra, match=rf"raglan\[{extra}\]"):
                 make(retriever)
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "concepts/bridges.md"])
+def test_the_code_in_the_documents_runs(folder: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = folder / "home"
+    if not home.is_dir():
+        (home / "build").mkdir(parents=True)
+        (home / "build" / "mine").symlink_to(folder / "kb")
+        (home / "mine.yaml").write_text((folder / "small.yaml").read_text())
+        for name in ("kb", "encoder", "reader", "corpus.jsonl", "train.jsonl", "dev.jsonl"):
+            (home / name).symlink_to(folder / name)
+    monkeypatch.chdir(home)
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    said: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, said)
+    assert len(said["nodes"]) == len(said["documents"]) == 4
+    assert page == "quickstart.md" or said["answers"][0].hits
 
 
 # ---- in

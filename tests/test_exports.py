@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from raglan.data import load_examples
 from raglan.datapoints import write_points
 from raglan.documents import read_documents, read_examples
 from raglan.errors import CorpusError, RaglanError, RecipeError
@@ -35,7 +36,7 @@ from raglan.exports import (
 )
 from raglan.exports.sentences import raw_label
 from raglan.knowledge import build_knowledge, passage_text
-from raglan.recipe import QA_PROMPTS, PromptSettings, load_recipe
+from raglan.recipe import QA_PROMPTS, KnowledgeSettings, PromptSettings, load_recipe
 from raglan.records import Context, DataPoint
 from raglan.train import Parts, lsr_rows
 from test_cli import run
@@ -624,7 +625,7 @@ def test_labels_by_the_command_line(call: Any, folder: Path) -> None:
 # ---- LlamaIndex' question-passage pairs
 
 
-def test_every_relevant_passage_of_a_pair_file_is_read(tmp_path: Path) -> None:
+def test_every_relevant_passage_of_a_pair_file_is_read(folder: Path, tmp_path: Path) -> None:
     pairs = {
         "queries": {"q1": "who built it?", "q2": "when?"}, "corpus": {"n1": "a miller", "n2": "in 1790", "n3": "by a miller"},
         "relevant_docs": {"q1": ["n1", "n3"], "q2": ["n2"]}, "mode": "text",
@@ -640,8 +641,13 @@ def test_every_relevant_passage_of_a_pair_file_is_read(tmp_path: Path) -> None:
         ("n2", "in 1790", True),
         ("n3", "by a miller", True),
     ]
+    encoder = {"model": str(folder / "encoder" / "encoder"), "dtype": "float32"}
+    made = {"path": tmp_path / "kb", "documents": [path], "chunk": None, "encoder": encoder}
+    corpus = build_knowledge(KnowledgeSettings.model_validate(made)).corpus
+    assert [e.relevant for e in load_examples(path, corpus)] == [("n1", "n3"), ("n2",)]
     (tmp_path / "other.json").write_text("{}")
-    assert [reason for _, reason in read_documents([tmp_path]).skipped] == ["is no JSON of queries, corpus and relevant_docs"]
+    named = [path, tmp_path / "other.json"]
+    assert [reason for _, reason in read_documents(named).skipped] == ["is no JSON of queries, corpus and relevant_docs"]
     path.write_text(json.dumps({**pairs, "relevant_docs": {"q1": ["n9"]}}))
     with pytest.raises(CorpusError, match="names 'n9', which is not in corpus"):
         read_examples(path)
