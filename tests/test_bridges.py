@@ -371,4 +371,15 @@ def test_a_generator_learns_from_what_they_found(retriever: Retriever, folder: P
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    assert [len(point.contexts) for point in found_points(examples, foreign, k=2)] == [2] * 8
+    points = found_points(examples, foreign, k=2)
+    assert [len(point.contexts) for point in points] == [2] * 8
+    assert {point.retriever for point in points} == {foreign.fingerprint}
+
+
+def test_a_fingerprint_names_what_is_found(retriever: Retriever, two_towers: Encoder) -> None:
+    base, encoder = retriever.base, retriever.encoder
+    names = {retriever.fingerprint, Retriever(base, encoder, index="bm25").fingerprint}
+    names.add(Retriever(base, encoder, index="dense", history="last_turn").fingerprint)
+    assert len(names) == 3
+    assert Retriever(base, encoder, index="dense").fingerprint == retriever.fingerprint
+    assert two_towers.query_fingerprint != two_towers.passage_fingerprint

@@ -272,6 +272,9 @@ def test_lengths_come_of_a_model_folder_and_its_chat_template(tmp_path: Path) ->
     one, two = lengths.count([USER]), lengths.count([USER, BOT])
     wanted = lengths.tokenizer("<s>user who?</s>", add_special_tokens=False)["input_ids"]
     assert one == len(wanted) < two
+    strict = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{% endfor %}"
+    lengths.tokenizer.chat_template = strict
+    assert lengths.count([USER, BOT]) > 8  # where the template refuses, the texts and 4 a message
     assert Lengths.of("gpt-4o") is None
     with pytest.raises(RecipeError, match="neither a folder nor a model"):
         Lengths.of("gpt-99")

@@ -78,13 +78,24 @@ class Lengths:
     def count(self, messages: list[Any], tools: Any = None) -> int:
         """Tokens of a conversation: by the tokenizer's chat template, else of its texts, with some for each message."""
         extra = 0 if tools is None else len(self._ids(json.dumps(tools, ensure_ascii=False)))
-        if getattr(self.tokenizer, "chat_template", None) and all(isinstance(m.get("content"), str) for m in messages):
-            return extra + len(self._ids(str(self.tokenizer.apply_chat_template(messages, tokenize=False)), special=False))
+        if (whole := self._templated(messages)) is not None:
+            return extra + len(self._ids(whole))
         texts = [text for m in messages for key, value in m.items() if key not in ("weight", "role") for text in _texts(value)]
         return extra + A_MESSAGE * len(messages) + sum(len(self._ids(text)) for text in texts)
 
-    def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
+    def _templated(self, messages: list[Any]) -> str | None:
+        """The conversation as the tokenizer's own template writes it; None without one, or where it refuses these turns."""
+        if not getattr(self.tokenizer, "chat_template", None) or not all(isinstance(m.get("content"), str) for m in messages):
+            return None
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            return None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
 
 def check_file(path: Path, form: Form, *, lengths: Lengths | None = None) -> list[Fault]:

@@ -129,6 +129,7 @@ def _separate(point: DataPoint) -> list[DataPoint]:
 
 
 def _context(hit: Hit) -> Context:
+    """A hit as a prompt shows it: its title belongs to what is read."""
     passage = hit.passage
     text = f"{passage.title} / {passage.text}" if passage.title else passage.text
     return Context(passage.id, text, hit.score, hit.rank)
