@@ -382,4 +382,8 @@ def test_a_fingerprint_names_what_is_found(retriever: Retriever, two_towers: Enc
     names.add(Retriever(base, encoder, index="dense", history="last_turn").fingerprint)
     assert len(names) == 3
     assert Retriever(base, encoder, index="dense").fingerprint == retriever.fingerprint
-    assert two_towers.query_fingerprint != two_towers.passage_fingerprint
+    before, weight = two_towers.query_fingerprint, next(two_towers.query_tower.parameters()).data
+    assert two_towers.query_fingerprint == before
+    weight += 1.0
+    assert two_towers.query_fingerprint != before
+    weight -= 1.0

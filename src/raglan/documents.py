@@ -364,7 +364,8 @@ def _qa_pairs(path: Path, encoding: str) -> tuple[dict[str, str], dict[str, str]
             if not isinstance(text, str) or half_character(identity + text) is not None:
                 raise CorpusError(f"{path}: {name} {identity!r} is no text in valid UTF-8", hint=PAIRS_FORM)
     for identity, named in relevant.items():
-        lost = [name for name in named if not isinstance(name, str) or name not in corpus] if isinstance(named, list) else [named]
+        names = named if isinstance(named, list) else [None]
+        lost = [name for name in names if not isinstance(name, str) or name not in corpus]
         if identity not in queries or lost:
             what = f"names {lost[0]!r}, which is not in corpus" if lost else "is of no question in queries"
             raise CorpusError(f"{path}: relevant_docs {identity!r} {what}", hint=PAIRS_FORM)
