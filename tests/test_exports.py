@@ -573,7 +573,7 @@ def test_questions_and_a_knowledge_base_become_a_checked_file(call: Any, folder:
 
 
 def test_points_of_a_stage_and_pairs_go_out_and_a_faulty_file_exits_with_2(call: Any, folder: Path, tmp_path: Path) -> None:
-    write_points(tmp_path / "points", [point(n) for n in range(12)])
+    write_points(tmp_path / "points" / "data", [point(n) for n in range(12)])  # as in a stage's folder
     assert holds_points(tmp_path / "points")
     out = str(tmp_path / "trl.jsonl")
     assert call("synthesize", "export", str(tmp_path / "points"), "-o", out, "--as", "trl", "--shape", "messages")[0] == 0

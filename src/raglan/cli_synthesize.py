@@ -175,10 +175,10 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
 def _points(source: Path, retriever: Any, k: int, limit: int | None, seed: int = 0) -> Any:
     from raglan.data import load_examples
     from raglan.datapoints import read_points
-    from raglan.exports import found_points, holds_points
+    from raglan.exports import found_points, holds_points, points_at
 
     if holds_points(source):
-        return read_points(source)[:limit]
+        return read_points(points_at(source))[:limit]
     examples = load_examples(source, retriever.base.corpus, limit=limit, seed=seed, split="train")
     return found_points(examples, retriever, k=min(k, len(retriever.base.corpus)), name=source.stem)
 

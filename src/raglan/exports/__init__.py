@@ -2,7 +2,7 @@
 
 from raglan.exports.check import FORMS, Fault, Form, Lengths, check_file, failed, shared_questions
 from raglan.exports.sentences import export_sentences
-from raglan.exports.source import Preference, cut, found_points, holds_pairs, holds_points, read_pairs, with_passages
+from raglan.exports.source import Preference, cut, found_points, holds_pairs, holds_points, points_at, read_pairs, with_passages
 from raglan.exports.write import Written, export_pairs, export_points
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "found_points",
     "holds_pairs",
     "holds_points",
+    "points_at",
     "read_pairs",
     "shared_questions",
     "with_passages",

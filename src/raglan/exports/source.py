@@ -17,7 +17,7 @@ from raglan.records import Context, DataPoint, Example, Hit
 from raglan.retriever import Retriever
 from raglan.text import check_query
 
-__all__ = ["Preference", "cut", "found_points", "holds_pairs", "holds_points", "read_pairs", "with_passages"]
+__all__ = ["Preference", "cut", "found_points", "holds_pairs", "holds_points", "points_at", "read_pairs", "with_passages"]
 
 log = logging.getLogger(__name__)
 DPO = {"input", "preferred_output", "non_preferred_output"}
@@ -38,8 +38,13 @@ class Preference:
 
 
 def holds_points(path: Path) -> bool:
-    """Whether data points are there: in a folder that training wrote, or in a file whose first line is one."""
-    return (path / POINTS).is_file() or _first_keys(path) >= {"query", "answer", "contexts"}
+    """Whether data points are there: in a stage's folder or its data/, or in a file whose first line is one."""
+    return (points_at(path) / POINTS).is_file() or _first_keys(path) >= {"query", "answer", "contexts"}
+
+
+def points_at(path: Path) -> Path:
+    """Where a stage keeps its data points, if it is a stage's folder; else the path itself."""
+    return path / "data" if (path / "data" / POINTS).is_file() else path
 
 
 def holds_pairs(path: Path) -> bool:
