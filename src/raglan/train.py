@@ -54,7 +54,7 @@ from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import ScoreTable
-from raglan.trainer import INDEX_STATE, Interrupt, Refreshing, StageTrainer, last_whole, stage_trainer
+from raglan.trainer import Interrupt, Refreshing, StageTrainer, last_whole, restore, stage_trainer
 
 __all__ = ["Parts", "finished_parts", "train"]
 
@@ -230,9 +230,8 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     checkpoint = last_whole(stage.folder / "work")
     if isinstance(objective, MarginalObjective) and objective.refresher is not None:
         trainer.add_callback(Refreshing(objective.refresher))
-        if checkpoint is not None:
-            objective.refresher.restore(json.loads((checkpoint / INDEX_STATE).read_text(encoding="utf-8")))
     if checkpoint is not None:
+        restore(objective, checkpoint)
         log.info("stage %s goes on from %s", stage.name, checkpoint.name)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
