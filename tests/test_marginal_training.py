@@ -38,7 +38,8 @@ ACCEPT = {"staleness": {"kind": "accept"}}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 EIGHT = [
     ("who built the tower?", "odo"), ("when was it built?", "1790"), ("who was the miller?", "a miller by the water"),
-    ("what?", "a"), ("where was the lighthouse?", "by the sea"), ("when?", "1"), ("by whom?", "odo the miller"), ("who?", "a b c"),
+    ("what?", "a"), ("where was the lighthouse?", "by the sea"), ("when?", "1"), ("by whom?", "odo the miller"),
+    ("who?", "a b c"),
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path / "rank.py")],
         capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr[-4000:]
+    assert told.returncode == 0, told.stderr[-20000:]
     return path
 
 

@@ -172,7 +172,8 @@ class StageTrainer(Trainer):
                 names.setdefault(tensor.data_ptr(), name)
             state_dict = {name: whole[name] for name in names.values()}
         super()._save(output_dir, state_dict)
-        for name, part in _memory(self.objective).items():
+        kept = _memory(self.objective) if self.args.should_save else {}  # ranks share the folder
+        for name, part in kept.items():
             write_json(Path(str(output_dir or self.args.output_dir)) / name, part.state())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
