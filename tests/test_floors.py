@@ -15,7 +15,8 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback", "trainer", "train", "evaluate", "grid"],
+    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+     "trainer", "train", "evaluate", "grid"],  # fmt: skip
     ["grid_tables", "report", "interop", "exports", "bridges"],
     ["cli", "cli_synthesize", "__main__"],
 ]

@@ -201,7 +201,7 @@ def test_lora_trains_adapters_saves_them_and_merges_to_the_same_numbers(tmp_path
         open_generator(GeneratorSettings(model=str(base), lora={"rank": 4}), PromptSettings())
 
 
-@pytest.mark.parametrize("kind", ["bart", "llama"])
+@pytest.mark.parametrize("kind", ["bart", "t5", "llama"])
 def test_where_pad_is_the_end_token_the_end_still_counts(kind: str, tmp_path: Path) -> None:
     folder = getattr(tiny, kind)(tmp_path / kind)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

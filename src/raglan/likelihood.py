@@ -333,16 +333,15 @@ def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], tar
 def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], weights: Tensor, *, chunk: int = 128) -> Tensor:
     """Mean over v of log Σ_k w_k p_k(v), the uniform term of label smoothing on a mixture. (N,K,D), (N,K) log → (N,).
 
-    The mean runs over the entries whose logits are finite. As in `chunked_token_logprobs`, logits live a chunk at a time; a
-    chunk holds all K rows of its tokens.
+    The mean runs over the words that some present passage allows: whose logit is finite there. As in
+    `chunked_token_logprobs`, logits live a chunk at a time; a chunk holds all K rows of its tokens.
     """
 
     def score(rows: Tensor, log_w: Tensor) -> Tensor:
         logits = _wide(head(rows.flatten(0, 1))).unflatten(0, rows.shape[:2])
-        finite = ~torch.isneginf(logits[:, :1].detach())
         mixed = _logsumexp(log_w[:, :, None] + logits.log_softmax(-1), dim=1)
-        kept = finite[:, 0]
-        return torch.where(kept, torch.where(kept, mixed, 0.0), 0.0).sum(-1) / kept.sum(-1)
+        possible = ~torch.isneginf(mixed.detach())
+        return torch.where(possible, mixed, 0.0).sum(-1) / possible.sum(-1).clamp_min(1)
 
     step = max(1, chunk // weights.shape[1])
     parts = zip(hidden.split(step), _wide(weights).split(step), strict=True)

@@ -54,16 +54,7 @@ from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import Plan
-from raglan.trainer import (
-    CANDIDATES,
-    INDEX_STATE,
-    Interrupt,
-    Refreshing,
-    Researching,
-    StageTrainer,
-    last_whole,
-    stage_trainer,
-)
+from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 
 __all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "stage_parts", "train"]
 
@@ -301,13 +292,10 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
     checkpoint = last_whole(stage.folder / "work")
     if isinstance(objective, MarginalObjective | LsrObjective) and objective.refresher is not None:
         trainer.add_callback(Refreshing(objective.refresher))
-        if checkpoint is not None:
-            objective.refresher.restore(json.loads((checkpoint / INDEX_STATE).read_text(encoding="utf-8")))
     if isinstance(objective, LsrObjective) and objective.research is not None:
         trainer.add_callback(Researching(objective.research))
-        if checkpoint is not None:
-            objective.research.restore(checkpoint / CANDIDATES)
     if checkpoint is not None:
+        restore(objective, checkpoint)
         log.info("stage %s goes on from %s", stage.name, checkpoint.name)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)

@@ -31,24 +31,17 @@ from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
 from raglan.mixture import DEV_MEAN
 from raglan.objective import MarginalObjective, Objective
-from raglan.objective.lsr import CandidateRefresh
+from raglan.objective.collapse import CollapseMonitor
+from raglan.objective.lsr import CandidateRefresh, LsrObjective
 from raglan.objective.staleness import Refresher
 from raglan.recipe import InstructionMix, Recipe, StageSettings
 
-__all__ = [
-    "CANDIDATES",
-    "INDEX_STATE",
-    "Interrupt",
-    "Refreshing",
-    "Researching",
-    "StageTrainer",
-    "last_whole",
-    "stage_trainer",
-]
+__all__ = ["Interrupt", "Refreshing", "Researching", "StageTrainer", "last_whole", "restore", "stage_trainer"]
 
 log = logging.getLogger(__name__)
 INDEX_STATE = "index.json"  # in a checkpoint: which index it was made with
 CANDIDATES = "candidates.npz"  # and which candidates, where they are searched for anew
+MONITOR_STATE = "monitor.json"  # and what retrieval was like when the run began
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
@@ -73,9 +66,8 @@ def stage_trainer(
             hint="torchrun --nproc-per-node N -m raglan train recipe.yaml, or CUDA_VISIBLE_DEVICES=0",
         )
     trainer.objective = objective
-    trainer.model_accepts_loss_kwargs = objective.division == "items"
+    trainer.model_accepts_loss_kwargs = False  # the objective counts what it is divided by
     trainer.loss_is_scaled_for_ga = True
-    trainer._loss_shifts_labels = False  # labels are the answer's own tokens, for causal models too: count them all
     patience = getattr(settings.objective, "patience", None)
     if patience is not None:
         if not trainer.args.load_best_model_at_end:
@@ -103,8 +95,34 @@ def last_whole(work: Path) -> Path | None:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             found.append(folder)
         except (OSError, ValueError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another rank may be at it
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def restore(objective: Objective, checkpoint: Path) -> None:
+    """Bring back what an objective remembers beside its weights: the index it searched, the candidates it found, and the
+    monitor's first window.
+
+    Raises:
+        CheckpointError: that index is gone.
+    """
+    for name, part in _memory(objective).items():
+        if isinstance(part, CandidateRefresh):
+            part.restore(checkpoint / name)
+        else:
+            part.restore(json.loads((checkpoint / name).read_text(encoding="utf-8")))
+
+
+def _memory(objective: Objective) -> dict[str, Refresher | CollapseMonitor | CandidateRefresh]:
+    """What goes into a checkpoint beside the library's own files. Of several ranks the first writes, and all go on with it."""
+    kept: dict[str, Refresher | CollapseMonitor | CandidateRefresh] = {}
+    if isinstance(objective, MarginalObjective):
+        kept[MONITOR_STATE] = objective.monitor
+    if isinstance(objective, MarginalObjective | LsrObjective) and objective.refresher is not None:
+        kept[INDEX_STATE] = objective.refresher
+    if isinstance(objective, LsrObjective) and objective.research is not None:
+        kept[CANDIDATES] = objective.research
+    return kept
 
 
 class StageTrainer(Trainer):
@@ -116,14 +134,25 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:  # fmt: skip
-        self.objective.step = self.state.global_step
-        loss, figures = self.objective.loss(inputs, module=model, items=num_items_in_batch)
+        items = num_items_in_batch if self.objective.division == "items" else None
+        loss, figures = self.objective.loss(inputs, module=model, items=items)
         self._figures = {name: float(value) for name, value in figures.items()}
-        if num_items_in_batch is not None or self.objective.division == "none":
-            loss = loss * self.accelerator.num_processes  # ranks are averaged; the division, if any, was by all their tokens
-        elif self.args.gradient_accumulation_steps > 1 and self.objective.division == "mean":
-            loss = loss / self.current_gradient_accumulation_steps
-        return loss
+        if self.objective.division == "mean" and num_items_in_batch is not None:
+            loss = loss * (self.objective.items(inputs) / max(int(num_items_in_batch), 1))
+        return loss * self.accelerator.num_processes  # ranks are averaged, and their shares are of the sum over all
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The parts of an accumulated batch, and how many items the objective counts in them, on all ranks together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = torch.tensor(sum(self.objective.items(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(items).sum()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Told the step before the library puts the module into training: what begins to learn has dropout from then on."""
+        self.objective.step = self.state.global_step
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {
@@ -161,12 +190,13 @@ class StageTrainer(Trainer):
                 names.setdefault(tensor.data_ptr(), name)
             state_dict = {name: whole[name] for name in names.values()}
         super()._save(output_dir, state_dict)
-        refresher = getattr(self.objective, "refresher", None)
-        if refresher is not None:
-            write_json(Path(str(output_dir or self.args.output_dir)) / INDEX_STATE, refresher.state())
-        research = getattr(self.objective, "research", None)
-        if research is not None:
-            research.save(Path(str(output_dir or self.args.output_dir)) / CANDIDATES)
+        kept = _memory(self.objective) if self.args.should_save else {}  # ranks share the folder
+        for name, part in kept.items():
+            path = Path(str(output_dir or self.args.output_dir)) / name
+            if isinstance(part, CandidateRefresh):
+                part.save(path)
+            else:
+                write_json(path, part.state())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

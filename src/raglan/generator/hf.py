@@ -169,16 +169,17 @@ class HFGenerator(Generator):
         `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
         """
         model = model or self.model
+        moved = {name: value.to(self.device) for name, value in batch.items()}
         if "at" in batch:
-            return self._packed_logprobs({name: value.to(self.device) for name, value in batch.items()}, model)
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        labels = batch["labels"]
+            return self._packed_logprobs(moved, model)
+        given, batch = moved["labels"] >= 0, _aligned(moved)
+        labels, real = batch["labels"], batch["labels"] >= 0
         if self.reader is not None:
-            return self._reader_logprobs(batch, model)
-        hidden = self.answer_states(batch, model)
-        real = labels >= 0
-        values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
-        return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
+            values = self._reader_logprobs(batch, model)[real]
+        else:
+            hidden = self.answer_states(batch, model)
+            values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
+        return values.new_zeros(labels.shape).masked_scatter(given, values)
 
     def answer_states(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """What the LM head reads to predict the answer's tokens, (B,T,D), with gradient.
@@ -495,6 +496,20 @@ def _weights_dtype(settings: GeneratorSettings) -> torch.dtype:
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
     small = settings.dtype == "auto" and settings.lora is not None and torch.cuda.is_available() and bfloat16_is_faster()
     return torch.bfloat16 if small else torch.float32
+
+
+def _aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their own tokens first, on whichever side they were padded: models count positions from there."""
+    real, labels = batch["attention_mask"].bool(), batch["labels"]
+    return {
+        "input_ids": _moved(batch["input_ids"], real), "attention_mask": _moved(batch["attention_mask"], real),
+        "labels": _moved(labels, labels >= 0),
+    }  # fmt: skip
+
+
+def _moved(values: Tensor, first: Tensor) -> Tensor:
+    """Each row's values that are to come first, then its others, in their order. (B,L), (B,L) → (B,L)."""
+    return values.gather(1, (~first).int().argsort(dim=1, stable=True))
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ class Objective(ABC):
 
     Attributes:
         module: what the trainer wraps, moves and saves.
-        division: how losses of accumulated parts of a batch come together: each is divided by the answer tokens of all
-            (`items`), or by the number of parts (`mean`), or not at all (`none`).
+        division: how losses of accumulated parts of a batch, and of ranks, come together: each is divided by the `items` of
+            all (`items`), or is a mean that weighs as much as its share of them (`mean`), or is added as it is (`none`).
         step: the optimizer's steps so far, kept by the trainer.
     """
 
@@ -34,8 +34,14 @@ class Objective(ABC):
         Args:
             batch: what `collate` made.
             module: `self.module` as the trainer wrapped it.
-            items: how many answer tokens the whole accumulated batch has, over all its parts and ranks.
+            items: how many `items` the whole accumulated batch has, over all its parts and ranks.
         """
+
+    def items(self, batch: dict[str, Any]) -> int:
+        """How much of what the loss is divided by a batch has: its answer tokens where `division` is `items`, else its rows."""
+        if self.division == "items":
+            return int((batch["labels"] >= 0).sum())
+        return len(batch.get("labels", next(iter(batch.values()))))  # packed rows are several in one input
 
     @abstractmethod
     def collate(self, rows: Sequence[Any]) -> dict[str, Any]:

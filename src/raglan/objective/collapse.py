@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,17 @@ class CollapseMonitor:
             log.warning(
                 "the generator ignores its passages: with those of other questions it loses %.3f nats a token. %s", gap, HINT
             )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must remember, so that a resumed run is measured by the first window of all."""
+        seen = [rows.tolist() for rows in self._seen]
+        return {"figures": self.figures, "seen": seen, "bad": self._bad, "ignored": self._ignored, "warned": self.warned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the run that was broken off stood."""
+        self.figures = [(share, distinct) for share, distinct in state["figures"]]
+        self._seen = [np.array(rows, dtype=np.int64) for rows in state["seen"]]
+        self._bad, self._ignored, self.warned = state["bad"], state["ignored"], state["warned"]
 
     def _close(self) -> None:
         seen, self._seen = self._seen, []

@@ -110,12 +110,19 @@ class MarginalObjective(Objective):
         if self.module.training:
             self.monitor.see(scored.rows)
         if not kept.any():
-            learning = [p for part in self.parameters().values() for p in part]
-            return torch.stack([p.sum() * 0 for p in learning]).sum(), figures
+            return scored.token_logprobs.sum(), figures
         if scored.uniform is not None:
             nll = (1 - epsilon) * nll - epsilon * scored.uniform.sum(-1)
         own = items if self.settings.reduction == "token" else None
         return reduced(nll[kept], scored.answer_mask[kept], reduction=self.settings.reduction, items=own), figures
+
+    def items(self, batch: dict[str, Any]) -> int:
+        """Answer tokens, or questions. Those that are known to find nothing are not counted where such are left out."""
+        labels = batch["labels"]
+        if self.settings.on_empty == "skip" and "candidates" in batch:
+            found = (batch["candidates"] >= 0).any(1).split(batch["sizes"])  # a row a turn
+            labels = labels[torch.stack([turns.any() for turns in found])]
+        return int((labels >= 0).sum()) if self.division == "items" else len(labels)
 
     def collate(self, rows: Sequence[MarginalRow]) -> dict[str, Any]:
         queries = [text for row in rows for text in row.searched]
@@ -208,7 +215,7 @@ class MarginalObjective(Objective):
         asked = ~torch.isneginf(doc_logprobs.detach())
         pairs = asked.nonzero().tolist()
         if not pairs:
-            return Scored(doc_logprobs, torch.zeros((*asked.shape, labels.shape[1]), device=device), labels >= 0, rows)
+            return Scored(doc_logprobs, self._nothing().expand(*asked.shape, labels.shape[1]), labels >= 0, rows)
         asks = batch["asked"]
         prompts = [self._prompt(*asks[b], row=int(rows[b, k])) for b, k in pairs]
         self.generator.check_positions(max(len(prompt.ids) for prompt in prompts), labels.shape[1])
@@ -218,6 +225,16 @@ class MarginalObjective(Objective):
             return self._smoothed(doc_logprobs, states, asked, labels, rows)
         each = self.generator.forward(states, self.module.generator)
         return Scored(doc_logprobs, _spread(each, asked), labels >= 0, rows)
+
+    def _nothing(self) -> Tensor:
+        """0 that hangs on all that learns, so that a backward pass without any question gives gradients of 0.
+
+        It has to be made inside the module's forward pass: ranks wait for each other's gradient of everything that DDP saw
+        there, and those whose questions did find something have one.
+        """
+        learning = [p for part, found in self.parameters().items() if self._learns(part) for p in found]
+        none = torch.zeros((), device=self.generator.device)
+        return none + sum(p.flatten()[:1].sum() * 0 for p in learning)
 
     def _marginal(self, scored: Scored) -> Tensor:
         """log p(y|x), (B,)."""
@@ -339,7 +356,7 @@ class _Joint(nn.Module):
                 f"{type(self.generator).__name__} has no gradient checkpointing", hint="leave out train.gradient_checkpointing"
             )
         for part in ("generator", "passage_encoder"):
-            if part in self.parts and self._learns(part):
+            if part in self.parts and any(p.requires_grad for p in getattr(self, part).parameters()):
                 getattr(self, part).gradient_checkpointing_enable(**settings)
 
 
