@@ -18,7 +18,7 @@ from raglan.decode import Asked, rag_sequence, rag_token
 from raglan.index import Index, Queries
 from raglan.knowledge import build_knowledge
 from raglan.rag import RAG
-from raglan.recipe import Recipe, RagSequenceDecode, RagTokenDecode, SampleSettings
+from raglan.recipe import RagSequenceDecode, RagTokenDecode, Recipe, SampleSettings
 from test_generator import made
 from test_rag_decode import QUERIES, all_answers, asked, contexts, next_logprobs, sharpened, summed, theirs
 

@@ -35,7 +35,10 @@ __all__ = ["Marginalise", "decoded", "rag_token"]
 
 
 def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) -> list[Answer]:
-    """One answer a query (`returns` of them among its candidates, fewer where there are no more). Log-probabilities are those of the mixture, unaltered."""
+    """One answer a query, `returns` of them among its candidates, or as many as there are.
+
+    Log-probabilities are those of the mixture, unaltered.
+    """
     prompts, priors = asked.prompts(generator.prompt), asked.priors()
     answers: dict[int, Answer] = {}
     for group in track(
@@ -118,7 +121,7 @@ class _Draw(LogitsProcessor):
 def decoded(
     encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode
 ) -> tuple[list[list[list[int]]], Sequence[Tensor]]:
-    """Of each query its `returns` id lists, or as many as there are, and (returns,K,T) log p(y_t | x, z_k, y_<t) of them under every passage."""
+    """Of each query its `returns` id lists, or as many as there are, and their (returns,K,T) log p(y_t | x, z_k, y_<t)."""
     passages, sample = doc_logprobs.shape[1], settings.sample
     marginalise = Marginalise(doc_logprobs, normalised=settings.beams > 1)
     ids, output = encoded.sequences(
