@@ -239,9 +239,7 @@ def test_ids_that_occur_twice_are_named_wherever_they_are(tmp_path: Path, encode
         write_corpus(tmp_path / "corpus", twice)
 
 
-def test_documents_that_change_while_they_are_read_are_not_built(
-    tmp_path: Path, encoder_folder: Path, monkeypatch: Any
-) -> None:
+def test_documents_that_change_meanwhile_are_not_built(tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
     own = knowledge._version
 
     def meanwhile(*given: Any) -> str:
