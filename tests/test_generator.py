@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
@@ -252,3 +254,48 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="hint: give `embedded`"):
         open_generator(GeneratorSettings(model=str(tmp_path / "empty")), PromptSettings())
+
+
+def test_a_damaged_adapter_is_named_with_what_to_do(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    tiny.bart(tmp_path / "bart")
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    settings = GeneratorSettings(model=str(tmp_path / "bart"), dtype="float32", lora=lora)
+    open_generator(settings, PromptSettings()).save(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    first = next(iter(weights))
+
+    def torn(folder: Path) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"torn")
+
+    def one_lost(folder: Path) -> None:
+        save_file({name: value for name, value in weights.items() if name != first}, folder / "adapter_model.safetensors")
+
+    def reshaped(folder: Path) -> None:
+        save_file({**weights, first: torch.zeros(3, 3)}, folder / "adapter_model.safetensors")
+
+    def told(**changes: object) -> Callable[[Path], object]:
+        return lambda folder: (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+    cases: list[tuple[Callable[[Path], object], str]] = [
+        (torn, "cannot be put on"),
+        (one_lost, "lacks 1 of its weights"),
+        (reshaped, "cannot be put on"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{torn"), "cannot be loaded"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "cannot be loaded"),
+        (told(peft_type="NOTHING"), "cannot be loaded"),
+        (told(base_model_name_or_path=None), "names no base model"),
+        (told(base_model_name_or_path=str(tmp_path / "gone")), "generator .*gone' cannot be loaded"),
+        (told(r=4), "cannot be put on"),
+        (told(target_modules=["nowhere"]), "cannot be put on"),
+    ]
+    for number, (spoil, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", folder)
+        open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings())
+        spoil(folder)
+        with pytest.raises(CheckpointError, match=message) as fault:
+            open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings())
+        assert fault.value.hint

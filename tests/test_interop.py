@@ -444,9 +444,9 @@ def other_system(tmp_path: Path, **changes: Any) -> Path:
         "prompt": {"template": "{passages} // {question}", "max_tokens": 200},
     }  # fmt: skip
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))  # stages have an order
     return path
 
 
@@ -466,6 +466,27 @@ def test_a_system_of_fitting_parts_becomes_a_checkpoint(tmp_path: Path) -> None:
         assert tuple(row[2:end]) == answer.ids
     import_rag(tmp_path / "out", tmp_path / "parts")
     assert same_tensors(tmp_path / "bart", tmp_path / "parts" / "generator")
+
+
+def test_the_method_is_that_of_the_last_stage_that_was_trained(tmp_path: Path) -> None:
+    data = {"kind": "questions", "path": "q.jsonl"}
+    stages = {
+        over: {"data": data, "objective": {"kind": "marginal", "over": over, "label_smoothing": smoothing}}
+        for over, smoothing in (("token", 0.05), ("sequence", 0.2))
+    }
+    path = other_system(tmp_path, stages=stages)
+    for trained, over, smoothing in (
+        (["untuned"], "Token", 0.0),
+        (["untuned", "token"], "Token", 0.05),
+        (None, "Sequence", 0.2),
+    ):
+        out = tmp_path / f"out-{over}-{smoothing}"
+        export_rag(load_recipe(path), Parts(), out, trained=trained)
+        config = json.loads((out / "config.json").read_text())
+        assert (config["architectures"], config["label_smoothing"]) == ([f"Rag{over}ForGeneration"], smoothing)
+    done = CliRunner().invoke(app, ["checkpoint", "export", str(path), "-o", str(tmp_path / "cli")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "cli" / "config.json").read_text())["architectures"] == ["RagTokenForGeneration"]
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:

@@ -208,6 +208,18 @@ def test_another_encoder_is_refused_with_both_names(tmp_path: Path, encoder_fold
     assert "raglan build" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5", "llama"])
+def test_a_model_that_writes_is_no_encoder(kind: str, tmp_path: Path) -> None:
+    folder = getattr(tiny, kind)(tmp_path / kind)
+    with pytest.raises(CheckpointError, match="is a model that writes") as fault:
+        Encoder.open(EncoderSettings(model=str(folder)))
+    assert "generator.model" in str(fault.value.hint)
+    bert = tiny.bert(tmp_path / "bert")  # no sentence-transformers folder either, but it embeds
+    assert Encoder.open(EncoderSettings(model=str(bert), dtype="float32")).dimension == 32
+    with pytest.raises(CheckpointError, match="is a model that writes"):
+        Encoder.open(EncoderSettings(model=str(bert), query_model=str(folder)))
+
+
 def test_a_tuned_query_tower_opens_and_a_foreign_one_does_not(tmp_path: Path, encoder_folder: Path) -> None:
     wanted = EncoderSettings(model=str(encoder_folder), dtype="float32")
     encoder = Encoder.open(wanted)

@@ -589,7 +589,8 @@ def test_a_seq2seq_model_and_the_reader_learn_unpacked_mixes(folder: Path, tmp_p
 @pytest.mark.parametrize("packing", ["none", "fit"])
 def test_accumulation_changes_nothing(folder: Path, tmp_path: Path, packing: str, reduction: str) -> None:
     """1×8 ≡ 8×1 over answers of unlike length: the loss is divided by the answer tokens of the whole accumulated batch."""
-    shared = ["train.max_steps=2", "train.optim=sgd", f"train.learning_rate={1.0 if reduction == 'token' else 0.1}", "train.lr_scheduler_type=constant"]
+    rate = 1.0 if reduction == "token" else 0.1
+    shared = ["train.max_steps=2", "train.optim=sgd", f"train.learning_rate={rate}", "train.lr_scheduler_type=constant"]
     shared += [
         "train.max_grad_norm=0",
         "train.warmup_steps=0",

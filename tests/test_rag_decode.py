@@ -153,14 +153,34 @@ def all_answers(generator: HFGenerator, prompts: list[Rendered]) -> dict[tuple[i
     """Every answer of at most two tokens → log p of its steps under each prompt, (K,T)."""
     first = torch.stack([next_logprobs(generator, prompt, ()) for prompt in prompts])
     found: dict[tuple[int, ...], Tensor] = {}
+    second = torch.stack([after_each_word(generator, prompt, first.shape[1]) for prompt in prompts])  # (K,V,V)
     for v in range(first.shape[1]):
         if v in generator.ends:
             found[(v,)] = first[:, v : v + 1]
             continue
-        second = torch.stack([next_logprobs(generator, prompt, (v,)) for prompt in prompts])
         for w in range(first.shape[1]):
-            found[(v, w)] = torch.stack([first[:, v], second[:, w]], dim=1)
+            found[(v, w)] = torch.stack([first[:, v], second[:, v, w]], dim=1)
     return found
+
+
+def summed(table: dict[tuple[int, ...], Tensor], prior: Tensor) -> tuple[dict[tuple[int, ...], float], ...]:
+    """Every answer's log-probability by RAG-Sequence and by RAG-Token; a second token that is not there counts 0."""
+    steps = torch.stack([torch.nn.functional.pad(own, (0, 2 - own.shape[1])) for own in table.values()])  # (answers,K,2)
+    by_sequence = (prior + steps.sum(2)).logsumexp(1)
+    by_token = (prior[:, None] + steps).logsumexp(1).sum(1)
+    return tuple(dict(zip(table, values.tolist(), strict=True)) for values in (by_sequence, by_token))
+
+
+@torch.no_grad()
+def after_each_word(generator: HFGenerator, prompt: Rendered, words: int) -> Tensor:
+    """log p of the second token after each first one, (V,V)."""
+    ids, before = torch.tensor([list(prompt.ids)] * words), torch.arange(words)[:, None]
+    if not generator.is_seq2seq:
+        logits = generator.model(input_ids=torch.cat([ids, before], 1)).logits
+    else:
+        decoder = torch.cat([torch.tensor([generator.prefix] * words), before], 1)
+        logits = generator.model(input_ids=ids, decoder_input_ids=decoder).logits
+    return logits[:, -1].double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("kind", ["bart", "llama"])
@@ -170,8 +190,7 @@ def test_beams_that_cover_everything_find_the_true_best(kind: str, tmp_path: Pat
     prompts, prior = question.prompts(generator.prompt)[0], question.doc_logprobs[0].double()
     table = all_answers(generator, prompts)
     words = len(next_logprobs(generator, prompts[0], ()))
-    by_sequence = {ids: float((prior + steps.sum(1)).logsumexp(0)) for ids, steps in table.items()}
-    by_token = {ids: float((prior[:, None] + steps).logsumexp(0).sum()) for ids, steps in table.items()}
+    by_sequence, by_token = summed(table, prior)
     assert sum(map(math.exp, by_sequence.values())) == pytest.approx(1, abs=1e-6)
     assert sum(map(math.exp, by_token.values())) == pytest.approx(1, abs=1e-6)
     settings = RagSequenceDecode(kind="rag_sequence", beams=words, max_new_tokens=2)

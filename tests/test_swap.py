@@ -15,7 +15,7 @@ from raglan.errors import CheckpointError, IndexMismatch
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.rag import RAG
 from raglan.recipe import load_recipe
-from raglan.train import finished_parts, train
+from raglan.train import finished_parts, learning_curves, train
 from test_kill import small_recipe
 
 
@@ -123,3 +123,6 @@ def test_tuned_parts_stay_in_use_when_what_they_know_is_swapped(two: tuple[Path,
     assert [name for name, _ in tuned] == ["untuned", "read", "find"]
     KnowledgeBase.publish(load_recipe(path).knowledge.path, first)
     assert finished_parts(load_recipe(path)) == tuned
+    curves = learning_curves(load_recipe(path))  # the report shows them as before
+    assert list(curves) == ["read", "find"]
+    assert all(any("loss" in row for row in curve) for curve in curves.values())

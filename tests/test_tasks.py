@@ -21,6 +21,7 @@ from raglan.rag import RAG
 from raglan.recipe import QuestionData, Recipe, load_recipe
 from raglan.records import Example
 from raglan.text import words
+from raglan.wordings import wordings
 from test_kill import small_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -203,6 +204,48 @@ def test_a_regular_expression_is_learned_as_its_commonest_match(system: RAG) -> 
         learned(system, [Example("4", "who?", ("x(",))], answers_are="regex")
 
 
+def test_a_regular_expression_that_matches_nowhere_is_learned_as_its_wordings(system: RAG, caplog: Any) -> None:
+    examples = [Example("1", "who?", (r"(Zoe|Zed) Quill?", "Xi")), Example("2", "who?", (r"17\d\d",))]
+    with caplog.at_level(logging.INFO):
+        found = learned(system, examples, answers="each", answers_are="regex")
+    assert found[0] == ("Zoe Quil", "Zoe Quill", "Zed Quil", "Zed Quill", "Xi")
+    assert len(found[1]) == 1
+    assert re.fullmatch(r"17\d\d", found[1][0])
+    assert "1 of 2 regular expressions match no passage" in caplog.text
+    with pytest.raises(CorpusError, match="no answer occurs"):
+        learned(system, examples[:1], answers_are="regex", answers_found_in=30)
+
+
+@pytest.mark.parametrize(
+    ("expression", "texts"),
+    [
+        ("Long\\s+Island", ["Long Island"]),
+        ("Nov(ember|\\.)? 1942", ["Nov 1942", "November 1942", "Nov. 1942"]),
+        ("\\bOhio\\b", ["Ohio"]),
+        ("^a(?:b|c)*$", ["a", "ab", "ac"]),
+        ("19[67]5", ["1965", "1975"]),
+        ("(\\d+|three) feet", ["feet", "three feet"]),
+        ("x{2,3}", ["xx"]),
+        ("a.b[^c]", ["a b"]),
+        (".*", []),
+        ("(?i)Bo", ["Bo"]),
+    ],
+)
+def test_wordings_by_hand(expression: str, texts: list[str]) -> None:
+    assert wordings(expression) == texts
+
+
+def test_wordings_are_bounded_and_fit_their_expression() -> None:
+    many = wordings(" ".join(f"(w{n})?" for n in range(40)))
+    assert len(many) == len(set(many)) == 16
+    told = r"(Mr\.? |Mister )?(John|Jack) (F\. )?Kennedy(,? Jr)?"
+    assert len(wordings(told)) == 16
+    assert len(wordings(told, most=100)) > 16
+    assert all(regex_match(text, [told]) for text in wordings(told, most=100))
+    with pytest.raises(CorpusError, match="is no regular expression"):
+        wordings("x(")
+
+
 def test_figures_of_regular_expressions() -> None:
     assert regex_match("Nov. 1942", [r"nov(\.|ember)? 1942"]) == 1
     assert regex_match(" november 1942, they say", [r"nov(\.|ember)? 1942"]) == 1  # from its start
@@ -234,3 +277,57 @@ def test_answers_that_are_patterns_are_measured_as_patterns(folder: Path, system
     assert figures["retrieved/em"].mean == pytest.approx(2 / 3)
     assert figures["answer_recall@1"].mean == pytest.approx(2 / 3)
     assert not {"retrieved/f1", "retrieved/rouge_l", "retrieved/bleu1"} & set(figures)
+
+
+def test_documents_are_found_by_any_of_their_passages(folder: Path, tmp_path: Path) -> None:
+    from raglan.evaluate import interval_kinds, measure, summarise
+    from raglan.recipe import EvaluateSettings
+
+    (tmp_path / "docs").mkdir()
+    for name in ("north", "south"):
+        parts = [f"## {name} {n}\n\nThe {name} tower number {n} was built by the water in {1700 + n}." for n in range(3)]
+        (tmp_path / "docs" / f"{name}.md").write_text("\n\n".join(parts))
+    changes = [
+        f"knowledge.documents={tmp_path / 'docs'}",
+        f"knowledge.path={tmp_path / 'kb'}",
+        "knowledge.chunk={max_tokens: 64}",
+    ]
+    recipe: Recipe = load_recipe(folder / "small.yaml", changes)
+    base = build_knowledge(recipe.knowledge)
+    assert [p.document for p in base.corpus] == ["north.md"] * 3 + ["south.md"] * 3
+    lines = [
+        {"id": "1", "query": base.corpus[1].text, "relevant": ["north.md#0"]},  # another passage of the right document
+        {"id": "2", "query": base.corpus[4].text, "relevant": ["south.md#1"]},
+        {"id": "3", "query": base.corpus[0].text, "relevant": ["north.md#0", "south.md#2"]},
+        {"id": "4", "query": base.corpus[0].text, "relevant": []},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = EvaluateSettings(questions=tmp_path / "q.jsonl", modes=(), k=(1, 6))
+    system = RAG.open(recipe)
+    rows = measure(system, load_examples(settings.questions, base.corpus), settings)
+    found = [row["hits"] for row in rows]
+    wanted = [{"north.md"}, {"south.md"}, {"north.md", "south.md"}]
+    for row, hits, documents in zip(rows, found, wanted, strict=False):
+        for k in (1, 6):
+            seen = {base.corpus[base.corpus.row(hit["id"]) or 0].document for hit in hits[:k]}
+            assert row["figures"][f"document_recall@{k}"] == len(seen & documents) / len(documents)
+    assert rows[3]["figures"]["document_recall@1"] is None
+    figures = summarise(rows, settings)
+    assert figures["document_recall@6"].mean == figures["recall@6"].mean == 1
+    assert figures["document_recall@1"].mean >= figures["recall@1"].mean
+    assert figures["document_recall@1"].n == 3
+    assert interval_kinds(figures) == "bootstrap over questions"
+    assert interval_kinds(["recall@1", "gold/bleu1", "retrieved/bleu1", "gold/distinct_3"]) == (
+        "bootstrap over questions, by jackknife for bleu1, distinct_3"
+    )
+    assert interval_kinds(["gold/bleu1"]) == "jackknife for bleu1"
+
+
+def test_rows_that_are_passages_have_no_recall_by_document(system: RAG, tmp_path: Path) -> None:
+    from raglan.evaluate import measure
+    from raglan.recipe import EvaluateSettings
+
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "query": "who built it", "relevant": ["p3"]}) + "\n")
+    settings = EvaluateSettings(questions=tmp_path / "q.jsonl", modes=(), k=(1,))
+    rows = measure(system, load_examples(settings.questions, system.retriever.base.corpus), settings)
+    assert not any(name.startswith("document_recall") for name in rows[0]["figures"])

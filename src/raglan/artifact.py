@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "pointed",
     "publish",
     "read_manifest",
+    "streamed_fingerprint",
     "write_json",
     "write_manifest",
 ]
@@ -36,8 +37,20 @@ MANIFEST = "manifest.json"
 
 def fingerprint(value: Any) -> str:
     """16 hex digits that name a JSON value: equal values, in any key order, have equal names."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(value)).hexdigest()[:16]
+
+
+def streamed_fingerprint(before: Sequence[Any], items: Iterable[Any], after: Callable[[], Sequence[Any]]) -> str:
+    """`fingerprint([*before, list(items), *after()])` of items that are never all held; `after` is asked behind the last."""
+    digest = hashlib.sha256(b"[" + b"".join(_canonical(value) + b", " for value in before) + b"[")
+    for number, item in enumerate(items):
+        digest.update((b", " if number else b"") + _canonical(item))
+    digest.update(b"]" + b"".join(b", " + _canonical(value) for value in after()) + b"]")
+    return digest.hexdigest()[:16]
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
 
 
 def file_fingerprint(path: Path) -> str:

@@ -73,6 +73,8 @@ def build(recipe: RecipePath, overrides: Overrides = None) -> None:
     )
     if made["passages_per_second"]:
         console.print(f"{made['seconds']} s, {made['passages_per_second']} passages/s, peak memory {made['peak_memory_mb']} MB")
+    if made.get("encoded", made["passages"]) < made["passages"]:
+        console.print(f"{made['encoded']} of {made['passages']} passages are new; the others' vectors were there already")
 
 
 @app.command()
@@ -184,7 +186,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
-    from raglan.evaluate import compare, evaluate_recipe
+    from raglan.evaluate import compare, evaluate_recipe, interval_kinds
 
     loaded = load_recipe(recipe, overrides or [])
     if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
@@ -206,7 +208,7 @@ def evaluate(
     from rich.console import Console
 
     Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
-    console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by bootstrap over questions")
+    console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by {interval_kinds(evaluations[-1].figures)}")
     for name in (
         name for name in ("retrieved/em", "retrieved/accuracy", "retrieved/rouge_l", "recall@1") if name in differences
     ):
@@ -276,9 +278,10 @@ def export_checkpoint(
 
     loaded = load_recipe(recipe, overrides or [])
     begun = bool(KnowledgeBase.versions(loaded.knowledge.path))  # without one nothing was ever trained
-    stage, parts = finished_parts(loaded)[-1] if begun and not untuned else ("untuned", Parts())
+    found = finished_parts(loaded) if begun and not untuned else [("untuned", Parts())]
+    stage, parts = found[-1]
     console.print(f"[dim]system: {stage}[/dim]")
-    typer.echo(str(export_rag(loaded, parts, output)))
+    typer.echo(str(export_rag(loaded, parts, output, trained=[name for name, _ in found])))
 
 
 @app.command()

@@ -1,12 +1,14 @@
 """Passages on disk: immutable, memory-mapped, with a fingerprint.
 
-One Arrow file holds the text; two arrays find a row by passage id without loading the ids. Opening costs the same for a
-thousand passages as for ten million.
+One Arrow file holds the text; two arrays find a row by passage id without loading the ids, and a third tells which passages
+say the same as others, so that their vectors need not be made again. Opening costs the same for a thousand passages as for
+ten million, and writing keeps 24 bytes of each.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from raglan.artifact import file_fingerprint
 from raglan.errors import CorpusError
 from raglan.records import Passage
 
-__all__ = ["Corpus", "write_corpus"]
+__all__ = ["Corpus", "id_hash", "write_corpus"]
 
 SCHEMA = pa.schema([
     ("id", pa.string()), ("title", pa.string()), ("text", pa.large_string()),
@@ -57,7 +59,7 @@ class Corpus(Sequence[Passage]):
 
     def row(self, identity: str) -> int | None:
         """The row of a passage id, or None."""
-        wanted = _hash(identity)
+        wanted = np.uint64(id_hash(identity))
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self) and self._hashes[at] == wanted:
             row = int(self._rows[at])
@@ -78,6 +80,15 @@ class Corpus(Sequence[Passage]):
         return found
 
     @cached_property
+    def text_hashes(self) -> np.ndarray:
+        """(N,2) uint64: equal where title and text are equal."""
+        path = self.folder / "text_hashes.npy"
+        if path.is_file():
+            return np.asarray(np.load(path, mmap_mode="r"))
+        hashes = b"".join(map(_text_hash, self))  # a corpus that was written before there were any
+        return np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 2)
+
+    @cached_property
     def fingerprint(self) -> str:
         return file_fingerprint(self.folder / "passages.arrow")
 
@@ -85,30 +96,43 @@ class Corpus(Sequence[Passage]):
 def write_corpus(folder: Path, passages: Iterable[Passage]) -> int:
     """Write passages to a folder; returns how many. Raises CorpusError for an id that occurs twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-    hashes: list[np.uint64] = []
-    seen: dict[str, str] = {}
+    ids, texts = array("Q"), bytearray()
     with pa.OSFile(str(folder / "passages.arrow"), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in _batches(passages, 4096):
-            for passage in batch:
-                if passage.id in seen:
-                    raise CorpusError(
-                        f"passage id {passage.id!r} occurs twice: in documents {seen[passage.id]!r} and {passage.document!r}",
-                        hint="give each passage its own id",
-                    )
-                seen[passage.id] = passage.document
-                hashes.append(_hash(passage.id))
+            ids.extend(id_hash(passage.id) for passage in batch)
+            texts += b"".join(map(_text_hash, batch))
             columns = [[getattr(passage, name) for passage in batch] for name in SCHEMA.names]
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            count += len(batch)
-    order = np.argsort(np.asarray(hashes, dtype=np.uint64), kind="stable")
-    np.save(folder / "id_hashes.npy", np.asarray(hashes, dtype=np.uint64)[order])
+    hashes = np.frombuffer(ids, dtype=np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    np.save(folder / "id_hashes.npy", hashes[order])
     np.save(folder / "id_rows.npy", order.astype(np.int64))
-    return count
+    np.save(folder / "text_hashes.npy", np.frombuffer(texts, dtype=np.uint64).reshape(-1, 2))
+    _check_ids(Corpus(folder), hashes[order], order)
+    return len(ids)
 
 
-def _hash(identity: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "big"))
+def id_hash(identity: str) -> int:
+    """64 bits of an id."""
+    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "big")
+
+
+def _check_ids(corpus: Corpus, hashes: np.ndarray, rows: np.ndarray) -> None:
+    """No id occurs twice. Ids whose hashes are equal stand side by side."""
+    seen: dict[str, str] = {}
+    alike = np.flatnonzero(hashes[1:] == hashes[:-1])
+    for row in sorted({*rows[alike].tolist(), *rows[alike + 1].tolist()}):
+        passage = corpus[row]
+        if passage.id in seen:
+            raise CorpusError(
+                f"passage id {passage.id!r} occurs twice: in documents {seen[passage.id]!r} and {passage.document!r}",
+                hint="give each passage its own id",
+            )
+        seen[passage.id] = passage.document
+
+
+def _text_hash(passage: Passage) -> bytes:
+    return hashlib.blake2b(f"{passage.title}\0{passage.text}".encode(), digest_size=16).digest()
 
 
 def _span(part: slice, length: int) -> tuple[int, int]:

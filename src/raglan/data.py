@@ -24,6 +24,7 @@ from raglan.recipe import ClassifyDecode, InstructionMix, LessonData, QuestionDa
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 from raglan.text import pattern
+from raglan.wordings import wordings
 
 __all__ = [
     "answer_rows",
@@ -175,8 +176,9 @@ def learned_answers(
 ) -> list[Example]:
     """The examples with those answers that are trained on, each of them; questions that have none left are left out.
 
-    A regular expression stands for its commonest match in the best 1000 passages, or in `answers_found_in`; other answers
-    have to occur in `answers_found_in` passages, if that is said. Then all, the first, or one drawn with the seed.
+    A regular expression stands for its commonest match in the best 1000 passages; where no expression of a question matches,
+    each stands for its wordings. Where `answers_found_in` is said, all that is learned occurs in so many passages. Then all,
+    the first, or one drawn with the seed.
 
     Raises:
         CorpusError: no answer is left, or one is no regular expression.
@@ -185,7 +187,8 @@ def learned_answers(
         return list(examples)
     regex = data.answers_are == "regex"
     depth = data.answers_found_in or (REGEX_DEPTH if regex else 0)
-    kept = _found_in_passages(examples, depth, retriever, regex=regex) if depth else list(examples)
+    spelt = regex and data.answers_found_in is None
+    kept = _found_in_passages(examples, depth, retriever, regex=regex, spelt=spelt) if depth else list(examples)
     if len(kept) < len(examples):
         log.warning(
             "%d of %d questions have no answer in %d passages and are left out", len(examples) - len(kept), len(examples), depth
@@ -200,9 +203,13 @@ def learned_answers(
     return [replace(example, answers=rule[data.answers](example.answers)) for example in kept]
 
 
-def _found_in_passages(examples: Sequence[Example], depth: int, retriever: Retriever, *, regex: bool) -> list[Example]:
+def _found_in_passages(
+    examples: Sequence[Example], depth: int, retriever: Retriever, *, regex: bool, spelt: bool
+) -> list[Example]:
+    """`spelt`: expressions that match nowhere are learned as their wordings."""
     corpus = retriever.base.corpus
     kept = []
+    unmatched = 0
     for start in range(0, len(examples), 512):
         part = examples[start : start + 512]
         _, rows = retriever.search([example.query for example in part], min(depth, len(corpus)))
@@ -210,7 +217,12 @@ def _found_in_passages(examples: Sequence[Example], depth: int, retriever: Retri
             passages = [corpus[row] for row in found if row >= 0]
             texts = [f"{passage.title}\n{passage.text}" for passage in passages]
             answers = _commonest(texts, example.answers) if regex else found_answers(texts, example.answers)
+            if spelt and not answers:
+                unmatched += 1
+                answers = list(dict.fromkeys(text for form in example.answers for text in wordings(form)))
             kept += [replace(example, answers=tuple(answers))] if answers else []
+    if unmatched:
+        log.info("%d of %d regular expressions match no passage: their wordings are learned", unmatched, len(examples))
     return kept
 
 

@@ -3,32 +3,37 @@ question-passage pairs (one .json of queries, corpus and relevant_docs).
 
 Nothing vanishes silently: a file that cannot be read stops the reading and is named, or with `on_error: skip` is put on
 the list of what was skipped and why. Files of other kinds in a folder are listed too.
+
+`DocumentStream` reads rows of tables as they are asked for and forgets them; of twenty million it keeps eight bytes each.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-import io
+import hashlib
 import json
 import logging
 import re
 import warnings
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 
-from raglan.errors import CorpusError, MissingExtra, require
+from raglan.corpus import id_hash
+from raglan.errors import CorpusError, require
 from raglan.progress import track
 from raglan.records import Document, Example
 from raglan.text import SPACELESS, check_history, check_query, half_character
 
-__all__ = ["Reading", "read_documents", "read_examples"]
+__all__ = ["DocumentStream", "Reading", "read_documents", "read_examples"]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
@@ -73,31 +78,119 @@ def read_documents(
     Raises:
         CorpusError: nothing to read, an unreadable file, or an id that occurs twice.
     """
-    names = {"id": "id", "title": "title", "text": "text", **(columns or {})}
-    reading = Reading()
-    for path, base in track(list(_files(paths)), "reading"):
-        ending = _ending(path)
-        if ending not in (*TABLES, PAIRS, *TEXTS, *CONVERTED):
-            reading.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
-            continue
-        try:
-            if half_character(str(path)) is not None:
-                raise CorpusError(f"the file name {str(path)!r} is not UTF-8", hint="rename it, or set on_error: skip")
-            found = _read_file(path, ending, path.relative_to(base).as_posix(), names, encoding, whole)
-            empty = [document.id for document in found if not document.text.strip()]
-            reading.skipped += [(str(path), f"row {identity!r} holds no text") for identity in empty]
-            if not found:
-                reading.skipped.append((str(path), NO_PAIRS if ending == PAIRS else "holds no row"))
-            reading.documents += [document for document in found if document.text.strip()]
-            reading.files += 1
-        except MissingExtra:
-            raise
-        except CorpusError as fault:
-            if on_error == "stop":
-                raise
-            reading.skipped.append((str(path), fault.message))
-    _check(reading, paths)
-    return reading
+    stream = DocumentStream(paths, columns=columns, encoding=encoding, on_error=on_error, whole=whole)
+    return Reading(list(stream), stream.files, stream.skipped)
+
+
+class DocumentStream:
+    """The documents of files and folders, one after the other, as often as it is gone through. See `read_documents`.
+
+    Attributes:
+        count, files, skipped: documents and files of the last pass, and what gave none, with the reason.
+        digest: hex digits that tell whether two passes gave the same.
+    """
+
+    def __init__(
+        self, paths: Iterable[Path], *, columns: Mapping[str, str] | None = None, encoding: str = "utf-8",
+        on_error: str = "stop", whole: bool = False,
+    ):  # fmt: skip
+        self.paths = list(paths)
+        self.columns = {"id": "id", "title": "title", "text": "text", **(columns or {})}
+        self.encoding, self.on_error, self.whole = encoding, on_error, whole
+        self.count, self.files = 0, 0
+        self.skipped: list[tuple[str, str]] = []
+        self.digest = ""
+        self._places = list(_files(self.paths))
+        self._converted: dict[Path, Document] = {}  # texts are converted once, tables are read anew
+        self._faults: dict[Path, str | None] = {}
+
+    def __iter__(self) -> Iterator[Document]:
+        self.count, self.files, self.skipped = 0, 0, []
+        hashes, digest = array("Q"), hashlib.sha256()
+        for document in self._documents():
+            self.count += 1
+            hashes.append(id_hash(document.id))
+            digest.update("\0".join((document.id, document.title, document.text, "")).encode())
+            yield document
+        self.digest = digest.hexdigest()
+        self._check(hashes)
+
+    def _documents(self) -> Iterator[Document]:
+        for path, base in track(self._places, "reading"):
+            ending = _ending(path)
+            if ending not in (*TABLES, PAIRS, *TEXTS, *CONVERTED):
+                self.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
+            elif (fault := self._fault(path, base, ending)) is not None:
+                self.skipped.append((str(path), fault))
+            else:
+                yield from self._of(path, base, ending)
+
+    def _of(self, path: Path, base: Path, ending: str) -> Iterator[Document]:
+        """A readable file's documents that hold text."""
+        empty = True
+        for document in self._read(path, base, ending):
+            empty = False
+            if document.text.strip():
+                yield document
+            else:
+                self.skipped.append((str(path), f"row {document.id!r} holds no text"))
+        if empty:
+            self.skipped.append((str(path), NO_PAIRS if ending == PAIRS else "holds no row"))
+        self.files += 1
+
+    def _fault(self, path: Path, base: Path, ending: str) -> str | None:
+        """Why a file is to be skipped: a table with one bad row is skipped whole, so it is first read to its end."""
+        if self.on_error == "stop":
+            return None
+        if path not in self._faults:
+            try:
+                for _ in self._read(path, base, ending):
+                    pass
+                self._faults[path] = None
+            except CorpusError as fault:
+                self._faults[path] = fault.message
+        return self._faults[path]
+
+    def _read(self, path: Path, base: Path, ending: str) -> Iterator[Document]:
+        if half_character(str(path)) is not None:
+            raise CorpusError(f"the file name {str(path)!r} is not UTF-8", hint="rename it, or set on_error: skip")
+        if ending in TABLES:
+            for number, row in _rows(path, ending, self.encoding):
+                yield _row_document(row, path, number, self.columns, self.whole)
+            return
+        if ending == PAIRS:
+            _, corpus, _ = _qa_pairs(path, self.encoding) or ({}, {}, {})
+            yield from (Document(identity, text, "", str(path), self.whole) for identity, text in corpus.items())
+            return
+        if path not in self._converted:
+            self._converted[path] = _text_document(path, ending, path.relative_to(base).as_posix(), self.encoding)
+        yield self._converted[path]
+
+    def _check(self, hashes: array[int]) -> None:
+        """Something was read, and no id occurs twice."""
+        if not self.count:
+            places = ", ".join(str(path) for path in self.paths)
+            tried = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:5])
+            raise CorpusError(
+                f"no document was found in {places}" + (f" ({tried})" if tried else ""),
+                hint=f"files ending in {' '.join((*TEXTS, *CONVERTED, *TABLES, PAIRS))} are read",
+            )
+        kinds, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
+        if len(kinds) == len(hashes):
+            return
+        doubtful = set(kinds[counts > 1].tolist())
+        seen: dict[str, str] = {}
+        told = self.files, list(self.skipped)
+        for document in self._documents():  # once more, to name them
+            if id_hash(document.id) not in doubtful:
+                continue
+            if document.id in seen:
+                raise CorpusError(
+                    f"document id {document.id!r} occurs twice: in {seen[document.id]} and {document.source}",
+                    hint="give each document or passage its own id",
+                )
+            seen[document.id] = document.source
+        self.files, self.skipped = told  # hashes that collide, and nothing more
 
 
 def read_examples(path: Path, *, split: str = "test") -> list[Example]:
@@ -164,17 +257,12 @@ def _ending(path: Path) -> str:
     return ".jsonl.gz" if path.name.lower().endswith(".jsonl.gz") else path.suffix.lower()
 
 
-def _read_file(path: Path, ending: str, name: str, columns: Mapping[str, str], encoding: str, whole: bool) -> list[Document]:
-    if ending == PAIRS:
-        _, corpus, _ = _qa_pairs(path, encoding) or ({}, {}, {})
-        return [Document(identity, text, "", str(path), whole) for identity, text in corpus.items()]
-    if ending in TABLES:
-        return [_row_document(row, path, number, columns, whole) for number, row in _rows(path, ending, encoding)]
+def _text_document(path: Path, ending: str, name: str, encoding: str) -> Document:
     text = _text(path, encoding) if ending in TEXTS else _converted(path)
     if not text.strip():
         raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
     title = "" if ending not in (".txt", ".pdf") else path.stem.replace("-", " ").replace("_", " ")
-    return [Document(name, text, title, str(path))]
+    return Document(name, text, title, str(path))
 
 
 def _text(path: Path, encoding: str) -> str:
@@ -233,14 +321,38 @@ def _rows(path: Path, ending: str, encoding: str) -> Iterator[tuple[int, dict[st
     if ending in (".jsonl", ".jsonl.gz"):
         yield from _json_lines(path, encoding)
     elif ending == ".csv":
-        csv.field_size_limit(2**30)
-        yield from enumerate(csv.DictReader(io.StringIO(_text(path, encoding), newline="")), 1)
+        yield from _csv_rows(path, encoding)
     else:
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowException) as fault:
-            raise CorpusError(f"{path} cannot be read as .parquet: {fault}", hint=UNREADABLE) from None
-        yield from enumerate(table.to_pylist(), 1)
+        yield from _parquet_rows(path)
+
+
+def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**30)
+    number = 0
+    try:
+        with open(path, encoding=_marked(encoding), newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 1):
+                yield number, row
+    except LookupError:
+        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
+    except UnicodeDecodeError as fault:
+        byte = fault.object[fault.start]
+        raise CorpusError(
+            f"{path} is not {encoding}: byte {byte:#04x} after row {number} ({fault.reason})", hint=ENCODINGS
+        ) from None
+    except (OSError, csv.Error) as fault:
+        raise CorpusError(f"{path} cannot be read after row {number}: {fault}", hint=UNREADABLE) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    begin = 1
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                yield from enumerate(batch.to_pylist(), begin)
+                begin += batch.num_rows
+    except (OSError, pyarrow.ArrowException) as fault:
+        raise CorpusError(f"{path} cannot be read as .parquet: {fault}", hint=UNREADABLE) from None
 
 
 def _json_lines(path: Path, encoding: str, *, cure: str = ENCODINGS) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -286,24 +398,6 @@ def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapp
     if (half := half_character(identity + title + text)) is not None:
         raise CorpusError(f"{path}, row {number} holds {half!r}, half a character", hint="write the file as valid UTF-8")
     return Document(identity, text, title, str(path), whole)
-
-
-def _check(reading: Reading, paths: Iterable[Path]) -> None:
-    if not reading.documents:
-        places = ", ".join(str(path) for path in paths)
-        tried = "; ".join(f"{name}: {reason}" for name, reason in reading.skipped[:5])
-        raise CorpusError(
-            f"no document was found in {places}" + (f" ({tried})" if tried else ""),
-            hint=f"files ending in {' '.join((*TEXTS, *CONVERTED, *TABLES, PAIRS))} are read",
-        )
-    seen: dict[str, str] = {}
-    for document in reading.documents:
-        if document.id in seen:
-            raise CorpusError(
-                f"document id {document.id!r} occurs twice: in {seen[document.id]} and {document.source}",
-                hint="give each document or passage its own id",
-            )
-        seen[document.id] = document.source
 
 
 def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:

@@ -34,6 +34,7 @@ __all__ = [
     "copy_tokenizer",
     "dpr_folder",
     "misfits",
+    "model_file",
     "open_dpr",
     "save_dpr",
     "vector_size",
@@ -56,12 +57,12 @@ KINDS = {"DPRQuestionEncoder": "question_encoder", "DPRContextEncoder": "ctx_enc
 
 def dpr_folder(name: str) -> Path | None:
     """The folder of a DPR encoder, given as a folder or a hub name; None for any other model."""
-    config = _file(name, "config.json")
-    if config is None or _kind(config) != "dpr" or _file(name, "modules.json") is not None:
+    config = model_file(name, "config.json")
+    if config is None or _kind(config) != "dpr" or model_file(name, "modules.json") is not None:
         return None
     if not Path(name).is_dir():  # from the hub: fetch what will be read
-        _ = [_file(name, file) for file in TOKENIZER]
-        _ = _file(name, "model.safetensors") or _file(name, "pytorch_model.bin")
+        _ = [model_file(name, file) for file in TOKENIZER]
+        _ = model_file(name, "model.safetensors") or model_file(name, "pytorch_model.bin")
     return config.parent
 
 
@@ -250,7 +251,7 @@ def _kind(config: Path) -> str | None:
         return None
 
 
-def _file(name: str, file: str) -> Path | None:
+def model_file(name: str, file: str) -> Path | None:
     """A file of a model folder or of a hub name; None where it is not there, or the hub cannot be asked."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None

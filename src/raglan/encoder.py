@@ -23,11 +23,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raglan.artifact import directory_fingerprint, read_manifest, write_manifest
-from raglan.dpr import dpr_folder, open_dpr, save_dpr
+from raglan.dpr import dpr_folder, model_file, open_dpr, save_dpr
 from raglan.embedded import embedded_model
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
 from raglan.quiet import without_bars
 from raglan.recipe import EncoderSettings
+from raglan.weights import read_json
 
 __all__ = ["Encoder", "Text", "bfloat16_is_faster", "compute_device", "open_tower"]
 
@@ -284,9 +285,10 @@ def open_tower(name: str, settings: EncoderSettings) -> SentenceTransformer:
     """One tower: `embedded`, a folder or a hub name, of a sentence-transformers model or a DPR encoder.
 
     Raises:
-        CheckpointError: a model that cannot be loaded.
+        CheckpointError: a model that cannot be loaded, or one that writes.
     """
     folder, device = str(embedded_model()) if name == "embedded" else name, str(compute_device())
+    _refuse_generators(name, folder)
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
         dpr = dpr_folder(folder)
@@ -300,6 +302,20 @@ def open_tower(name: str, settings: EncoderSettings) -> SentenceTransformer:
     if settings.max_tokens is not None:
         tower.max_seq_length = settings.max_tokens
     return tower
+
+
+def _refuse_generators(name: str, folder: str) -> None:
+    """sentence-transformers would take BART, T5 or a causal model and average its states, which are no embeddings."""
+    config = model_file(folder, "config.json")
+    if config is None or model_file(folder, "modules.json") is not None:
+        return
+    told = read_json(config)
+    classes = told.get("architectures") or []
+    if told.get("is_encoder_decoder") or any(kind.endswith(("ForConditionalGeneration", "ForCausalLM")) for kind in classes):
+        raise CheckpointError(
+            f"encoder {name!r} is a model that writes ({', '.join(classes) or told.get('model_type')}), not one that embeds",
+            hint="put it under generator.model; an encoder is `embedded`, a sentence-transformers model or a DPR encoder",
+        )
 
 
 def _length(text: Text) -> int:

@@ -15,12 +15,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
 from raglan.documents import read_examples
@@ -54,7 +55,15 @@ from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
 from raglan.train import Parts, finished_parts, folder_stamp
 
-__all__ = ["Evaluation", "compare", "evaluate", "evaluate_recipe", "evaluation_folder", "open_evaluation"]
+__all__ = [
+    "Evaluation",
+    "compare",
+    "evaluate",
+    "evaluate_recipe",
+    "evaluation_folder",
+    "interval_kinds",
+    "open_evaluation",
+]
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
@@ -131,7 +140,9 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
     texts, hits = system.search([e.query for e in examples], deepest, history=[e.history for e in examples])
     measures = _measures(settings, system)
-    rows = [_retrieval_row(example, found, settings, system.k) for example, found in zip(examples, hits, strict=True)]
+    cut = any(hit.passage.document != hit.passage.id for found in hits for hit in found)
+    of = (lambda identity: _document(identity, corpus)) if cut else None
+    rows = [_retrieval_row(example, found, settings, system.k, of) for example, found in zip(examples, hits, strict=True)]
     answered = [place for place, example in enumerate(examples) if example.answers]
     for mode in settings.modes:
         places = [place for place in answered if mode != "gold" or examples[place].relevant]
@@ -162,6 +173,15 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     return figures
 
 
+def interval_kinds(figures: Iterable[str]) -> str:
+    """How the intervals of these figures were made, in words."""
+    metrics = [name.rpartition("/")[2] for name in figures]
+    together = list(dict.fromkeys(metric for metric in metrics if metric in TOGETHER))
+    kinds = ["bootstrap over questions"] if len([m for m in metrics if m not in TOGETHER]) else []
+    kinds += [f"jackknife for {', '.join(together)}"] if together else []
+    return ", by ".join(kinds)
+
+
 def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
     """A figure of all answers of a mode together."""
     mode, _, metric = name.partition("/")
@@ -188,11 +208,18 @@ def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
     return paired_bootstrap(before.values(name), after.values(name))
 
 
-def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSettings, kept: int) -> dict[str, Any]:
+def _retrieval_row(
+    example: Example, hits: Sequence[Hit], settings: EvaluateSettings, kept: int, documents: Callable[[str], str] | None
+) -> dict[str, Any]:
+    """`documents` tells the document of a passage id, where that is another thing than the passage."""
     ranking = [hit.passage.id for hit in hits]
     grades = dict(example.grades) or dict.fromkeys(example.relevant, 1)
     texts = [f"{hit.passage.title}\n{hit.passage.text}" for hit in hits]
     figures = {f"recall@{k}": recall(ranking, example.relevant, k) for k in settings.k}
+    if documents is not None:
+        wanted = [documents(identity) for identity in example.relevant]
+        found = [hit.passage.document for hit in hits]
+        figures |= {f"document_recall@{k}": recall(found, wanted, k) for k in settings.k}
     figures |= {"mrr@10": mrr(ranking, example.relevant, 10), "ndcg@10": ndcg(ranking, grades, 10)}
     if example.answers:
         occurs = regex_recall if settings.answers_are == "regex" else answer_recall
@@ -207,6 +234,11 @@ def _retrieval_row(example: Example, hits: Sequence[Hit], settings: EvaluateSett
         "predictions": {}, "counts": {},
         "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
     }  # fmt: skip
+
+
+def _document(identity: str, corpus: Corpus) -> str:
+    row = corpus.row(identity)
+    return identity if row is None else corpus[row].document
 
 
 def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> list[Hit]:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
@@ -82,7 +82,7 @@ def import_rag(folder: Path, out: Path) -> Path:
     return Path(out) / "recipe.yaml"
 
 
-def export_rag(recipe: Recipe, parts: Parts, out: Path) -> Path:
+def export_rag(recipe: Recipe, parts: Parts, out: Path, *, trained: Collection[str] | None = None) -> Path:
     """Write a system in Hugging Face's RAG layout; returns the folder.
 
     The configuration that an import kept beside the generator is written back with its unknown fields, changed only where
@@ -92,6 +92,7 @@ def export_rag(recipe: Recipe, parts: Parts, out: Path) -> Path:
         recipe: what is told of prompt, K and method.
         parts: the tuned parts; what is None there is the recipe's own.
         out: the folder to make.
+        trained: the stages that made the parts, of which the last that marginalises tells the method; default, all.
 
     Raises:
         CheckpointError: parts or settings that the layout cannot express, all of them named, or an `out` that is taken.
@@ -104,10 +105,11 @@ def export_rag(recipe: Recipe, parts: Parts, out: Path) -> Path:
         source = str(parts.query_encoder or recipe.retriever.query_encoder or encoder.query_model or encoder.model)
         tower = open_tower(source, encoder).float()
         generator = _open_generator(recipe, parts)
-        _check(recipe, parts, kept, tower, source, generator)
+        aim = _objective(recipe, trained)
+        _check(recipe, parts, kept, aim, tower, source, generator)
         questions, weights = as_dpr(tower)
         questions = _changed(kept.get("question_encoder", {"model_type": "dpr"}), questions, DEFAULTS)
-        config = _config(recipe, kept, questions, _generator_config(recipe, parts, kept, generator))
+        config = _config(recipe, kept, aim, questions, _generator_config(recipe, parts, kept, generator))
         tensors = {f"{QUESTIONS}{name}": value for name, value in weights.items()}
         own = without_copies(generator.model, generator.model.state_dict())
         tensors |= {f"{GENERATOR}{name}": value for name, value in own.items()}
@@ -270,11 +272,12 @@ def _open_generator(recipe: Recipe, parts: Parts) -> HFGenerator:
 
 
 def _check(
-    recipe: Recipe, parts: Parts, kept: Mapping[str, Any], tower: SentenceTransformer, source: str, generator: HFGenerator
+    recipe: Recipe, parts: Parts, kept: Mapping[str, Any], aim: MarginalObjective | None, tower: SentenceTransformer,
+    source: str, generator: HFGenerator,
 ) -> None:  # fmt: skip
     """Refuse what the layout has no place for, all at once."""
     faults = [*_finding_faults(recipe, parts, tower, source), *_reading_faults(recipe, generator)]
-    if _method(recipe, kept) is None:
+    if _method(recipe, kept, aim) is None:
         faults.append(f"decode.kind is {recipe.decode.kind!r}: transformers' RAG answers by rag_sequence or rag_token")
     if faults:
         raise CheckpointError(
@@ -327,33 +330,34 @@ def _separators(prompt: PromptSettings) -> tuple[str, str, str] | None:
     return None if again or not passages or not question or after.strip() else (prefix, pieces[1][0], doc_sep)
 
 
-def _objective(recipe: Recipe) -> MarginalObjective | None:
-    """The last training that marginalises."""
-    aims = [stage.objective for stage in recipe.trainings().values()]
+def _objective(recipe: Recipe, trained: Collection[str] | None) -> MarginalObjective | None:
+    """The last of these trainings, or of all, that marginalises."""
+    aims = [stage.objective for name, stage in recipe.trainings().items() if trained is None or name in trained]
     return next((aim for aim in reversed(aims) if isinstance(aim, MarginalObjective)), None)
 
 
-def _method(recipe: Recipe, kept: Mapping[str, Any]) -> str | None:
+def _method(recipe: Recipe, kept: Mapping[str, Any], aim: MarginalObjective | None) -> str | None:
     """Sequence or token: as it was trained, else as it answers, else as it came."""
-    if aim := _objective(recipe):
+    if aim is not None:
         return str(aim.over)
     kind = recipe.decode.kind
     return kind.removeprefix("rag_") if kind.startswith("rag_") else _over(kept)
 
 
 def _config(
-    recipe: Recipe, kept: Mapping[str, Any], questions: Mapping[str, Any], generator: Mapping[str, Any]
-) -> dict[str, Any]:
+    recipe: Recipe, kept: Mapping[str, Any], aim: MarginalObjective | None, questions: Mapping[str, Any],
+    generator: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """The kept config, or a new one, where it differs from the recipe."""
     separators = _separators(recipe.prompt)
     assert separators is not None
-    method = _method(recipe, kept)
+    method = _method(recipe, kept, aim)
     told = {
         "architectures": [name for name, over in MODELS.items() if over == method], "n_docs": recipe.retriever.k,
         "title_sep": separators[1], "doc_sep": separators[2], "max_combined_length": recipe.prompt.max_tokens,
         "retrieval_vector_size": vector_size(questions),
     }  # fmt: skip
-    if aim := _objective(recipe):
+    if aim is not None:
         told["label_smoothing"] = aim.label_smoothing
     parts: dict[str, Any] = {"question_encoder": dict(questions), "generator": dict(generator)}
     if not kept:

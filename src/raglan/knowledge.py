@@ -6,7 +6,9 @@
       building/<fingerprint>/    half made; a rerun with the same settings and documents goes on here
 
 The fingerprint of what goes in (documents' text, chunking, encoder, index settings) names the version, so building twice
-does nothing the second time. Vectors are written shard by shard: a kill costs at most one shard.
+does nothing the second time. Vectors are written shard by shard: a kill costs at most one shard. Documents added, changed or
+removed make a new version, in which only passages that no finished version holds are encoded. Documents are read twice, once
+to name the version and once to cut them, so that rows of tables need not be kept in memory.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from raglan.artifact import fingerprint, point, pointed, publish, read_manifest, write_manifest
+from raglan.artifact import fingerprint, point, pointed, publish, read_manifest, streamed_fingerprint, write_manifest
 from raglan.chunk import Chunker
 from raglan.corpus import Corpus, write_corpus
-from raglan.documents import Reading, read_documents
+from raglan.documents import DocumentStream
 from raglan.encoder import Encoder, Text
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch
 from raglan.index import BM25Index, HybridIndex, Index
 from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
-from raglan.progress import counting, track
+from raglan.progress import counting
 from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import DenseIndex as DenseSettings
@@ -109,7 +111,7 @@ class KnowledgeBase:
     @cached_property
     def vectors(self) -> DenseIndex:
         """The stored passage vectors, by whatever dense index holds them."""
-        return open_dense_vectors(self)
+        return _dense(self.folder / "vectors")
 
     def check(self, encoder: Encoder) -> None:
         """Refuse an encoder whose passage tower did not make these vectors."""
@@ -137,9 +139,8 @@ class KnowledgeBase:
         return BM25Index(folder)
 
 
-def open_dense_vectors(base: KnowledgeBase) -> DenseIndex:
-    shards = sorted((base.folder / "vectors").glob("*.npy"))
-    return DenseIndex(shards, DenseSettings(kind="dense"), base.folder)
+def _dense(vectors: Path) -> DenseIndex:
+    return DenseIndex(sorted(vectors.glob("*.npy")), DenseSettings(kind="dense"), vectors)
 
 
 @dataclass
@@ -148,9 +149,10 @@ class _Build:
 
     settings: KnowledgeSettings
     encoder: Encoder
-    reading: Reading
+    documents: DocumentStream | None  # None: the corpus is there already
     folder: Path
     source: dict[str, Any]  # what the manifest says of the documents
+    digest: str = ""  # of the documents when the version was named
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -167,62 +169,80 @@ class _Build:
         figures = {name: self._index(name, passages) for name in self.settings.indexes}
         write_manifest(self.folder, KIND, {
             "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity, **self.source,
-            "passages": len(passages), "dimension": self.encoder.dimension,
+            "passages": len(passages), "encoded": encoded, "dimension": self.encoder.dimension,
             "overlong": overlong, "index_figures": figures,
             "corpus": Corpus(self.folder / "corpus").fingerprint, "seconds": round(time.monotonic() - began, 2),
             "passages_per_second": round(encoded / seconds, 1) if encoded else None,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_memory_mb": peak_memory_mb(),
         })  # fmt: skip
         return read_manifest(self.folder, KIND)
 
-    def _corpus(self) -> Sequence[Passage]:
+    def _corpus(self) -> Corpus:
         done = self.folder / "corpus" / "done"
         if not done.is_file():
             shutil.rmtree(self.folder / "corpus", ignore_errors=True)
             if not write_corpus(self.folder / "corpus", self._passages()):
                 raise CorpusError("the documents hold no text to make passages of")
+            self._check_unchanged()
             done.write_text("")
         return Corpus(self.folder / "corpus")
 
     def _passages(self) -> Iterator[Passage]:
+        assert self.documents is not None
         chunk = self.settings.chunk
         whole = chunk is None
         tokenizer = self.encoder.passage_tower.tokenizer.backend_tokenizer
         chunker = Chunker(tokenizer, chunk.max_tokens, chunk.overlap) if chunk else Chunker(tokenizer)
-        for document in track(self.reading.documents, "cutting"):
+        for document in self.documents:
             if whole and not document.whole:
                 yield Passage(document.id, document.text, document.title, document.id, 0, len(document.text))
             else:
                 yield from chunker.passages(document)
 
-    def _vectors(self, passages: Sequence[Passage]) -> tuple[int, float]:
+    def _check_unchanged(self) -> None:
+        """What was cut is what the version was named by."""
+        if self.documents is not None and self.documents.digest != self.digest:
+            raise CorpusError("the documents have changed while they were read", hint="build again when nobody writes to them")
+
+    def _vectors(self, passages: Corpus) -> tuple[int, float]:
+        """How many passages were encoded or taken from ready vectors, and the seconds it took."""
         folder = self.folder / "vectors"
         folder.mkdir(exist_ok=True)
         ready = None if self.settings.vectors is None else ReadyVectors(self.settings.vectors, self.encoder.dimension)
-        if ready is None:
-            self._reuse(folder)
-        else:
+        if ready is not None:
             self._check(ready, passages)
-        starts = list(range(0, len(passages), SHARD))
-        missing = [start for start in starts if not (folder / f"{start:09d}.npy").is_file()]
+        known = KnownVectors([] if ready is not None else self._versions())
         began = time.monotonic()
-        encoded = 0
-        done = len(passages) - sum(min(SHARD, len(passages) - start) for start in missing)
+        encoded, done = 0, sum(len(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy"))
         with counting(len(passages), "encoding", done=done) as seen:
-            for start in missing:
+            for start in range(0, len(passages), SHARD):
+                path = folder / f"{start:09d}.npy"
+                if path.is_file():
+                    continue
+                hashes = passages.text_hashes[start : start + SHARD]
+                if (same := known.shard(path.name, start, hashes)) is not None:
+                    _same_file(same, path)
+                    seen(len(hashes))
+                    continue
+                vectors, new = known.of(hashes, self.encoder.dimension)
                 part = passages[start : start + SHARD]
-                half = folder / f"{start:09d}.part"
-                with open(half, "wb") as file:
-                    if ready is None:
-                        np.save(file, self.encoder.embed_passages(self._texts(part), seen=seen))
-                    else:
-                        np.save(file, self.encoder.normalised(ready.of(part)))
-                        seen(len(part))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(half, folder / f"{start:09d}.npy")
-                encoded += len(part)
+                if ready is not None:
+                    vectors = self.encoder.normalised(ready.of(part))
+                elif len(new):
+                    vectors[new] = self.encoder.embed_passages(self._texts([part[place] for place in new]), seen=seen)
+                seen(len(part) - (len(new) if ready is None else 0))
+                _write_shard(path, vectors)
+                encoded += len(new)
         return encoded, max(time.monotonic() - began, 1e-9)
+
+    def _versions(self) -> list[Path]:
+        """Finished versions whose vectors this encoder made, the newest first."""
+        found = []
+        for name in reversed(KnowledgeBase.versions(self.settings.path)):
+            folder = self.settings.path / "versions" / name
+            if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("encoder") == self.encoder.identity:
+                found.append(folder)
+        return found
 
     def _check(self, ready: ReadyVectors, passages: Sequence[Passage]) -> None:
         """A few passages, spread over the corpus, are encoded here and compared."""
@@ -233,17 +253,6 @@ class _Build:
     def _texts(self, passages: Sequence[Passage]) -> list[Text]:
         return [encoder_text(passage, self.encoder) for passage in passages]
 
-    def _reuse(self, folder: Path) -> None:
-        """Take over the vectors of a finished version with the same passages and encoder: only indexes differ."""
-        corpus = Corpus(self.folder / "corpus").fingerprint
-        for manifest in (self.settings.path / "versions").glob("*/manifest.json"):
-            other = json.loads(manifest.read_text(encoding="utf-8"))
-            if other.get("corpus") == corpus and other.get("encoder") == self.encoder.identity:
-                for shard in (manifest.parent / "vectors").glob("*.npy"):
-                    if not (folder / shard.name).exists():
-                        _same_file(shard, folder / shard.name)
-                return
-
     def _index(self, name: str, passages: Sequence[Passage]) -> dict[str, float]:
         settings = self.settings.indexes[name]
         folder = self.folder / "indexes" / name
@@ -251,8 +260,61 @@ class _Build:
             return {}
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(settings, BM25Settings):
-            return build_bm25([passage_text(passage) for passage in passages], settings, folder)
+            return build_bm25(map(passage_text, passages), settings, folder, total=len(passages))
         return build_dense(sorted((self.folder / "vectors").glob("*.npy")), settings, folder)
+
+
+class KnownVectors:
+    """Passage vectors of finished versions, found by what their passages say. The first version that has one gives it."""
+
+    def __init__(self, versions: Sequence[Path]):
+        self._sources = [(Corpus(folder / "corpus").text_hashes, folder / "vectors") for folder in versions]
+        self._sorted: dict[int, tuple[np.ndarray, np.ndarray, DenseIndex]] = {}
+
+    def shard(self, name: str, start: int, hashes: np.ndarray) -> Path | None:
+        """A file that holds the vectors of just these passages, in this order."""
+        for known, folder in self._sources:
+            path = folder / name
+            same = np.array_equal(known[start : start + len(hashes)], hashes) and path.is_file()
+            if same and len(np.load(path, mmap_mode="r")) == len(hashes):
+                return path
+        return None
+
+    def of(self, hashes: np.ndarray, dimension: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n,2) → their vectors (n,D), and the places of those that no version holds, which are left at zero."""
+        vectors = np.zeros((len(hashes), dimension), dtype=np.float32)
+        new = np.arange(len(hashes))
+        for number, (known, folder) in enumerate(self._sources):
+            if not len(new):
+                break
+            if number not in self._sorted:
+                order = np.argsort(known[:, 0], kind="stable")
+                self._sorted[number] = known[order, 0], order, _dense(folder)
+            keys, order, index = self._sorted[number]
+            wanted = hashes[new]
+            rows = order[np.searchsorted(keys, wanted[:, 0]).clip(max=len(order) - 1)]
+            found = (known[rows] == wanted).all(1)
+            vectors[new[found]] = index.vectors(rows[found])
+            new = new[~found]
+        return vectors, new
+
+
+def _write_shard(path: Path, vectors: np.ndarray) -> None:
+    half = path.with_suffix(".part")
+    with open(half, "wb") as file:
+        np.save(file, vectors)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held at once, in MiB; of the process alone where the system tells that."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def _same_file(old: Path | str, new: Path | str) -> None:
@@ -281,18 +343,18 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
     Raises:
         CorpusError: documents that cannot be read (see `documents`).
     """
-    reading = read_documents(
+    documents = DocumentStream(
         settings.documents, columns=settings.columns.model_dump(), encoding=settings.encoding,
         on_error=settings.on_error, whole=settings.chunk is None,
     )  # fmt: skip
     encoder = Encoder.open(settings.encoder)
-    version = _version(settings, encoder, reading)
+    version = _version(settings, encoder, documents)
     final = settings.path / "versions" / version
     if not (final / "manifest.json").is_file():
         working = settings.path / "building" / version
         working.mkdir(parents=True, exist_ok=True)
-        source = {"input_files": reading.files, "documents": len(reading.documents), "skipped": reading.skipped}
-        _Build(settings, encoder, reading, working, source).run()
+        source = {"input_files": documents.files, "documents": documents.count, "skipped": documents.skipped}
+        _Build(settings, encoder, documents, working, source, documents.digest).run()
         publish(working, final)
     point(settings.path / "current", version)
     with suppress(OSError):
@@ -315,18 +377,18 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
         shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=_same_file)
         settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
         source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
-        _Build(settings, encoder, Reading(), working, source).run()
+        _Build(settings, encoder, None, working, source).run()
         publish(working, final)
     point(path / "current", version)
     return KnowledgeBase.open(path)
 
 
-def _version(settings: KnowledgeSettings, encoder: Encoder, reading: Reading) -> str:
+def _version(settings: KnowledgeSettings, encoder: Encoder, documents: DocumentStream) -> str:
     made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
-    documents = [[d.id, d.title, d.text] for d in reading.documents]
     given = settings.vectors
     ready = [] if given is None else [[given.first, *map(_stamp, [given.path, *([given.ids] if given.ids else [])])]]
-    return fingerprint([made_of, encoder.identity, documents, reading.skipped, *ready])
+    texts = ([document.id, document.title, document.text] for document in documents)
+    return streamed_fingerprint([made_of, encoder.identity], texts, lambda: [documents.skipped, *ready])
 
 
 def _stamp(path: Path) -> list[list[Any]]:

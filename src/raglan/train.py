@@ -165,15 +165,11 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
 
 def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
     """("untuned", …), then each finished stage's name with the parts as they stand after it and all that come before."""
-    found = _finished(recipe)
-    if len(found) == 1:  # what a system knows may be changed without training it again
-        for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
-            other = _finished(recipe, version)
-            if any(parts.knowledge is not None for _, parts in other):
-                break  # its own knowledge base holds the documents of that version, and not those there are now
-            if len(other) > 1:
-                log.info("the parts were trained on version %s of the knowledge base", version)
-                return other
+    version = _trained_on(recipe)
+    found = _finished(recipe, version)
+    if version is not None:
+        log.info("the parts were trained on version %s of the knowledge base", version)
+        return found
     missing = [name for name in recipe.trainings() if name not in dict(found)]
     if missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
         log.warning(
@@ -181,6 +177,22 @@ def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
             missing[0],
         )
     return found
+
+
+def _trained_on(recipe: Recipe) -> str | None:
+    """The version of the knowledge base that the stages were trained on; None: the current one, or none was finished.
+
+    What a system knows may be changed without training it again.
+    """
+    if len(_finished(recipe)) > 1:
+        return None
+    for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
+        other = _finished(recipe, version)
+        if any(parts.knowledge is not None for _, parts in other):
+            return None  # its own knowledge base holds the documents of that version, and not those there are now
+        if len(other) > 1:
+            return version
+    return None
 
 
 def _finished(recipe: Recipe, version: str | None = None) -> list[tuple[str, Parts]]:
@@ -214,9 +226,9 @@ def learned_by(settings: StageSettings) -> set[str]:
 
 
 def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
-    """The trainer's log of every finished stage."""
+    """The trainer's log of every stage that has one, of the stages whose parts `finished_parts` gives."""
     curves = {}
-    for stage, _ in _stages(recipe):
+    for stage, _ in _stages(recipe, _trained_on(recipe)):
         if (stage.folder / "log.json").is_file():
             curves[stage.name] = json.loads((stage.folder / "log.json").read_text(encoding="utf-8"))
     return curves

@@ -35,7 +35,10 @@ __all__ = ["Marginalise", "decoded", "rag_token"]
 
 
 def rag_token(generator: HFGenerator, asked: Asked, settings: RagTokenDecode) -> list[Answer]:
-    """One answer a query (`returns` of them among its candidates). Log-probabilities are those of the mixture, unaltered."""
+    """One answer a query, `returns` of them among its candidates, or as many as there are.
+
+    Log-probabilities are those of the mixture, unaltered.
+    """
     prompts, priors = asked.prompts(generator.prompt), asked.priors()
     answers: dict[int, Answer] = {}
     for group in track(
@@ -118,7 +121,7 @@ class _Draw(LogitsProcessor):
 def decoded(
     encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode
 ) -> tuple[list[list[list[int]]], Sequence[Tensor]]:
-    """Of each query its `returns` id lists, and (returns,K,T) log p(y_t | x, z_k, y_<t) of them under every passage."""
+    """Of each query its `returns` id lists, or as many as there are, and their (returns,K,T) log p(y_t | x, z_k, y_<t)."""
     passages, sample = doc_logprobs.shape[1], settings.sample
     marginalise = Marginalise(doc_logprobs, normalised=settings.beams > 1)
     ids, output = encoded.sequences(
@@ -132,9 +135,23 @@ def decoded(
         assert all(other == lists[0] for other in lists), "the passages of a query left the lockstep"
     found = [lists[0] for lists in rows]
     if settings.beams > 1:
+        found = [_real(lists, settings, encoded.generator.ends) for lists in found]
         return found, _scored(encoded, found, passages)
     longest = max(len(own) for lists in found for own in lists)
     return found, list(marginalise.token_logprobs(output.sequences[:, -1])[..., :longest].cpu())
+
+
+def _real(found: list[list[int]], settings: RagTokenDecode, ends: Sequence[int]) -> list[list[int]]:
+    """The beams that are answers, at least one. Where there are fewer than beams, transformers fills up: with copies of others,
+    and with what a rule forbids."""
+    size = settings.no_repeat_ngram_size
+    kept = []
+    for ids in dict.fromkeys(map(tuple, found)):
+        grams = list(zip(*(ids[place:] for place in range(size)), strict=False)) if size else []
+        short = len(ids) <= settings.min_new_tokens and ids[-1] in ends
+        if not short and len(set(grams)) == len(grams):
+            kept.append(list(ids))
+    return kept or found[:1]
 
 
 def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagTokenDecode) -> list[LogitsProcessor]:
@@ -158,14 +175,15 @@ def _processors(encoded: EncodedPrompts, doc_logprobs: Tensor, settings: RagToke
 
 
 def _scored(encoded: EncodedPrompts, found: Sequence[Sequence[Sequence[int]]], passages: int) -> list[Tensor]:
-    """Of each query, (returns,K,T) log p(y_t | x, z_k, y_<t) of its answers under every passage."""
+    """Of each query, (answers,K,T) log p(y_t | x, z_k, y_<t) of its answers under every passage."""
     pairs = [
         (query * passages + k, tuple(ids)) for query, answers in enumerate(found) for ids in answers for k in range(passages)
     ]
     distinct = list(dict.fromkeys(pairs))  # draws repeat
     place = {pair: number for number, pair in enumerate(distinct)}
     scores = encoded.score([row for row, _ in distinct], [ids for _, ids in distinct])
-    return list(scores[[place[pair] for pair in pairs]].unflatten(0, (len(found), -1, passages)))
+    each = scores[[place[pair] for pair in pairs]].unflatten(0, (-1, passages))
+    return list(each.split([len(answers) for answers in found]))
 
 
 def _answer(

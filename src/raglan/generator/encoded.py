@@ -28,6 +28,8 @@ from raglan.quiet import quietly
 
 __all__ = ["EncodedPrompts", "Written", "encode_prompts"]
 
+FILLED = -1e8  # transformers fills beams up with copies at −1e9 where there are fewer answers: what scores less is none
+
 # What a model's own generation settings may ask for, switched off: it would act before our processors, on each passage apart.
 NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -78,7 +80,7 @@ class EncodedPrompts(ABC):
         return [self._cut(row) for row in output.sequences[:, self.start :].tolist()], output
 
     def write(self, *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0) -> list[list[Written]]:
-        """The best `beams` answers of each prompt (one, greedy, with `beams` 1), best first."""
+        """The best `beams` answers of each prompt (one, greedy, with `beams` 1), best first; fewer where there are no more."""
         greedy = _Greedy()
         ids, output = self.sequences(
             max_new_tokens=max_new_tokens, beams=beams, returns=beams, length_penalty=length_penalty,
@@ -90,7 +92,10 @@ class EncodedPrompts(ABC):
             scores = output.sequences_scores.tolist()
             logprobs = [score * len(row) ** length_penalty for score, row in zip(scores, ids, strict=True)]
         written = [Written(tuple(row), value, self.ended(row)) for row, value in zip(ids, logprobs, strict=True)]
-        return [written[start : start + beams] for start in range(0, len(written), beams)]
+        real = [
+            [one for one in written[start : start + beams] if one.logprob > FILLED] for start in range(0, len(written), beams)
+        ]
+        return [kept or written[number * beams : number * beams + 1] for number, kept in enumerate(real)]
 
     @torch.no_grad()
     def score(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:

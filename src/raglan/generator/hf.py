@@ -15,11 +15,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 UNSCORED = -100
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 
 
@@ -472,9 +474,46 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
 
 def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     peft = require("peft", f"to open the adapter {folder}")
-    base = str(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    model, tokenizer = _load(base, settings)
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None), tokenizer
+    whole = "an adapter is adapter_config.json and adapter_model.safetensors, as peft or raglan saved them: fetch it again"
+    try:
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(f"adapter {folder!r} cannot be loaded: {_first_line(fault)}", hint=whole) from None
+    if not base:
+        raise CheckpointError(
+            f"adapter {folder!r} names no base model", hint="set base_model_name_or_path in its adapter_config.json"
+        )
+    if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise CheckpointError(f"adapter {folder!r} has no weights: neither {' nor '.join(ADAPTER_WEIGHTS)}", hint=whole)
+    model, tokenizer = _load(str(base), settings)
+    try:
+        with quietly():
+            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None)
+            missing = _lacking_adapter(peft, adapted, Path(folder) / ADAPTER_WEIGHTS[0])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as fault:
+        raise CheckpointError(
+            f"adapter {folder!r} cannot be put on {str(base)!r}: {_first_line(fault)}",
+            hint=f"it belongs to another base model, or is damaged; {whole}",
+        ) from None
+    if missing:
+        raise CheckpointError(
+            f"adapter {folder!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}…",
+            hint="its files are incomplete, or adapter_config.json tells of another adapter",
+        )
+    return adapted, tokenizer
+
+
+def _lacking_adapter(peft: Any, model: Any, file: Path) -> list[str]:
+    """Weights that the adapter's config tells of and its file does not hold; peft leaves them as they were drawn."""
+    if not file.is_file():
+        return []
+    with safe_open(file, "pt") as held:
+        names = set(held.keys())
+    return sorted(set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)) - names)
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
 def _with_lora(model: PreTrainedModel, settings: GeneratorSettings) -> Any:

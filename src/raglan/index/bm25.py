@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import bm25s
@@ -11,7 +11,7 @@ import numpy as np
 
 from raglan.artifact import directory_fingerprint
 from raglan.index.base import Index, Queries
-from raglan.progress import track
+from raglan.progress import counting
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.text import terms
 
@@ -61,10 +61,15 @@ class BM25Index(Index):
         return directory_fingerprint(self.folder)
 
 
-def build_bm25(texts: Sequence[str], settings: BM25Settings, folder: Path) -> dict[str, float]:
-    """Index texts (row = position)."""
+def build_bm25(texts: Iterable[str], settings: BM25Settings, folder: Path, *, total: int = 0) -> dict[str, float]:
+    """Index texts (row = position), of which each term is held once and as a number elsewhere; `total`: how many there are."""
     model = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
-    tokens = [terms(text) or [""] for text in track(texts, "terms")]
-    model.index(tokens, show_progress=False)
+    vocabulary: dict[str, int] = {}
+    rows = []
+    with counting(total, "terms") as seen:
+        for text in texts:
+            rows.append([vocabulary.setdefault(term, len(vocabulary)) for term in terms(text) or [""]])
+            seen(1)
+    model.index((rows, vocabulary), show_progress=False)
     model.save(str(folder), show_progress=False)
     return {"terms": len(model.vocab_dict)}

@@ -111,7 +111,7 @@ def _gather(arrays: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
         here = (flat >= begin) & (flat < begin + len(array))
         out[here] = array[flat[here] - begin]
         begin += len(array)
-    return out.reshape(*np.asarray(rows).shape, -1)
+    return out.reshape(*np.asarray(rows).shape, out.shape[1])
 
 
 def _rescore(
