@@ -29,7 +29,7 @@ FIGURES = {
     "rag_open_qa": {"em", "f1"},
     "rag_nq": {"em", "f1"},
     "rag_abstractive_qa": {"rouge_l", "bleu1", "distinct_3"},
-    "rag_question_generation": {"bleu1", "distinct_3"},
+    "rag_question_generation": {"bleu1", "q_bleu1", "distinct_3"},
     "rag_fact_verification": {"accuracy"},
 }
 TASKS = [path for path in RECIPES if path.stem in FIGURES]  # the others have tests of their own
@@ -268,7 +268,7 @@ def test_answers_that_are_patterns_are_measured_as_patterns(folder: Path, system
         questions=tmp_path / "q.jsonl",
         answers_are="regex",
         modes=("retrieved",),
-        metrics=("em", "f1", "rouge_l", "bleu1"),
+        metrics=("em", "f1", "rouge_l", "bleu1", "q_bleu1"),
         k=(1,),
     )
     rows = measure(system, load_examples(settings.questions, corpus), settings)
@@ -276,7 +276,7 @@ def test_answers_that_are_patterns_are_measured_as_patterns(folder: Path, system
     assert [row["figures"]["retrieved/em"] for row in rows] == [0, 1, 1]
     assert figures["retrieved/em"].mean == pytest.approx(2 / 3)
     assert figures["answer_recall@1"].mean == pytest.approx(2 / 3)
-    assert not {"retrieved/f1", "retrieved/rouge_l", "retrieved/bleu1"} & set(figures)
+    assert not {"retrieved/f1", "retrieved/rouge_l", "retrieved/bleu1", "retrieved/q_bleu1"} & set(figures)
 
 
 def test_documents_are_found_by_any_of_their_passages(folder: Path, tmp_path: Path) -> None:

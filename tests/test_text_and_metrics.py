@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import json_lines
+from raglan import metrics
 from raglan.metrics import (
     accuracy,
     answer_recall,
+    answerability,
     bleu1,
     bleu1_counts,
     bootstrap,
@@ -25,6 +27,7 @@ from raglan.metrics import (
     ndcg,
     paired_bootstrap,
     paired_jackknife,
+    q_bleu1,
     recall,
     rouge_l,
     wilson,
@@ -132,6 +135,109 @@ def test_bleu1_is_the_corpus_figure() -> None:
     assert abs(mean - found.value) > 0.05  # a mean over questions is another figure
     assert math.isnan(bleu1([]).value)
     assert bleu1([bleu1_counts("", ["a"])]).value == 0
+
+
+WORDS_OF_QUESTIONS = ["Who", "what", "Which", "city", "City", "was", "Is", "the", "built", "Ada", "ada", "mill"]
+
+
+def words_of_kind(question: str, kind: str) -> list[str]:
+    found = []
+    split = metrics.cased_words(question)
+    typed = []
+    for place, word in enumerate(split):
+        if word.lower() in metrics.QUESTION_WORDS:
+            typed.append(word.lower())
+        if place and split[place - 1].lower() in ("what", "which"):
+            typed.append(word.lower())
+    for word in split:
+        capital, small = word != word.lower(), word.lower()
+        if kind == "entities" and capital and small not in metrics.QUESTION_WORDS:
+            found.append(small)
+        if kind == "function" and small in metrics.FUNCTION_WORDS:
+            found.append(small)
+        if kind == "content" and not capital and small not in metrics.FUNCTION_WORDS and small not in typed:
+            found.append(small)
+    return typed if kind == "asked" else found
+
+
+def shares(question: str, reference: str, kind: str) -> tuple[float, float]:
+    mine, theirs = words_of_kind(question, kind), words_of_kind(reference, kind)
+    matches = sum(min(mine.count(word), theirs.count(word)) for word in set(mine))
+    return (matches / len(mine) if mine else 0.0), (matches / len(theirs) if theirs else 0.0)
+
+
+def harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def answerability_twin(question: str, reference: str) -> float:
+    precision = recalled = 0.0
+    for kind, weight in {"entities": 0.41, "content": 0.36, "asked": 0.20, "function": 0.03}.items():
+        p, r = shares(question, reference, kind)
+        precision += weight * p
+        recalled += weight * r
+    return harmonic(precision, recalled)
+
+
+def tool_twin(question: str, reference: str) -> float:
+    """What the authors' tool computes: the mean of the kinds' F1s, each from BLEU-1 there and back."""
+    total = 0.0
+    for kind, weight in metrics.Q_WEIGHTS.items():
+        p, r = shares(question, reference, kind)
+        mine, theirs = len(words_of_kind(question, kind)), len(words_of_kind(reference, kind))
+        if p and r:
+            total += weight * harmonic(p * min(1, math.exp(1 - theirs / mine)), r * min(1, math.exp(1 - mine / theirs)))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("question", "reference", "expected"),
+    [
+        ("Who built the mill?", "Who built the mill?", 0.36 + 0.20 + 0.03),  # no capital: no entity on either side
+        ("Which city has Ada's mill?", "Which city has Ada's mill?", 1),
+        ("Ada built the mill", "Ada built the mill", 0.80),  # nothing is asked
+        ("Who was Ada?", "Who was Bob?", 0.20 + 0.03),
+        ("What year", "What city", 0.20 / 2),  # "year" and "city" are of the question's type
+        ("Ada Ada", "Ada", harmonic(0.41 / 2, 0.41)),  # clipped
+        ("Ada built", "Ada Bob built", harmonic(0.41 + 0.36, 0.41 / 2 + 0.36)),
+        ("ada", "Ada", 0),
+        ("", "Ada", 0),
+        ("", "", 0),
+    ],
+)
+def test_answerability_by_hand(question: str, reference: str, expected: float) -> None:
+    assert answerability(question, reference) == pytest.approx(expected)
+    assert answerability_twin(question, reference) == pytest.approx(expected)
+
+
+QUESTIONS = st.lists(st.sampled_from(WORDS_OF_QUESTIONS), max_size=7).map(" ".join)
+
+
+@given(QUESTIONS, QUESTIONS)
+def test_answerability_is_the_twins_and_never_below_the_authors_tool(question: str, reference: str) -> None:
+    found = answerability(question, reference)
+    assert found == pytest.approx(answerability_twin(question, reference))
+    assert found == pytest.approx(answerability(reference, question))
+    assert found >= tool_twin(question, reference) - 1e-12
+
+
+def test_the_authors_own_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their test expects 0.765 = 0.7 · 0.75 + 0.3 · 0.8 (ROUGE-L): a kind that neither side has is lost, "Is" an entity."""
+    monkeypatch.setattr(metrics, "Q_WEIGHTS", {"entities": 0.6, "content": 0.1, "asked": 0.2, "function": 0.1})
+    pair = ("Is this a great question?", "Is this a good question?")
+    assert answerability(*pair) == pytest.approx(0.75)
+    assert 0.7 * answerability(*pair) + 0.3 * rouge_l(pair[0], [pair[1]]) == pytest.approx(0.765)
+
+
+def test_q_bleu1_mixes_the_best_reference_with_bleu_over_all() -> None:
+    references = ["Which city has Ada's mill?", "Who built the old mill"]
+    for prediction in ["Which mill has Ada built?", "Who built", "mill", ""]:
+        best = max(answerability_twin(prediction, reference) for reference in references)
+        expected = 0.66 * best + 0.34 * bleu1_twin([(prediction, references)])
+        assert q_bleu1(prediction, references) == pytest.approx(expected)
+    assert q_bleu1(references[0], references) == pytest.approx(1)
+    assert q_bleu1(references[1], references) == pytest.approx(0.66 * 0.59 + 0.34)
+    assert q_bleu1("", references) == q_bleu1("Who", []) == q_bleu1("", []) == 0
 
 
 def test_distinct_counts_over_all_texts() -> None:

@@ -44,6 +44,7 @@ from raglan.metrics import (
     ndcg,
     paired_bootstrap,
     paired_jackknife,
+    q_bleu1,
     rare_f1,
     recall,
     regex_match,
@@ -68,7 +69,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 KIND = "evaluation"
 Measures = dict[str, Callable[[str, Example], float]]
-OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l}
+OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1}
 TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3")  # of all answers, and no mean over questions
 
 

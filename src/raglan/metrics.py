@@ -5,6 +5,7 @@ Answers: EM and F1 are SQuAD's, best over the gold answers; accuracy compares cl
 Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k, nDCG@k (gain =
 grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000
 resamples with a seed; Wilson's for a share of yes-or-no outcomes, which also holds where nearly all or nearly none are yes.
+Generated questions: Q-BLEU-1 (Nema & Khapra 2018, EMNLP), see `q_bleu1`.
 
 Figures of a whole corpus of answers, which are no mean over questions:
 
@@ -20,12 +21,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
 
 from raglan.errors import require
-from raglan.text import answer_words, pattern, words
+from raglan.text import answer_words, cased_words, pattern, words
 
 __all__ = [
     "Interval",
@@ -33,6 +35,7 @@ __all__ = [
     "Whole",
     "accuracy",
     "answer_recall",
+    "answerability",
     "bleu1",
     "bleu1_counts",
     "bootstrap",
@@ -46,6 +49,7 @@ __all__ = [
     "paired_bootstrap",
     "paired_jackknife",
     "perplexity",
+    "q_bleu1",
     "rare_f1",
     "recall",
     "regex_match",
@@ -56,6 +60,20 @@ __all__ = [
 
 RESAMPLES = 10_000
 NORMAL = NormalDist().inv_cdf(0.975)  # 1.96
+Q_WEIGHTS = {"entities": 0.41, "content": 0.36, "asked": 0.20, "function": 0.03}  # learned on SQuAD
+Q_DELTA = 0.66
+QUESTION_WORDS = frozenset(("what", "which", "who", "whom", "whose", "when", "where", "why", "how"))
+# Articles, pointers and amounts; pronouns; auxiliaries; prepositions; joints; adverbs; what an apostrophe cuts off
+_FUNCTION_WORDS = """a an the this that these those all any both each few more most no other own same some such
+i me my mine myself we us our ours ourselves you your yours yourself he him his himself she her hers herself
+it its itself they them their theirs themselves
+am is are was were be been being have has had having do does did doing will would can could shall should may might must
+of in on at to by for from with into onto about against between among through during before after above below over under
+up down out off upon within without
+and or but nor so if than then because as while until though although
+not only very too just again further once here there now also s t d ll re ve m don
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -89,10 +107,65 @@ class _Words:
 
 def bleu1_counts(prediction: str, answers: Sequence[str]) -> tuple[int, int, int]:
     """Clipped matches, words written, words of the answer nearest in length. Raises MissingExtra without `sacrebleu`."""
-    bleu = require("sacrebleu.metrics.bleu", "for evaluate.metrics: bleu1")
+    bleu = require("sacrebleu.metrics.bleu", "for evaluate.metrics: bleu1, q_bleu1")
     scorer = bleu.BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True)
     found = scorer.sentence_score(" ".join(words(prediction)), [" ".join(words(answer)) for answer in answers])
     return int(found.counts[0]), int(found.sys_len), int(found.ref_len)
+
+
+def q_bleu1(prediction: str, answers: Sequence[str]) -> float:
+    """Q-BLEU-1 of a generated question (Nema & Khapra 2018, EMNLP), with the weights learned on SQuAD, in [0, 1].
+
+        0.66 · answerability + 0.34 · BLEU-1
+
+    Answerability is that of the best reference; BLEU-1 is the sentence's, from `bleu1_counts` over all of them. The authors'
+    public tool (PrekshaNema25/Answerability-Metric) takes one reference. Checked in its source: what makes a kind of word, that
+    a kind absent on both sides earns nothing, that a mean over questions is reported. Not in it: the SQuAD weights. Two
+    public uses of the tool agree on ours; a third has 0.20 for content, so 0.19 for function words. Not checked: the
+    paper's own text, equation and weights, and that Lewis et al. 2020 ran that tool.
+
+    Raises:
+        MissingExtra: without `sacrebleu`.
+    """
+    bleu = float(_bleu1(np.asarray(bleu1_counts(prediction, answers or ("",)))))
+    return Q_DELTA * max(answerability(prediction, answer) for answer in answers or ("",)) + (1 - Q_DELTA) * bleu
+
+
+def answerability(question: str, reference: str) -> float:
+    """F1 of the words that make a question answerable, weighted by kind, in [0, 1]; for English.
+
+        P = Σ_i w_i m_i/|question_i|    R = Σ_i w_i m_i/|reference_i|    2PR/(P+R)      m_i clipped matches of kind i
+
+    A kind that either side lacks adds nothing, so a copy scores the weights of the kinds it has: 0.80 without a question
+    word. The authors' tool averages the kinds' own F1s instead, each from BLEU-1 both ways, brevity penalty included: that
+    is never more, since F1 is concave and the penalty only takes away. Function words are a list of ours.
+    """
+    mine, theirs = _kinds(question), _kinds(reference)
+    weighed = {kind: weight * (mine[kind] & theirs[kind]).total() for kind, weight in Q_WEIGHTS.items()}
+    precision = sum(matches / max(1, mine[kind].total()) for kind, matches in weighed.items())
+    recalled = sum(matches / max(1, theirs[kind].total()) for kind, matches in weighed.items())
+    return 2 * precision * recalled / (precision + recalled) if precision else 0.0
+
+
+def _kinds(question: str) -> dict[str, Counter[str]]:
+    """The lower-case words of each kind; as in the authors' tool a word may be of two: "Is" has a capital and no content."""
+    surface = cased_words(question)
+    lower = [word.lower() for word in surface]
+    asked = _asked(lower)
+    capital = [small for word, small in zip(surface, lower, strict=True) if word[0].isupper() and small not in QUESTION_WORDS]
+    small = [word for word in surface if not word[0].isupper()]
+    return {
+        "entities": Counter(capital),
+        "content": Counter(word for word in small if word not in FUNCTION_WORDS and word not in asked),
+        "asked": Counter(asked),
+        "function": Counter(word for word in lower if word in FUNCTION_WORDS),
+    }
+
+
+def _asked(lower: Sequence[str]) -> list[str]:
+    """The question words, and what follows "what" and "which": it tells the answer's type."""
+    after = [word for before, word in pairwise(lower) if before in ("what", "which")]
+    return [word for word in lower if word in QUESTION_WORDS] + after
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:

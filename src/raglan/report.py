@@ -20,7 +20,8 @@ __all__ = ["write_report"]
 
 NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
-    "bleu1": "BLEU-1", "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
+    "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
+    "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
     "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from raglan.errors import CorpusError
 __all__ = [
     "MAX_QUERY_CHARACTERS",
     "answer_words",
+    "cased_words",
     "check_history",
     "check_query",
     "half_character",
@@ -101,8 +102,16 @@ def pattern(text: str) -> re.Pattern[str]:
 
 def words(text: str) -> list[str]:
     """The words that ROUGE, BLEU and n-grams count: lower case, no punctuation, one a character in Chinese and Japanese."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return [part for word in _TERM.findall(folded) for part in (word if _SPACELESS.match(word) else [word])]
+    return _parts(unicodedata.normalize("NFKC", text).lower())
+
+
+def cased_words(text: str) -> list[str]:
+    """The same words with the capitals they are written with."""
+    return _parts(unicodedata.normalize("NFKC", text))
+
+
+def _parts(text: str) -> list[str]:
+    return [part for word in _TERM.findall(text) for part in (word if _SPACELESS.match(word) else [word])]
 
 
 def terms(text: str) -> list[str]:

@@ -47,7 +47,9 @@ class StageSettings(Settings):
         return self
 
 
-Metric = Literal["em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "distinct_1", "distinct_2", "distinct_3"]
+Metric = Literal[
+    "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3"
+]  # fmt: skip
 
 
 class EvaluateSettings(Settings):
