@@ -6,14 +6,14 @@ A correct loop goes from about two nats to below 0.05. raglan's own runs on it (
 package `fed-rag` can be imported, so does FedRAG's public `HuggingFaceTrainerForLSR` on the same encoder, questions and
 passages, with an untaught language model of two layers as its judge. For each are printed the first and the last loss, the
 gradient's norm at the first step, and how many parameter tensors moved. Nothing is said of quality: the one question is
-whether the query encoder gets a gradient at all. (FedRAG's side is written from its public interface and was not run here.)
+whether the query encoder gets a gradient at all.
 
-fed-rag wants other versions than raglan does, so give it an environment of its own, in which raglan is then put without its
-dependencies being changed:
+fed-rag needs older libraries than raglan does, so it has an environment of its own, without raglan:
 
-    python -m venv /path/to/scratch && /path/to/scratch/bin/pip install "fed-rag[huggingface]==0.0.27" datasets
-    /path/to/scratch/bin/pip install --no-deps -e . && /path/to/scratch/bin/pip install bm25s semantic-text-splitter
-    /path/to/scratch/bin/python benchmarks/fedrag_toy.py
+    python benchmarks/fedrag_toy.py --only raglan
+    python -m venv scratch && scratch/bin/pip install "fed-rag[huggingface]==0.0.27" "transformers<4.56" \\
+        "sentence-transformers<5" "datasets<5"
+    scratch/bin/python benchmarks/fedrag_toy.py --only fed-rag
 """
 
 from __future__ import annotations
@@ -103,6 +103,15 @@ def moved(tower: nn.Module, before: dict[str, Tensor]) -> float:
     return float(sum(not torch.equal(before[name], p) for name, p in tower.named_parameters()))
 
 
+def old_sentence_encoder(folder: Path) -> str:
+    """`tiny.sentence_encoder`, written by the sentence-transformers 4 that fed-rag needs."""
+    from sentence_transformers import SentenceTransformer, models
+
+    transformer = models.Transformer(str(tiny.bert(folder / "bert")), max_seq_length=128)
+    SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu").save(str(folder / "encoder"))
+    return str(folder / "encoder")
+
+
 def theirs(folder: Path, steps: int, rate: float) -> dict[str, float]:
     """FedRAG's public trainer on the same toy; its own collator retrieves, scores and hands floats to its loss."""
     from datasets import Dataset
@@ -114,7 +123,7 @@ def theirs(folder: Path, steps: int, rate: float) -> dict[str, float]:
     from fed_rag.trainers.huggingface.lsr import HuggingFaceTrainerForLSR
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    towers = [str(tiny.sentence_encoder(folder / name)) for name in ("query", "context")]
+    towers = [old_sentence_encoder(folder / name) for name in ("query", "context")]
     retriever = HFSentenceTransformerRetriever(query_model_name=towers[0], context_model_name=towers[1])
     passages = corpus()
     store = InMemoryKnowledgeStore()
@@ -151,10 +160,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="R-ft on a toy, by raglan and, where it is installed, by FedRAG")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--only", choices=["raglan", "fed-rag"], help="one loop, as in an environment that has not both")
     asked = parser.parse_args()
     loops = {"raglan": ours}
     if importlib.util.find_spec("fed_rag") is not None:
         loops["fed-rag"] = theirs
+    loops = {name: loop for name, loop in loops.items() if asked.only in (None, name)}
     print(f"{'':10}{'first loss':>14}{'last loss':>14}{'gradient norm':>16}{'moved':>8}")
     for name, loop in loops.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +173,7 @@ def main() -> None:
         print(
             f"{name:10}{found['first loss']:14.4f}{found['last loss']:14.4f}{found['gradient norm']:16.4f}{found['moved']:8.0f}"
         )
-    if "fed-rag" not in loops:
+    if not loops or (asked.only is None and "fed-rag" not in loops):
         print("fed-rag is not installed: see the docstring")
 
 
