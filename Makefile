@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-feedback clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
 	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
+	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
 env: .venv/ready
@@ -68,6 +69,9 @@ bench-scores: env
 
 bench-swap: env
 	$(BIN)/python benchmarks/swap.py
+
+bench-feedback: env
+	$(BIN)/python benchmarks/feedback.py
 
 clean:
 	rm -rf build runs report.html

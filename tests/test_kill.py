@@ -137,6 +137,7 @@ def small_recipe(folder: Path, *, name: str = "small") -> Path:
     rows, questions = [], []
     for n in range(30):
         tower, miller = ("".join(chance.choices(letters, k=3)) for _ in range(2))
+        tower = tower if tower not in {row["title"] for row in rows} else tower[::-1]  # one question would be on both sides
         rows.append({"id": f"p{n}", "title": tower, "text": f"the tower {tower} was built by miller {miller} in {1700 + n}"})
         for kind, (query, answer) in enumerate(
             ((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))

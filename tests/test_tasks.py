@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows["rag_nq"] = rows["rag_open_qa"]
     for kind, pairs in rows.items():
         (path / kind).mkdir()
-        for split, part in (("train", pairs[:24]), ("dev", pairs[18:24]), ("test", pairs[24:])):
+        for split, part in (("train", pairs[:18]), ("dev", pairs[18:24]), ("test", pairs[24:])):
             lines = [json.dumps({"id": str(n), "query": x, "answers": y}) for n, (x, y) in enumerate(part)]
             (path / kind / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return path

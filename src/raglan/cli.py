@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from raglan import __version__
+from raglan.cli_feedback import feedback, split
 from raglan.cli_synthesize import synthesize
 from raglan.errors import RaglanError, RecipeError
 from raglan.metrics import answer_recall
@@ -34,6 +35,8 @@ app = typer.Typer(
 checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
+app.add_typer(feedback, name="feedback")
+app.command()(split)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]
 Overrides = Annotated[

@@ -16,11 +16,12 @@ from typing import Any
 from raglan.corpus import Corpus
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
+from raglan.feedback import feedback_examples, without
 from raglan.generator import HFGenerator
 from raglan.lessons import lessons
 from raglan.metrics import answer_recall, found_answers
 from raglan.progress import track
-from raglan.recipe import ClassifyDecode, InstructionMix, LessonData, QuestionData
+from raglan.recipe import ClassifyDecode, FeedbackData, InstructionMix, LessonData, QuestionData
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 from raglan.text import pattern
@@ -39,6 +40,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 REGEX_DEPTH = 1000  # the paper's
+Data = QuestionData | LessonData | FeedbackData
 
 
 def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test") -> list[Example]:
@@ -118,17 +120,49 @@ def _letters(passages: Sequence[Passage]) -> list[tuple[int, str]]:
     return letters
 
 
-def stage_examples(data: QuestionData | LessonData, corpus: Corpus, seed: int) -> list[Example]:
-    """The examples a stage learns from. Raises CorpusError where none has an answer."""
+def stage_examples(
+    data: Data, corpus: Corpus, seed: int, *, held_out: Sequence[Example] = (), needs: str = "answers"
+) -> list[Example]:
+    """The examples a stage learns from.
+
+    Args:
+        held_out: questions that are measured; feedback on them is not learned.
+        needs: `answers`, or `passages` where people's judgements of passages are what is learned.
+
+    Raises:
+        CorpusError: none has what is needed, or one is of the split `test`.
+    """
     if isinstance(data, LessonData):
         return lessons(corpus, data.count, seed=seed)
-    examples = load_examples(data.path, corpus, limit=data.limit, seed=seed, split="train")
-    answered = [example for example in examples if example.answers]
-    if len(answered) < len(examples):
-        log.warning("%s: %d questions without an answer are left out of training", data.path, len(examples) - len(answered))
-    if not answered:
-        raise CorpusError(f"{data.path} holds no question with an answer", hint="training needs `answers`")
-    return answered
+    if isinstance(data, FeedbackData):
+        examples, name = feedback_examples(data, corpus, held_out=held_out), str(data.path or "the feedback store")
+    else:
+        examples, name = load_examples(data.path, corpus, limit=data.limit, seed=seed, split="train"), str(data.path)
+    tested = [example.id for example in examples if example.metadata.get("split") == "test"]
+    if tested and not data.allow_test:
+        raise CorpusError(
+            f"{name} holds {len(tested)} questions of the split `test`: {', '.join(tested[:10])}",
+            hint="train on another split's file, or set data.allow_test: true",
+        )
+    useful = [e for e in examples if (e.answers if needs == "answers" else e.grades or e.relevant)]
+    if len(useful) < len(examples):
+        told = "an answer" if needs == "answers" else "a judged passage"
+        log.warning("%s: %d questions without %s are left out of training", name, len(examples) - len(useful), told)
+    if not useful:
+        told = "an answer" if needs == "answers" else "judged passages"
+        raise CorpusError(
+            f"{name} holds no question with {told}", hint="training needs `answers`, or `grades` for target: given"
+        )
+    return [*useful, *(_replayed(data, corpus, seed, useful) if isinstance(data, FeedbackData) else [])]
+
+
+def _replayed(data: FeedbackData, corpus: Corpus, seed: int, learned: Sequence[Example]) -> list[Example]:
+    """Questions that were learned before, drawn with the seed, so that learning from feedback does not forget them."""
+    if data.replay is None:
+        return []
+    examples, _ = without(load_examples(data.replay, corpus, split="train"), learned)
+    answered = [replace(example, answers=example.answers[:1]) for example in examples if example.answers]
+    return random.Random(seed).sample(answered, min(len(answered), round(len(learned) * data.replay_times)))
 
 
 def check_classes(examples: Sequence[Example], decode: ClassifyDecode) -> None:
@@ -171,9 +205,7 @@ def class_texts(examples: Sequence[Example], decode: ClassifyDecode) -> list[Exa
     return [replace(example, answers=tuple(decode.labels[name] for name in example.answers)) for example in examples]
 
 
-def learned_answers(
-    examples: Sequence[Example], data: QuestionData | LessonData | InstructionMix, retriever: Retriever, seed: int
-) -> list[Example]:
+def learned_answers(examples: Sequence[Example], data: Data | InstructionMix, retriever: Retriever, seed: int) -> list[Example]:
     """The examples with those answers that are trained on, each of them; questions that have none left are left out.
 
     A regular expression stands for its commonest match in the best 1000 passages; where no expression of a question matches,
@@ -236,19 +268,23 @@ def _commonest(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def answer_rows(
-    examples: Sequence[Example], data: QuestionData | LessonData, retriever: Retriever, generator: HFGenerator, seed: int
-) -> list[dict[str, list[int]]]:
-    """Rows for the `answer` objective: each question with its passages, or one row a passage; a row for each answer."""
-    source = data.source if isinstance(data, QuestionData) else "mixed"
+    examples: Sequence[Example], data: Data, retriever: Retriever, generator: HFGenerator, seed: int
+) -> list[dict[str, Any]]:
+    """Rows for the `answer` objective: each question with its passages, or one row a passage; a row for each answer.
+
+    A row of an example with `metadata["weight"]` has that weight.
+    """
+    source = "mixed" if isinstance(data, LessonData) else data.source
     chosen = choose_passages(examples, source, data.passages, retriever, seed)
-    a_row = (data.passages_a_row if isinstance(data, QuestionData) else None) or data.passages
+    a_row = (None if isinstance(data, LessonData) else data.passages_a_row) or data.passages
     rows, cut, starved = [], 0, 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
         for start in range(0, max(len(passages), 1), a_row):
             prompt = generator.prompt.render(example.query, passages[start : start + a_row], history=example.history)
             cut += prompt.truncated
             starved += prompt.starved
-            rows += [generator.row(prompt, answer) for answer in example.answers]
+            weight = {"weight": example.metadata["weight"]} if "weight" in example.metadata else {}
+            rows += [{**generator.row(prompt, answer), **weight} for answer in example.answers]
     if starved:
         least = generator.prompt.settings.min_passage_tokens
         log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, len(rows), least)

@@ -33,7 +33,7 @@ from raglan.progress import track
 from raglan.records import Document, Example
 from raglan.text import SPACELESS, check_history, check_query, half_character
 
-__all__ = ["DocumentStream", "Reading", "read_documents", "read_examples"]
+__all__ = ["DocumentStream", "Reading", "example_row", "read_documents", "read_examples", "read_texts", "write_examples"]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
@@ -241,6 +241,22 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
     return texts
 
 
+def example_row(example: Example) -> dict[str, Any]:
+    """An example as the object that `read_examples` reads; what is empty is left out."""
+    metadata = {key: value for key, value in example.metadata.items() if key != "evidence"}
+    relevant = [*example.relevant, *example.metadata.get("evidence", ())]
+    row = {"id": example.id, "query": example.query, "answers": list(example.answers), "relevant": relevant}
+    extra = {"grades": dict(example.grades), "history": list(example.history)}
+    return {**row, **{key: value for key, value in extra.items() if value}, **metadata}
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Questions as a .jsonl file that `read_examples` reads."""
+    lines = (json.dumps(example_row(example), ensure_ascii=False) + "\n" for example in examples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
     for path in paths:
         if path.is_dir():
@@ -425,8 +441,8 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
     if any("document" not in item for item in evidence):
         raise CorpusError("`relevant` holds an object without `document`")
     grades, history = row.get("grades") or {}, row.get("history") or []
-    if not isinstance(grades, dict) or not all(isinstance(grade, int) for grade in grades.values()):
-        raise CorpusError(f"`grades` is {grades!r}; it must map passage ids to whole numbers")
+    if not isinstance(grades, dict) or not all(isinstance(grade, int | float) for grade in grades.values()):
+        raise CorpusError(f"`grades` is {grades!r}; it must map passage ids to numbers")
     if not isinstance(history, list) or not all(isinstance(turn, str) for turn in history):
         raise CorpusError(f"`history` is {history!r}; it must be a list of texts")
     check_history(history)

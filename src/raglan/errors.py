@@ -38,8 +38,10 @@ EXTRAS = {
     "openai": "endpoint",
     "peft": "lora",
     "plotly": "report",
+    "psycopg": "postgres",
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
+    "sqlalchemy": "feedback",
 }
 
 

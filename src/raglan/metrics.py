@@ -251,7 +251,7 @@ def mrr(ranking: Sequence[str], relevant: Sequence[str], k: int) -> float:
     return next((1 / rank for rank, found in enumerate(ranking[:k], 1) if found in wanted), 0.0)
 
 
-def ndcg(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+def ndcg(ranking: Sequence[str], grades: Mapping[str, float], k: int) -> float:
     """Σ grade/log2(rank+1) over the first k, divided by its best possible value (Järvelin & Kekäläinen 2002)."""
     best = _dcg(sorted((grade for grade in grades.values() if grade > 0), reverse=True)[:k])
     if not best:
@@ -259,7 +259,7 @@ def ndcg(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
     return _dcg([max(grades.get(found, 0), 0) for found in ranking[:k]]) / best
 
 
-def _dcg(gains: Sequence[int]) -> float:
+def _dcg(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 

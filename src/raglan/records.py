@@ -55,7 +55,7 @@ class Example:
     query: str
     answers: tuple[str, ...] = ()
     relevant: tuple[str, ...] = ()
-    grades: Mapping[str, int] = field(default_factory=dict)
+    grades: Mapping[str, float] = field(default_factory=dict)
     history: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

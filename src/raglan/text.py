@@ -22,6 +22,7 @@ __all__ = [
     "half_character",
     "normalise_answer",
     "pattern",
+    "question_key",
     "restore_surface",
     "shortened",
     "terms",
@@ -80,6 +81,11 @@ def half_character(text: str) -> str | None:
 def normalise_answer(text: str) -> str:
     """The form in which two answers are equal: "The  Eiffel-Tower!" → "eiffeltower"."""
     return " ".join(answer_words(text))
+
+
+def question_key(query: str, history: Sequence[str] = ()) -> str:
+    """The form in which two questions are equal: their words and those of the turns before, without case and punctuation."""
+    return "\n".join(normalise_answer(turn) or turn.strip() for turn in (*history, query))
 
 
 def answer_words(text: str) -> list[str]:

@@ -31,7 +31,9 @@ from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
+from raglan.documents import read_examples
 from raglan.errors import RecipeError
+from raglan.feedback import FeedbackStore
 from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.mixture import mix
@@ -49,11 +51,12 @@ from raglan.objective.staleness import Refresher, StaleRetriever
 from raglan.preference import judged
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
-from raglan.recipe import ClassifyDecode, InstructionMix, LsrMixData, QuestionData, Recipe, StageSettings
+from raglan.recipe import ClassifyDecode, FeedbackData, InstructionMix, LsrMixData, QuestionData, Recipe, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import Plan
+from raglan.splits import check_leaks
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 
 __all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "stage_parts", "train"]
@@ -62,7 +65,7 @@ log = logging.getLogger(__name__)
 KIND = "stage"
 LEARNED = {"answer": "generator", "lsr": "query_encoder"}
 # How a scorer is reached and how fast it goes changes no score; where a stage starts is told by the stages behind it.
-NOT_LEARNED: Any = {"starts_from": True, "objective": {"scorer": {
+NOT_LEARNED: Any = {"starts_from": True, "data": {"allow_test"}, "objective": {"scorer": {
     "endpoint", "api_key_env", "concurrency", "retries", "timeout", "batch_tokens", "head_chunk",
 }}}  # fmt: skip
 
@@ -129,6 +132,7 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
             read_manifest(stage.result, KIND)
             log.info("stage %s is done: %s", stage.name, stage.result)
         elif only is None or stage.name == only:
+            _check_leaks(recipe, stage)
             _train_stage(recipe, stage, before)
         else:
             raise RecipeError(f"stage {stage.name!r} comes before {only!r} and is not done", hint=f"--stage {stage.name}")
@@ -256,11 +260,13 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         for other in behind:
             parts = stages[other][0].parts(parts)
         files = files_of(settings.data)
-        contents = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
+        contents = [_content(path) for path in files]
         own[name] = [settings.model_dump(mode="json", exclude=NOT_LEARNED), shared, contents]
         scorer = getattr(settings.objective, "scorer", None)
         if scorer is not None:
             own[name].append(folder_stamp(scorer.model))
+        if isinstance(settings.data, FeedbackData):
+            own[name] += [_store_content(settings.data), [_content(path) for path in _held_out_files(recipe, settings)]]
         if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
             own[name].append(recipe.decode.labels)
         if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
@@ -275,8 +281,55 @@ def files_of(data: Any) -> list[Path]:
     if isinstance(data, InstructionMix):
         paths = [*(source.path for source in data.sources.values()), *(task.path for task in data.dev.values())]
         return [path for path in paths if path is not None]
-    named = [path for key in ("path", "dev") if (path := getattr(data, key, None)) is not None]
+    named = [path for key in ("path", "dev", "replay") if (path := getattr(data, key, None)) is not None]
     return [*named, *getattr(data, "exclude_documents_of", ())]
+
+
+def _content(path: Path) -> str:
+    return file_fingerprint(path) if path.is_file() else str(path)
+
+
+def _store_content(data: FeedbackData) -> str | None:
+    if data.store is None:
+        return None
+    with FeedbackStore(data.store) as store:
+        return store.fingerprint
+
+
+def _held_out_files(recipe: Recipe, stage: StageSettings) -> list[Path]:
+    """Files of questions that are measured, or named by the stage as not to be learned; those that are there yet."""
+    measured = [recipe.evaluate.questions] if recipe.evaluate is not None else []
+    measured += [task.questions for task in recipe.grid.tasks.values()] if recipe.grid is not None else []
+    data = stage.data
+    dev = [task.path for task in data.dev.values()] if isinstance(data, InstructionMix) else [data.dev] if data.dev else []
+    files = [*measured, *dev, *(data.exclude if isinstance(data, FeedbackData) else ())]
+    return [path for path in dict.fromkeys(files) if path.exists()]
+
+
+def _held_out(recipe: Recipe, stage: _Stage) -> list[Example]:
+    """What feedback must not bring into training; questions files are checked instead, and refused."""
+    if not isinstance(stage.settings.data, FeedbackData):
+        return []
+    return [example for path in _held_out_files(recipe, stage.settings) for example in read_examples(path)]
+
+
+def _learned_files(data: Any) -> list[Path]:
+    """Files of questions that a stage learns from, beside feedback, which is checked as it is read."""
+    if isinstance(data, InstructionMix):
+        return [source.path for source in data.sources.values() if source.path is not None and source.context != "none"]
+    path = data.replay if isinstance(data, FeedbackData) else getattr(data, "path", None)
+    return [path] if path is not None else []
+
+
+def _check_leaks(recipe: Recipe, stage: _Stage) -> None:
+    """Raises CorpusError where the stage would learn questions that are measured."""
+    if recipe.leak_check == "none":
+        return
+    measured = {path: read_examples(path) for path in _held_out_files(recipe, stage.settings)}
+    for path in _learned_files(stage.settings.data) if measured else ():
+        learned = read_examples(path, split="train")
+        for held, examples in measured.items():
+            check_leaks(learned, examples, level=recipe.leak_check, names=(str(path), str(held)))
 
 
 def folder_stamp(name: str | Path | None) -> list[list[Any]]:
@@ -343,7 +396,7 @@ def _answer(
         return _mixed(recipe, stage, system, settings, data)
     assert not isinstance(data, LsrMixData)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
-    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
@@ -382,11 +435,16 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
 
 
 def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> list[Example]:
-    return lsr_examples(_lsr_data(stage), system, recipe.seed, every=settings.answers == "any")
+    data = _lsr_data(stage)
+    if not isinstance(data, FeedbackData):
+        return lsr_examples(data, system, recipe.seed, every=settings.answers == "any")
+    graded = settings.target == "given" and settings.evidence == "alone"  # people's judgements need no answer beside them
+    needs, held_out = "passages" if graded else "answers", _held_out(recipe, stage)
+    return stage_examples(data, system.retriever.base.corpus, recipe.seed, held_out=held_out, needs=needs)
 
 
-def _lsr_data(stage: _Stage) -> QuestionData | LsrMixData:
-    assert isinstance(stage.settings.data, QuestionData | LsrMixData)
+def _lsr_data(stage: _Stage) -> QuestionData | LsrMixData | FeedbackData:
+    assert isinstance(stage.settings.data, QuestionData | LsrMixData | FeedbackData)
     return stage.settings.data
 
 
@@ -401,7 +459,7 @@ def _marginal(
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]
         held_out = _to_learn(recipe, stage, system, answered)
-    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed))
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
     rows = marginal_rows(examples, system, settings)
     check_rows(rows, system.generator)
     if settings.on_empty == "skip" and not system.retriever.index.needs_vectors:
@@ -463,7 +521,7 @@ def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Exa
 
 
 def _learns_classes(settings: StageSettings) -> bool:
-    return settings.data.kind == "questions" and getattr(settings.objective, "tokens", "all") == "first"
+    return settings.data.kind != "lessons" and getattr(settings.objective, "tokens", "all") == "first"
 
 
 def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:

@@ -23,8 +23,8 @@ __all__ = ["AnswerObjective"]
 class AnswerObjective(Objective):
     """Rows are `HFGenerator.row`'s and batches its `collate`'s, or rows are packs of such rows.
 
-    With `tokens` "first" an answer's first token alone is scored, without the end token. `measure` adds figures of its own
-    to the held-out loss.
+    With `tokens` "first" an answer's first token alone is scored, without the end token. A row's `weight`, 1 if it has none,
+    multiplies its loss; the division by tokens or rows stays as it is. `measure` adds figures of its own to the held-out loss.
     """
 
     def __init__(
@@ -43,8 +43,12 @@ class AnswerObjective(Objective):
     def loss(
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = dict(batch)
+        weights = batch.pop("weights", None)
         mask = batch["labels"] >= 0
         token_logprobs = self.generator.forward(batch, module)
+        if weights is not None:
+            token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)
         mask = mask.to(token_logprobs.device)
         if self.reduction == "token" and items is not None:
             loss = answer_nll(token_logprobs, mask, reduction="none").sum() / items
@@ -57,7 +61,10 @@ class AnswerObjective(Objective):
             return dict(packed_batch(rows, self.generator.pad, flat=reads_flat(self.generator)))
         if self.tokens == "first":
             rows = [{**row, "labels": row["labels"][:1]} for row in rows]
-        return dict(self.generator.collate(rows))
+        batch: dict[str, Any] = dict(self.generator.collate(rows))
+        if any("weight" in row for row in rows):
+            batch["weights"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+        return batch
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"generator": [p for p in self.module.parameters() if p.requires_grad]}
@@ -71,6 +78,7 @@ class AnswerObjective(Objective):
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         for start in range(0, len(ordered), 32):
             batch = self.collate(ordered[start : start + 32])
+            batch.pop("weights", None)
             with self.generator.autocast():
                 logprobs = self.generator.forward(batch)
             mask = (batch["labels"] >= 0).to(logprobs.device)

@@ -5,7 +5,16 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
-from raglan.recipe.data import DevTask, InstructionMix, LessonData, LsrMixData, MixSource, QuestionData, Unanswerable
+from raglan.recipe.data import (
+    DevTask,
+    FeedbackData,
+    InstructionMix,
+    LessonData,
+    LsrMixData,
+    MixSource,
+    QuestionData,
+    Unanswerable,
+)
 from raglan.recipe.decode import (
     ABSTENTION,
     ClassifyDecode,
@@ -63,6 +72,7 @@ __all__ = [
     "EncoderSettings",
     "EnsembleDecode",
     "EvaluateSettings",
+    "FeedbackData",
     "GeneratorSettings",
     "GridFolders",
     "GridSettings",

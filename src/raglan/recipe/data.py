@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from raglan.recipe.base import Settings
 
@@ -13,6 +13,7 @@ __all__ = [
     "AnswersAre",
     "Data",
     "DevTask",
+    "FeedbackData",
     "InstructionMix",
     "LessonData",
     "LsrMixData",
@@ -28,6 +29,9 @@ AnswersAre = Annotated[
         description="With `regex` each answer is a pattern: learned is its commonest match, and measured is whether it fits."
     ),
 ]
+
+
+AllowTest = Annotated[bool, Field(description="Train even on questions that `raglan split` put into the split `test`.")]
 
 
 class QuestionData(Settings):
@@ -49,6 +53,7 @@ class QuestionData(Settings):
     )
     answers_are: AnswersAre = "text"
     limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
+    allow_test: AllowTest = False
 
 
 class LessonData(Settings):
@@ -223,4 +228,49 @@ class LsrMixData(Settings):
         return None if self.path is None else QuestionData(kind="questions", path=self.path, dev=self.dev)
 
 
-Data = Annotated[QuestionData | LessonData | InstructionMix | LsrMixData, Field(discriminator="kind")]
+def _url_or_path(value: Any) -> Any:
+    """An address has a scheme, and a database's file has none."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+Store = Annotated[str | Path, BeforeValidator(_url_or_path)]
+
+
+class FeedbackData(Settings):
+    """Rows from what people said of questions, answers and passages. What is measured in this recipe is never learned."""
+
+    kind: Literal["feedback"]
+    store: Store | None = Field(
+        None, description="The store: an SQLite file, or an address as in postgresql://user:${PASSWORD}@host/name."
+    )
+    path: Path | None = Field(None, description="Instead of a store, what `raglan feedback export --as questions` wrote.")
+    agree: Literal["majority", "all", "each"] = Field(
+        "majority", description="Where people disagree: what more than half say, what all say, or what each says."
+    )
+    positive: float = Field(0.5, description="A passage is relevant from this grade on.")
+    ratings: Literal["ignore", "filter", "weight"] = Field(
+        "ignore", description="Learn also answers that were rated and not corrected: those rated `min_rating` or better, or "
+        "all, each weighted by its rating over the largest one.",
+    )  # fmt: skip
+    min_rating: float | None = Field(None, description="For `ratings: filter`.")
+    exclude: tuple[Path, ...] = Field((), description="More questions not to be learned, beside `dev` and those measured.")
+    replay: Path | None = Field(None, description="Questions with answers to learn beside, so that what was known is kept.")
+    replay_times: float = Field(1.0, gt=0, description="So many of them for each question with feedback, drawn with the seed.")
+    dev: Path | None = Field(None, description="Held-out questions for the validation loss or the validation search.")
+    source: Literal["gold", "mixed", "retrieved"] = Field(
+        "mixed", description="Which passages a row holds: those judged relevant, these plus retrieved, or only retrieved."
+    )
+    passages: int = Field(3, ge=1, description="Passages a question.")
+    passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")
+    allow_test: AllowTest = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FeedbackData:
+        if (self.store is None) == (self.path is None):
+            raise ValueError("give either store or path")
+        if (self.ratings == "filter") != (self.min_rating is not None):
+            raise ValueError("ratings: filter and min_rating belong together")
+        return self
+
+
+Data = Annotated[QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData, Field(discriminator="kind")]

@@ -36,8 +36,9 @@ class StageSettings(Settings):
     def _retrieving_objectives_ask_questions(self) -> StageSettings:
         if self.data.kind == "lsr_mix" and self.objective.kind != "lsr":
             raise ValueError("data of kind lsr_mix are for objective lsr")
-        if self.objective.kind != "answer" and self.data.kind not in ("questions", "lsr_mix"):
-            raise ValueError(f"objective {self.objective.kind} needs data of kind questions")
+        asked = ("questions", "lsr_mix", "feedback") if self.objective.kind == "lsr" else ("questions",)
+        if self.objective.kind != "answer" and self.data.kind not in asked:
+            raise ValueError(f"objective {self.objective.kind} needs data of kind {' or '.join(asked)}")
         return self
 
     @model_validator(mode="after")
@@ -82,6 +83,10 @@ class Recipe(Settings):
     data: Data | None = Field(None, description="With `objective`: short for a recipe of one stage.")
     objective: ObjectiveSettings | None = None
     train: Arguments = Field(default_factory=dict, description="TrainingArguments of all stages.")
+    leak_check: Literal["none", "questions", "passages", "near"] = Field(
+        "questions", description="What training questions may not share with those measured: the question; also an answer from "
+        "the same passage; or also nearly the same words.",
+    )  # fmt: skip
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
     grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
