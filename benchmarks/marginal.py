@@ -20,6 +20,7 @@ from pathlib import Path
 from raglan.evaluate import Evaluation, compare, evaluate
 from raglan.metrics import Interval
 from raglan.recipe import Recipe, load_recipe
+from raglan.text import question_key
 from raglan.train import Parts, finished_parts, train
 
 HERE = Path(__file__).parent
@@ -77,13 +78,15 @@ def arm(name: str, reader: Path) -> Recipe:
 
 
 def split(folder: Path) -> None:
-    """The held-out articles' questions, shuffled and halved."""
+    """The held-out articles' questions, shuffled and halved; what is asked in both halves is measured only."""
     with gzip.open(Path(os.environ["RAGLAN_DATA"]) / "squad" / "dev.jsonl.gz", "rt", encoding="utf-8") as file:
         questions = [json.loads(line) for line in file]
     random.Random(7).shuffle(questions)
     folder.mkdir(parents=True, exist_ok=True)
     half = len(questions) // 2
-    for name, part in (("train", questions[:half]), ("test", questions[half:])):
+    asked = {question_key(question["query"]) for question in questions[half:]}
+    learned = [question for question in questions[:half] if question_key(question["query"]) not in asked]
+    for name, part in (("train", learned), ("test", questions[half:])):
         lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in part)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 

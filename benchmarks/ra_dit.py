@@ -1,0 +1,170 @@
+"""RA-DIT on real text: what R-ft is worth, from which data, against shuffled targets; and the 2×2 grid with LM-ft.
+
+    make bench-ra-dit     (after bench-squad; needs RAGLAN_DATA; about an hour on 2 cores)
+
+R-ft: MiniLM's query tower learns which of ten retrieved passages the reader finds the answer likely with; passage vectors stay
+as they are. The reader, whose scores are made once, is the one that `make bench-squad` left after its stage `choose`; it has
+seen none of these questions. Arms: questions (`tasks`), the corpus alone (`halves`), both (`mixed`), and questions whose scores
+are dealt out anew over their passages (`shuffled`). Measured by a search of all passages for questions that were not learned.
+
+SQuAD: half of the held-out articles' questions are learned from, the other half is measured: the same paragraphs, other
+questions. NQ: 2,000 questions in five folds; each fold's questions are measured by the tower that learned from the four others,
+so that every question is measured once. No fold's questions are shared (`leak_check`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from marginal import HERE, _told, _trained_reader, split
+
+from raglan.candidates import lsr_rows
+from raglan.data import load_examples
+from raglan.metrics import bootstrap, mrr, paired_bootstrap, recall
+from raglan.recipe import LsrObjective, Recipe, load_recipe
+from raglan.records import Example
+from raglan.train import Parts, _stages, train
+
+BUILD = HERE.parent / "build"
+FOLDS = 5
+FIGURES = {"R@1": (recall, 1), "R@5": (recall, 5), "MRR@10": (mrr, 10)}
+ARMS = ("tasks", "halves", "mixed", "shuffled")
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--reader", type=Path, help="the generator that scores and is tuned; default bench-squad's `choose`")
+    words.add_argument("--corpora", nargs="*", default=["squad", "nq"], choices=["squad", "nq"])
+    words.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    words.add_argument("--no-grid", action="store_true", help="R-ft alone")
+    words.add_argument("changes", nargs="*", help="key=value, of all stages' recipes")
+    asked = words.parse_intermixed_args()
+    reader = (asked.reader or _trained_reader()).absolute()
+    prepare()
+    for corpus in asked.corpora:
+        table(corpus, reader, asked.arms, asked.changes)
+        if not asked.no_grid:
+            grid(corpus, reader, asked.changes)
+
+
+def prepare() -> None:
+    """The questions: SQuAD's two halves, NQ's folds."""
+    split(BUILD / "ra_dit" / "squad")
+    rows: list[dict[str, Any]] = []
+    for part in ("train", "dev"):
+        with gzip.open(Path(os.environ["RAGLAN_DATA"]) / "nq" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows += [{**json.loads(line), "part": part} for line in file]
+    random.Random(7).shuffle(rows)
+    folder = BUILD / "ra_dit" / "nq"
+    folder.mkdir(parents=True, exist_ok=True)
+    for fold in range(FOLDS):
+        _write(folder / f"test{fold}.jsonl", rows[fold::FOLDS])
+        _write(folder / f"train{fold}.jsonl", [row for place, row in enumerate(rows) if place % FOLDS != fold])
+    for name, part in (("train", "train"), ("test", "dev")):  # as published, for the grid
+        _write(folder / f"{name}.jsonl", [row for row in rows if row["part"] == part])
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def recipe_of(corpus: str, reader: Path, changes: Sequence[str], *, fold: str = "") -> Recipe:
+    """The recipe over one corpus, and one fold of its questions; all folds share one table of scores."""
+    folder = BUILD / "ra_dit" / corpus
+    train_file, test_file = folder / f"train{fold}.jsonl", folder / f"test{fold}.jsonl"
+    return load_recipe(HERE / "ra_dit.yaml", [
+        f"name={corpus}", f"knowledge.path={BUILD / corpus}",
+        f"knowledge.documents={os.environ['RAGLAN_DATA']}/{corpus}/corpus.jsonl.gz", f"generator.model={reader}",
+        *(f"stages.{stage}.data.path={train_file}" for stage in ("tasks", "mixed", "lm_ft")),
+        f"grid.tasks.held_out.questions={test_file}", *changes,
+    ])  # fmt: skip
+
+
+def table(corpus: str, reader: Path, arms: Sequence[str], changes: Sequence[str]) -> None:
+    """Print what each arm finds of the questions it did not learn, beside the encoder as it was."""
+    folds = [""] if corpus == "squad" else [str(fold) for fold in range(FOLDS)]
+    found: dict[str, list[list[tuple[str, ...]]]] = {name: [] for name in ("base", *arms)}
+    asked: list[Example] = []
+    for fold in folds:
+        recipe = recipe_of(corpus, reader, changes, fold=fold)
+        test = BUILD / "ra_dit" / corpus / f"test{fold}.jsonl"
+        for name in found:
+            rag = (Parts() if name == "base" else learned(recipe, name, fold)).open(recipe)
+            examples = load_examples(test, rag.retriever.base.corpus)
+            hits = rag.retriever.retrieve([example.query for example in examples], 10)
+            found[name].append([tuple(hit.passage.id for hit in own) for own in hits])
+        asked += examples
+    values = {name: _values(asked, [own for part in parts for own in part]) for name, parts in found.items()}
+    print(f"\n{corpus}: {len(asked)} questions, R-ft by {', '.join(arms)}\n")
+    print("| query encoder |", " | ".join(FIGURES), "|\n|---|" + "---|" * len(FIGURES))
+    for name in found:
+        print(f"| {name} |", " | ".join(_told(bootstrap(values[name][figure])) for figure in FIGURES), "|")
+    for name in arms:
+        gains = [paired_bootstrap(values["base"][figure], values[name][figure]) for figure in FIGURES]
+        print(f"| {name} − base |", " | ".join(_told(gain, sign="+") for gain in gains), "|", flush=True)
+
+
+def _values(examples: Sequence[Example], rankings: Sequence[tuple[str, ...]]) -> dict[str, list[float]]:
+    pairs = list(zip(rankings, examples, strict=True))
+    return {
+        name: [float(measure(ranking, example.relevant, depth)) for ranking, example in pairs]
+        for name, (measure, depth) in FIGURES.items()
+    }
+
+
+def learned(recipe: Recipe, arm: str, fold: str) -> Parts:
+    """The arm's query encoder, trained unless it is."""
+    if arm == "shuffled":
+        recipe = shuffled(recipe, fold)
+    train(recipe, only=arm)
+    return next(stage.parts(before) for stage, before in _stages(recipe) if stage.name == arm)
+
+
+def shuffled(recipe: Recipe, fold: str) -> Recipe:
+    """`tasks` with each question's scores dealt out anew over its candidates: as much to fit, and nothing to learn."""
+    tasks = recipe.stages["tasks"]
+    assert isinstance(tasks.objective, LsrObjective)
+    path = BUILD / "ra_dit" / recipe.name / f"shuffled{fold}.jsonl"
+    system = Parts().open(recipe)
+    corpus = system.retriever.base.corpus
+    examples = load_examples(tasks.data.path, corpus)  # type: ignore[union-attr,arg-type]
+    rows = {row.id: row for row in lsr_rows(examples, system, tasks.objective, recipe.run / "scores")}
+    chance, lines = np.random.default_rng(recipe.seed), []
+    for example in examples:
+        row = rows[example.id]
+        values = np.exp(row.answer_logprobs / row.answer_length)  # mean_prob
+        grades = dict(zip((corpus[int(c)].id for c in row.candidates), chance.permutation(values).tolist(), strict=True))
+        lines.append({"id": example.id, "query": example.query, "answers": list(example.answers), "grades": grades})
+    _write(path, lines)
+    objective = tasks.objective.model_copy(update={"target": "given"})
+    data = tasks.data.model_copy(update={"path": path})
+    stage = tasks.model_copy(update={"objective": objective, "data": data})
+    return recipe.model_copy(update={"stages": {**recipe.stages, "shuffled": stage}})
+
+
+def grid(corpus: str, reader: Path, changes: Sequence[str]) -> None:
+    """The 2×2 grid by the command line, on the questions as they are split."""
+    recipe = recipe_of(corpus, reader, changes)
+    for stage in ("tasks", "lm_ft"):
+        train(recipe, only=stage)
+    words = [
+        f"name={corpus}", f"knowledge.path={recipe.knowledge.path}", f"generator.model={reader}",
+        f"knowledge.documents={recipe.knowledge.documents[0]}",
+        *(f"stages.{stage}.data.path={BUILD / 'ra_dit' / corpus / 'train.jsonl'}" for stage in ("tasks", "mixed", "lm_ft")),
+        f"grid.tasks.held_out.questions={BUILD / 'ra_dit' / corpus / 'test.jsonl'}", *changes,
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "raglan", "evaluate", str(HERE / "ra_dit.yaml"), *words], check=True)
+
+
+if __name__ == "__main__":
+    main()
