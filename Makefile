@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-feedback clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-ra-dit bench-scores bench-feedback clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
 	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
+	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; an hour on 2 cores)"
 	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
@@ -63,6 +64,10 @@ bench-squad: env
 bench-marginal: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	$(BIN)/python benchmarks/marginal.py
+
+bench-ra-dit: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	$(BIN)/python benchmarks/ra_dit.py
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py

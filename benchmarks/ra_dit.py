@@ -30,6 +30,7 @@ from marginal import HERE, _told, _trained_reader, split
 
 from raglan.candidates import lsr_rows
 from raglan.data import load_examples
+from raglan.knowledge import build_knowledge
 from raglan.metrics import bootstrap, mrr, paired_bootstrap, recall
 from raglan.recipe import LsrObjective, Recipe, load_recipe
 from raglan.records import Example
@@ -52,6 +53,7 @@ def main() -> None:
     reader = (asked.reader or _trained_reader()).absolute()
     prepare()
     for corpus in asked.corpora:
+        build_knowledge(recipe_of(corpus, reader, asked.changes).knowledge)
         table(corpus, reader, asked.arms, asked.changes)
         if not asked.no_grid:
             grid(corpus, reader, asked.changes)
