@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-ra-dit bench-scores bench-feedback clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-ra-dit bench-feedback clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
