@@ -272,3 +272,31 @@ def test_faults_of_settings(folder: Path, change: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(folder / "mix.yaml", [change])
     assert message in str(caught.value)
+
+
+def test_the_shipped_recipe_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is shipped, on tiny models and short halves: scored once, the best step by a real search kept."""
+    documents = folder / "passages.jsonl"
+    rows = [{"id": path.stem, "text": path.read_text()} for path in sorted((folder / "docs").glob("d*.txt"))]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("DOCUMENTS", str(documents))
+    monkeypatch.setenv("QUESTIONS", str(tmp_path))
+    for name, source in (("train", "tasks"), ("dev", "dev")):
+        text = (folder / f"{source}.jsonl").read_text().replace(".txt", "")
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    encoder = {"model": str(folder / "encoder" / "encoder"), "dtype": "float32"}
+    changes = [
+        f"runs={tmp_path / 'runs'}", f"knowledge.path={tmp_path / 'kb'}", f"knowledge.encoder={json.dumps(encoder)}",
+        f"generator.model={folder / 'llama'}", "generator.dtype=float32", "objective.k=4", f"data.half_tokens={N}",
+        "data.sources={corpus_halves: 0.8, tasks: 0.2}", "train.max_steps=2", "train.eval_steps=1", "train.save_steps=1",
+        "train.per_device_train_batch_size=4", "retriever.k=2", "evaluate.k=[1]",
+    ]  # fmt: skip
+    path = Path(__file__).parent.parent / "recipes" / "ra_dit_r_ft.yaml"
+    for command in (["build"], ["train", "--dry-run"], ["train"]):
+        done = CliRunner().invoke(app, [*command, str(path), *changes])
+        assert done.exit_code == 0, done.output
+    (stage,) = (tmp_path / "runs" / "ra-dit-r-ft" / "stages").iterdir()
+    kept = json.loads((stage / "result" / "query_encoder" / "manifest.json").read_text())
+    assert kept["gamma"] == 1.0
+    log = json.loads((stage / "log.json").read_text())
+    assert [row["step"] for row in log if "eval_mrr@10" in row] == [1, 2]
