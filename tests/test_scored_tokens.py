@@ -134,7 +134,7 @@ def test_a_candidates_marginal_does_not_depend_on_its_batch_mates(over: str, tmp
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> RAG:
     path = tmp_path_factory.mktemp("scored")
-    recipe = load_recipe(small_recipe(path), ["retriever.index=dense"])
+    recipe = load_recipe(small_recipe(path), ["retriever.index=dense", "knowledge.encoder.dtype=float32"])
     build_knowledge(recipe.knowledge)
     return RAG.open(recipe)
 

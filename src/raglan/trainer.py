@@ -6,10 +6,8 @@ own names.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -29,6 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import RecipeError
+from raglan.memory import give_back, keep_freed
 from raglan.mixture import DEV_MEAN
 from raglan.objective import MarginalObjective, Objective
 from raglan.objective.collapse import CollapseMonitor
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 INDEX_STATE = "index.json"  # in a checkpoint: which index it was made with
 CANDIDATES = "candidates.npz"  # and which candidates, where they are searched for anew
 MONITOR_STATE = "monitor.json"  # and what retrieval was like when the run began
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
 
 def stage_trainer(
@@ -299,26 +297,13 @@ class _Curves(TrainerCallback):
 
 
 class _KeepMemory(TrainerCallback):
-    """Let glibc keep freed blocks: a training step on a CPU frees and takes the same gigabyte over and over.
-
-    Measured with the embedded reader: a fifth off the step, a quarter of the page faults (docs/log.md). Rows of many lengths
-    leave holes, so unused pages go back whenever the process holds half of the machine's memory. Elsewhere than on Linux
-    nothing happens.
-    """
+    """See `raglan.memory`."""
 
     def __init__(self) -> None:
-        self.libc: Any = ctypes.CDLL(None) if sys.platform == "linux" and not torch.cuda.is_available() else object()
-        if hasattr(self.libc, "mallopt"):
-            for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28)):
-                self.libc.mallopt(parameter, value)
+        keep_freed()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if hasattr(self.libc, "malloc_trim") and 2 * _resident_pages() > os.sysconf("SC_PHYS_PAGES"):
-            self.libc.malloc_trim(0)
-
-
-def _resident_pages() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1])
+        give_back()
 
 
 class _Rows(Dataset[Any]):

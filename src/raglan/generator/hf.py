@@ -37,6 +37,7 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Generator, answer_ids, tokenizer_identity
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
+from raglan.memory import give_back, keep_freed
 from raglan.progress import track
 from raglan.prompt import MARK, Prompt, Rendered
 from raglan.quiet import quietly, without_bars
@@ -104,6 +105,7 @@ class HFGenerator(Generator):
         for places in track(list(self._by_length([len(prompt.ids) for prompt in prompts])), "reading"):
             part = [prompts[place] for place in places]
             completions.update(zip(places, self._generate(part, max_new_tokens, beams, length_penalty), strict=True))
+            give_back()
         self.model.train(was_training)
         return [completions[place] for place in range(len(prompts))]
 
@@ -120,6 +122,7 @@ class HFGenerator(Generator):
                 logprobs = self.forward(batch).float().cpu().numpy()
             for place, values in zip(places, logprobs, strict=True):
                 found[place] = values[: len(rows[place]["labels"]) - (not score_eos)]
+            give_back()
         self.model.train(was_training)
         return [found[place] for place in range(len(prompts))]
 
@@ -428,6 +431,7 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
         CheckpointError: a folder without config or weights.
         RecipeError: LoRA settings that peft refuses.
     """
+    keep_freed()
     model, tokenizer = _load(settings.model, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
         model = _with_lora(model, settings)
