@@ -10,7 +10,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
-    ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings"],
+    ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
+     "memory"],  # fmt: skip
     ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],

@@ -14,11 +14,10 @@ if sys.argv[1] == "kept":
     keep_freed()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(1024, 1024, 64).fill_(1.0)
+    torch.empty(1024, 1024, 16).fill_(1.0)
     give_back() if sys.argv[1] == "kept" else None
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+print(min(faults() for _ in range(6)))
 """
 
 
