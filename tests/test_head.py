@@ -126,18 +126,37 @@ def test_answers_of_probability_e_to_the_minus_2000(over: str, dtype: torch.dtyp
     assert scores.grad[0].tolist() == pytest.approx([0.5 - near, near - 0.5], abs=exactly)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
 @pytest.mark.parametrize("over", OVER)
-def test_an_answer_that_is_impossible_with_some_passages(over: str) -> None:
-    """−inf in token_logprobs of a present passage is a probability of 0, with a finite gradient."""
-    scores = torch.tensor([[0.3, -0.1]], dtype=torch.float64, requires_grad=True)
-    each = torch.tensor([[[-1.0, -math.inf], [-2.0, -0.5]]], dtype=torch.float64)
-    value = marginal_logprob(passage_logprobs(scores), each, torch.ones(1, 2, dtype=torch.bool), over=over)
-    value.sum().backward()
-    p = torch.tensor([0.3, -0.1], dtype=torch.float64).softmax(0).tolist()
-    second = math.log(p[1]) - 0.5
-    true = second - 2.0 if over == "sequence" else second + math.log(p[0] * math.exp(-1) + p[1] * math.exp(-2))
-    assert value.item() == pytest.approx(true, abs=1e-12)
-    assert torch.isfinite(scores.grad).all()
+def test_an_answer_that_is_impossible_with_some_passages(over: str, epsilon: float) -> None:
+    """−inf in token_logprobs of a present passage is a probability of 0, with a finite gradient: that of the probabilities."""
+    chances = [
+        [[0.4, 0.5, 0.1], [0.0, 0.7, 0.3], [0.2, 0.2, 0.6]],  # (K,T,V); the answer is word 0 three times
+        [[0.1, 0.8, 0.1], [0.6, 0.1, 0.3], [0.3, 0.3, 0.4]],
+        [[0.2, 0.2, 0.6], [0.3, 0.3, 0.4], [0.0, 0.9, 0.1]],
+    ]
+    each_word = torch.tensor(chances, dtype=torch.float64)
+    logits = each_word.log().requires_grad_()
+    scores = torch.tensor([[0.3, -0.1, 0.2]], dtype=torch.float64, requires_grad=True)
+    prior, mask = passage_logprobs(scores), torch.ones(1, 3, dtype=torch.bool)
+    targets = torch.zeros(9, dtype=torch.long)
+    each = chunked_token_logprobs(logits.flatten(0, 1), lambda rows: rows, targets, chunk=4).view(1, 3, 3)
+    weights = predictive_weights(prior, each, mask, over=over)
+    uniform = chunked_uniform_logprobs(logits.transpose(0, 1), lambda rows: rows, weights[0].T, chunk=4)
+    value = (1 - epsilon) * marginal_logprob(prior, each, mask, over=over).sum() + epsilon * uniform.sum()
+    value.backward()
+
+    exact = torch.tensor([0.3, -0.1, 0.2], dtype=torch.float64, requires_grad=True)
+    first = share = exact.softmax(0)
+    true = torch.zeros((), dtype=torch.float64)
+    for t in range(3):
+        mixture = share @ each_word[:, t]
+        true = true + (1 - epsilon) * mixture[0].log() + epsilon * mixture.log().mean()
+        share = share * each_word[:, t, 0] / mixture[0] if over == "sequence" else first
+    true.backward()
+    assert value.item() == pytest.approx(true.item(), abs=1e-12)
+    assert scores.grad[0].tolist() == pytest.approx(exact.grad.tolist(), abs=1e-12)
+    assert torch.isfinite(logits.grad).all()
 
 
 # The head in chunks.

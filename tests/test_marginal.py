@@ -354,6 +354,33 @@ def test_gaps_without_passages_and_with_others(system: RAG) -> None:
     assert found["closed_book_gap"] == pytest.approx(nll(np.full_like(own, -1)) - nll(own), abs=2e-3)
 
 
+def test_gaps_are_of_questions_that_have_passages_on_both_sides(folder: Path) -> None:
+    """Where questions without hits are left out, they and those that would get their passages count for nothing."""
+    asks = RAG.open(load_recipe(folder / "small.yaml", ["retriever.index=bm25", "retriever.prior.kind=bm25"]))
+    aim = objective(asks, on_empty="skip")
+    titles = [asks.retriever.base.corpus[row].title for row in (3, 11, 20, 27)]
+    known = [MarginalRow(f"who built {title}", "odo marrack" if n else "1790") for n, title in enumerate(titles)]
+    rows = [*known[:2], MarginalRow("zzz qqq", "a miller of the old tower"), *known[2:]]
+    found = aim.validate(rows)
+    aim.module.eval()
+    with torch.no_grad():
+        own = aim._forward(aim.collate(rows)).rows
+    assert (own[2] == -1).all()
+    assert (own[[0, 1, 3, 4]] >= 0).any(1).all()
+    counted = [0, 1, 4]  # the third has nothing, the fourth would get it
+
+    def nll(candidates: np.ndarray) -> float:
+        given = [MarginalRow(rows[at].query, rows[at].answer, mine) for at, mine in zip(counted, candidates, strict=True)]
+        labels = aim.collate(given)
+        return aim.loss(labels, items=1)[0].item() / int((labels["labels"] >= 0).sum())
+
+    true = nll(own[[4, 0, 3]]) - nll(own[counted])
+    assert abs(true) > 1e-3
+    assert found["shuffle_gap"] == pytest.approx(true, abs=1e-5)
+    assert "closed_book_gap" not in found
+    assert not any(name.endswith("gap") for name in aim.validate([rows[2], known[0]]))  # nothing can be exchanged
+
+
 def test_a_generator_that_ignores_its_passages_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     monitor = CollapseMonitor()
     with caplog.at_level(logging.WARNING):

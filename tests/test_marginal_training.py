@@ -271,6 +271,22 @@ def test_the_monitor_goes_on_where_a_run_was_broken_off(folder: Path, tmp_path: 
     )
 
 
+def test_a_checkpoint_without_a_monitor_begins_a_fresh_window_and_one_without_its_index_is_refused(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = tmp_path / "work" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    aim = objective(opened(folder))
+    with caplog.at_level(logging.INFO):
+        restore(aim, checkpoint)
+    assert aim.monitor.state() == CollapseMonitor().state()
+    assert "checkpoint-3 has no monitor.json" in caplog.text
+    aim.refresher = Refresher(aim.retriever, StalenessSettings(kind="refresh", every=1), tmp_path / "kb")
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 has no index\.json") as told:
+        restore(aim, checkpoint)
+    assert told.value.hint == f"remove {tmp_path / 'work'} and train the stage from its start"
+
+
 def test_a_collapse_that_began_before_the_interruption_is_told_of_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -216,6 +216,9 @@ def test_a_regular_expression_that_matches_nowhere_is_learned_as_its_wordings(sy
         learned(system, examples[:1], answers_are="regex", answers_found_in=30)
 
 
+OPTIONAL = f"({'|'.join(f'wa{n}' for n in range(18))})"
+
+
 @pytest.mark.parametrize(
     ("expression", "texts"),
     [
@@ -228,6 +231,9 @@ def test_a_regular_expression_that_matches_nowhere_is_learned_as_its_wordings(sy
         ("x{2,3}", ["xx"]),
         ("a.b[^c]", ["a b"]),
         (".*", []),
+        ("(ab){0} x", ["x"]),
+        (OPTIONAL + "? x", ["x", *(f"wa{n} x" for n in range(15))]),
+        (OPTIONAL + "*", [f"wa{n}" for n in range(15)]),
         ("(?i)Bo", ["Bo"]),
     ],
 )

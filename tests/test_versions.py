@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,8 +151,104 @@ def test_a_version_from_before_there_were_text_hashes_gives_its_vectors(tmp_path
     first = built(tmp_path, encoder_folder, rows)
     hashes = np.array(first.corpus.text_hashes)
     (first.folder / "corpus" / "text_hashes.npy").unlink()
+    unlisted(first.folder, "corpus/text_hashes.npy")
     assert (Corpus(first.folder / "corpus").text_hashes == hashes).all()
     assert built(tmp_path, encoder_folder, [row(8), *rows]).manifest["encoded"] == 1
+
+
+def unlisted(version: Path, name: str) -> None:
+    """A manifest that never told of a file."""
+    manifest = json.loads((version / "manifest.json").read_text())
+    del manifest["files"][name]
+    (version / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lost_and_unlisted(version: Path) -> None:
+    (version / SECOND).unlink()
+    unlisted(version, SECOND)
+
+
+def torn_and_unlisted(version: Path) -> None:
+    cut(version / SECOND)
+    unlisted(version, SECOND)
+
+
+SECOND = "vectors/000000007.npy"
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "lost": lambda version: (version / SECOND).unlink(),
+    "torn": lambda version: cut(version / SECOND),
+    "lost, not in the manifest": lost_and_unlisted,
+    "torn, not in the manifest": torn_and_unlisted,
+    "half a manifest": lambda version: cut(version / "manifest.json"),
+    "no manifest of ours": lambda version: (version / "manifest.json").write_text("[]"),
+    "no text at all": lambda version: (version / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_version_gives_no_vectors_and_stops_no_build(
+    damage: Callable[[Path], None], tmp_path: Path, encoder_folder: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(knowledge, "SHARD", 7)
+    rows = [row(n) for n in range(30)]
+    first = built(tmp_path, encoder_folder, rows)
+    damage(first.folder)
+    with caplog.at_level(logging.WARNING):
+        base = built(tmp_path, encoder_folder, [*rows, row(30)])
+    assert base.manifest["encoded"] == 31
+    check(base, [*rows, row(30)])
+    assert f"version {first.version} gives no vectors: " in caplog.text
+    assert built(tmp_path, encoder_folder, [row(31), *rows]).manifest["encoded"] == 1  # the whole one is used
+
+
+def no_links(*_: Any, **__: Any) -> None:
+    raise OSError("this file system has no hard links")
+
+
+def test_a_copy_that_is_broken_off_is_no_shard(tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
+    """Where shards cannot be linked; as if killed in the middle of the second copy."""
+    monkeypatch.setattr(knowledge, "SHARD", 7)
+    monkeypatch.setattr(os, "link", no_links)
+    rows = [row(n) for n in range(30)]
+    built(tmp_path, encoder_folder, rows)
+    copies, own = [], shutil.copyfile
+
+    def broken_off(old: Path, new: Path) -> None:
+        copies.append(own(old, new))
+        if len(copies) == 2:
+            cut(Path(new))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            built(tmp_path, encoder_folder, [*rows, row(30)])
+    half = next((tmp_path / "kb" / "building").iterdir())
+    assert [path.name for path in (half / "vectors").glob("*.npy")] == ["000000000.npy"]
+    base = built(tmp_path, encoder_folder, [*rows, row(30)])
+    assert base.manifest["encoded"] == 1
+    assert not list(base.folder.rglob("*.part"))
+    check(base, [*rows, row(30)])
+
+
+@pytest.mark.parametrize("left", [0.5, 0.0])
+def test_a_torn_shard_is_encoded_anew(left: float, tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(knowledge, "SHARD", 7)
+    rows = [row(n) for n in range(30)]
+    base = built(tmp_path, encoder_folder, rows)
+    building = tmp_path / "kb" / "building" / base.version
+    shutil.copytree(base.folder, building)
+    shutil.rmtree(base.folder)
+    (building / "manifest.json").unlink()
+    torn = building / SECOND
+    os.truncate(torn, int(left * torn.stat().st_size))
+    base = built(tmp_path, encoder_folder, rows)
+    assert base.manifest["encoded"] == 7
+    check(base, rows)
 
 
 def test_imported_vectors_with_ids_from_one_and_a_document_added(tmp_path: Path, encoder_folder: Path) -> None:

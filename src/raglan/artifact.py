@@ -99,10 +99,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as fault:
+    except ValueError as fault:  # bytes that are no text, too
         raise CheckpointError(
             f"{path} is not JSON: {fault}", hint="the folder is damaged: remove it and make it again"
         ) from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path} holds no JSON object", hint="the folder is damaged: remove it and make it again")
     if manifest.get("kind") != kind:
         raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r}, not a {kind!r}", hint=f"give the folder of a {kind}")
     for name, size in manifest.get("files", {}).items():

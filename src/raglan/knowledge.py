@@ -7,13 +7,13 @@
 
 The fingerprint of what goes in (documents' text, chunking, encoder, index settings) names the version, so building twice
 does nothing the second time. Vectors are written shard by shard: a kill costs at most one shard. Documents added, changed or
-removed make a new version, in which only passages that no finished version holds are encoded. Documents are read twice, once
+removed make a new version, in which only passages that no finished version holds are encoded; a version that is not whole
+gives no vectors. Documents are read twice, once
 to name the version and once to cut them, so that rows of tables need not be kept in memory.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -213,13 +213,13 @@ class _Build:
             self._check(ready, passages)
         known = KnownVectors([] if ready is not None else self._versions())
         began = time.monotonic()
-        encoded, done = 0, sum(len(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy"))
+        encoded, done = 0, sum(map(_length, folder.glob("*.npy")))
         with counting(len(passages), "encoding", done=done) as seen:
             for start in range(0, len(passages), SHARD):
                 path = folder / f"{start:09d}.npy"
-                if path.is_file():
-                    continue
                 hashes = passages.text_hashes[start : start + SHARD]
+                if _length(path) == len(hashes):
+                    continue
                 if (same := known.shard(path.name, start, hashes)) is not None:
                     _same_file(same, path)
                     seen(len(hashes))
@@ -236,12 +236,16 @@ class _Build:
         return encoded, max(time.monotonic() - began, 1e-9)
 
     def _versions(self) -> list[Path]:
-        """Finished versions whose vectors this encoder made, the newest first."""
+        """Finished versions whose vectors this encoder made, the newest first. Damaged ones are passed over."""
         found = []
         for name in reversed(KnowledgeBase.versions(self.settings.path)):
             folder = self.settings.path / "versions" / name
-            if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("encoder") == self.encoder.identity:
-                found.append(folder)
+            try:
+                if read_manifest(folder, KIND).get("encoder") == self.encoder.identity:
+                    _check_vectors(folder)
+                    found.append(folder)
+            except CheckpointError as fault:
+                log.warning("version %s gives no vectors: %s", name, fault)
         return found
 
     def _check(self, ready: ReadyVectors, passages: Sequence[Passage]) -> None:
@@ -276,7 +280,7 @@ class KnownVectors:
         for known, folder in self._sources:
             path = folder / name
             same = np.array_equal(known[start : start + len(hashes)], hashes) and path.is_file()
-            if same and len(np.load(path, mmap_mode="r")) == len(hashes):
+            if same and _length(path) == len(hashes):
                 return path
         return None
 
@@ -299,8 +303,25 @@ class KnownVectors:
         return vectors, new
 
 
+def _check_vectors(version: Path) -> None:
+    """Raises CheckpointError where a version has not one vector a passage: rows are counted through the shards there are."""
+    passages, vectors = len(Corpus(version / "corpus")), sum(map(_length, (version / "vectors").glob("*.npy")))
+    if passages != vectors:
+        raise CheckpointError(
+            f"{version} holds {passages} passages and {vectors} vectors that can be read", hint="remove it and build it again"
+        )
+
+
+def _length(shard: Path) -> int:
+    """How many vectors a shard holds; 0 where it is not there or cannot be read."""
+    try:
+        return len(np.load(shard, mmap_mode="r"))
+    except (OSError, EOFError, ValueError):
+        return 0
+
+
 def _write_shard(path: Path, vectors: np.ndarray) -> None:
-    half = path.with_suffix(".part")
+    half = path.with_name(path.name + ".part")
     with open(half, "wb") as file:
         np.save(file, vectors)
         file.flush()
@@ -318,11 +339,15 @@ def peak_memory_mb() -> int:
 
 
 def _same_file(old: Path | str, new: Path | str) -> None:
-    """A hard link, or a copy where the file system has none."""
+    """A hard link, or a copy where the file system has none. `new` is there once all of it is on the disk."""
     try:
         os.link(old, new)
     except OSError:
-        shutil.copyfile(old, new)
+        half = f"{new}.part"
+        shutil.copyfile(old, half)
+        with open(half, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(half, new)
 
 
 def passage_text(passage: Passage) -> str:

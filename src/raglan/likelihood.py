@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from raglan.errors import RecipeError
@@ -123,7 +124,7 @@ def predictive_weights(doc_logprobs: Tensor, token_logprobs: Tensor, answer_mask
     each = _clean(doc_logprobs, token_logprobs, answer_mask.bool())
     if over == "token":
         return prior.expand_as(each)
-    return _normalised(prior + each.cumsum(-1) - each)  # the tokens before t
+    return _normalised(prior + pad(each.cumsum(-1)[..., :-1], (1, 0)))  # the tokens before t; no −inf is taken from −inf
 
 
 def reduced(nll: Tensor, answer_mask: Tensor, *, reduction: Reduction, items: int | Tensor | None = None) -> Tensor:

@@ -108,7 +108,7 @@ class _Words:
 def bleu1_counts(prediction: str, answers: Sequence[str]) -> tuple[int, int, int]:
     """Clipped matches, words written, words of the answer nearest in length. Raises MissingExtra without `sacrebleu`."""
     bleu = require("sacrebleu.metrics.bleu", "for evaluate.metrics: bleu1, q_bleu1")
-    scorer = bleu.BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True)
+    scorer = bleu.BLEU(max_ngram_order=1, tokenize="none", smooth_method="none", force=True, effective_order=True)
     found = scorer.sentence_score(" ".join(words(prediction)), [" ".join(words(answer)) for answer in answers])
     return int(found.counts[0]), int(found.sys_len), int(found.ref_len)
 

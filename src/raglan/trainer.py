@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from raglan.artifact import write_json
 from raglan.encoder import bfloat16_is_faster
-from raglan.errors import RecipeError
+from raglan.errors import CheckpointError, RecipeError
 from raglan.memory import give_back, keep_freed
 from raglan.mixture import DEV_MEAN
 from raglan.objective import MarginalObjective, Objective
@@ -99,16 +99,23 @@ def last_whole(work: Path) -> Path | None:
 
 def restore(objective: Objective, checkpoint: Path) -> None:
     """Bring back what an objective remembers beside its weights: the index it searched, the candidates it found, and the
-    monitor's first window.
+    monitor's first window. A checkpoint without the last is gone on from all the same.
 
     Raises:
-        CheckpointError: that index is gone.
+        CheckpointError: that index is gone, or the checkpoint does not tell which index or candidates it was made with.
     """
     for name, part in _memory(objective).items():
-        if isinstance(part, CandidateRefresh):
-            part.restore(checkpoint / name)
+        path = checkpoint / name
+        if isinstance(part, CollapseMonitor) and not path.is_file():
+            log.info("%s has no %s: retrieval is compared with a first window of its own", checkpoint.name, name)
+        elif not path.is_file():
+            raise CheckpointError(
+                f"{checkpoint} has no {name}", hint=f"remove {checkpoint.parent} and train the stage from its start"
+            )
+        elif isinstance(part, CandidateRefresh):
+            part.restore(path)
         else:
-            part.restore(json.loads((checkpoint / name).read_text(encoding="utf-8")))
+            part.restore(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _memory(objective: Objective) -> dict[str, Refresher | CollapseMonitor | CandidateRefresh]:

@@ -53,10 +53,10 @@ def _part(kind: Any, value: Any) -> Iterator[str]:
 
 
 def _repeated(least: int, most: Any, items: Any) -> Iterator[str]:
-    for text in _sequence(items):
-        yield text * int(least)
-    if least == 0 and most:
-        yield from _sequence(items)
+    if least == 0:
+        yield ""  # once: only so many texts of a part are taken
+    if most:
+        yield from (text * max(1, int(least)) for text in _sequence(items))
 
 
 def _choice(members: Any) -> Iterator[str]:

@@ -163,26 +163,23 @@ class MarginalObjective(Objective):
         return {"loss": total / max(count, 1), "perplexity": perplexity([-total], [count]), **gaps}
 
     def _gaps(self, rows: Sequence[MarginalRow]) -> dict[str, float]:
-        """Nats per answer token that are lost without passages, and with passages exchanged between questions."""
-        sums: dict[str, float] = {"own": 0.0, "closed_book_gap": 0.0, "shuffle_gap": 0.0}
-        count = 0
+        """Nats per answer token that are lost without passages, and with passages exchanged between questions.
+
+        Each is of the questions that can be asked both ways: where `on_empty` is `skip`, nothing is asked without passages.
+        """
+        sums, counts = {"closed_book_gap": 0.0, "shuffle_gap": 0.0}, {"closed_book_gap": 0, "shuffle_gap": 0}
         for start in range(0, len(rows) - 1, 16):
             part = rows[start : start + 16]
             batch = self.collate(part)
             own = self._forward(batch)
-            others = {
-                "own": own.rows,
-                "shuffle_gap": np.roll(own.rows, 1, axis=0),
-                "closed_book_gap": np.full_like(own.rows, -1),
-            }
+            value = self._marginal(own)
+            others = {"shuffle_gap": np.roll(own.rows, 1, axis=0), "closed_book_gap": np.full_like(own.rows, -1)}
             for name, found in others.items():
-                scored = own if name == "own" else self._forward({**batch, "candidates": torch.from_numpy(found)})
-                sums[name] -= float(self._marginal(scored).nan_to_num(neginf=0.0).sum())
-            count += int(own.answer_mask.sum())
-        gaps = {name: (value - sums["own"]) / count for name, value in sums.items() if name != "own" and count}
-        if self.settings.on_empty == "skip":  # nothing is asked closed book
-            gaps.pop("closed_book_gap", None)
-        return gaps
+                other = self._marginal(self._forward({**batch, "candidates": torch.from_numpy(found)}))
+                both = value.isfinite() & other.isfinite()
+                sums[name] += float((value - other)[both].sum())
+                counts[name] += int(own.answer_mask[both].sum())
+        return {name: sums[name] / count for name, count in counts.items() if count}
 
     def _about_retrieval(self) -> dict[str, Tensor]:
         """τ and λ where they learn; the index's age in steps and its last recall where it is refreshed."""
