@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-swap bench-marginal bench-ra-dit bench-feedback clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
 	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
+	@echo "make bench-r-ft   an epoch of R-ft against a trainer that scores and encodes anew (5 minutes on 2 cores)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
 	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; an hour on 2 cores)"
 	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
@@ -71,6 +72,9 @@ bench-ra-dit: env
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py
+
+bench-r-ft: env
+	$(BIN)/python benchmarks/r_ft.py
 
 bench-swap: env
 	$(BIN)/python benchmarks/swap.py

@@ -19,9 +19,10 @@ import tiny
 from raglan.artifact import read_manifest
 from raglan.errors import CheckpointError
 from raglan.generator import HFGenerator, open_generator
+from raglan.generator.hf import CPU_TOKENS
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Passage
-from raglan.scores import KEY, Pair, Plan, ScoreTable, _Index, _Writer
+from raglan.scores import KEY, Pair, Plan, ScoreTable, _blocks, _Index, _Writer
 
 PASSAGES = [Passage(str(n), f"the tower {n} was built by {'Odo ' * (n % 7 + 1)}in {1700 + n}", f"Tower {n}") for n in range(60)]
 PAIRS = [Pair(f"who built tower {n}?", (passage,), "Odo " * (n % 3) + "Marrack") for n, passage in enumerate(PASSAGES)]
@@ -117,6 +118,22 @@ def test_no_more_than_a_chunk_of_vocabulary_rows_is_ever_there(folder: Path, tmp
     with Watch():
         generator.model(input_ids=torch.tensor([[1] * 20]))
     assert max(heights) == 20  # the watch sees full logits where there are any
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the limit is for CPUs")
+def test_a_block_is_scored_in_passes_that_a_cpu_can_hold(folder: Path, tmp_path: Path) -> None:
+    generator, seen = opened(folder, batch_tokens=16384), []
+    handle = generator.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    table = ScoreTable(tmp_path / "scores", generator)
+    keys = table.complete(PAIRS)
+    handle.remove()
+    assert len(list(_blocks(tmp_path / "scores" / "00000.bin"))) == 1
+    assert CPU_TOKENS // 2 < max(seen) <= CPU_TOKENS < sum(seen)
+    whole = opened(folder, batch_tokens=600).token_logprobs(
+        [generator.prompt.render(pair.query, pair.passages) for pair in PAIRS], [pair.answer for pair in PAIRS]
+    )
+    for own, other in zip(table.token_logprobs(keys), whole, strict=True):
+        assert own.tolist() == pytest.approx(other.tolist(), abs=1e-5)
 
 
 def test_float32_comes_back_to_the_bit(tmp_path: Path) -> None:

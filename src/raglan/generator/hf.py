@@ -53,6 +53,7 @@ MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
+CPU_TOKENS = 2048  # scored in one pass on a CPU: its cores are busy, and what a layer makes of more leaves the cache
 
 
 class HFGenerator(Generator):
@@ -102,7 +103,7 @@ class HFGenerator(Generator):
         completions: dict[int, Completion] = {}
         was_training = self.model.training
         self.model.eval()
-        for places in track(list(self._by_length([len(prompt.ids) for prompt in prompts])), "reading"):
+        for places in track(list(self._by_length([len(prompt.ids) for prompt in prompts], self.batch_tokens)), "reading"):
             part = [prompts[place] for place in places]
             completions.update(zip(places, self._generate(part, max_new_tokens, beams, length_penalty), strict=True))
             give_back()
@@ -116,7 +117,9 @@ class HFGenerator(Generator):
         found: dict[int, np.ndarray] = {}
         was_training = self.model.training
         self.model.eval()
-        for places in track(list(self._by_length([len(row["input_ids"]) + len(row["labels"]) for row in rows])), "scoring"):
+        most = min(self.batch_tokens, CPU_TOKENS) if self.device.type == "cpu" else self.batch_tokens
+        lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
+        for places in track(list(self._by_length(lengths, most)), "scoring"):
             batch = self.collate([rows[place] for place in places])
             with torch.no_grad(), self.autocast():
                 logprobs = self.forward(batch).float().cpu().numpy()
@@ -271,13 +274,11 @@ class HFGenerator(Generator):
         bos = self.tokenizer.bos_token_id
         return [int(start), *([bos] if bos is not None and begins == bos and bos != start else [])]
 
-    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Batches of places, longest first, each of at most `batch_tokens` padded tokens."""
+    def _by_length(self, lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Batches of places, longest first, each of at most so many padded tokens."""
         batch: list[int] = []
         for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            full = (
-                len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[batch[0] if batch else place] > self.settings.batch_tokens
-            )
+            full = len(batch) == MAX_ROWS or (len(batch) + 1) * lengths[batch[0] if batch else place] > most
             if batch and full:
                 yield batch
                 batch = []
