@@ -53,7 +53,7 @@ MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
-CPU_TOKENS = 2048  # scored in one pass on a CPU: its cores are busy, and what a layer makes of more leaves the cache
+CPU_TOKENS = 2048  # scored in one pass on a CPU: more keeps its cores no busier, and leaves the cache
 
 
 class HFGenerator(Generator):
