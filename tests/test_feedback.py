@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -151,6 +152,26 @@ def test_phoenix(tmp_path: Path) -> None:
     assert [(one.passage_text, one.value) for one in used(apart)] == [
         ("The ferry Aldine crosses twice a day.", 1.0), ("The pier burned down.", 0.0),
     ]  # fmt: skip
+
+
+def test_phoenix_empty_cells(tmp_path: Path) -> None:
+    """A label without a score counts, in CSV (an empty cell) and in Parquet (NaN); positions may be 1.0, or missing."""
+    rows = [
+        {"span_id": "s9", "document_position": 0.0, "name": "relevance", "result.label": "relevant"},
+        {"span_id": "s9", "document_position": 1.0, "name": "relevance", "result.label": "irrelevant"},
+        {"span_id": "s9", "document_position": None, "name": "correctness", "result.label": "correct"},
+    ]
+    rows = [{**row, "result.score": None, "annotator_kind": "HUMAN", "identifier": "u"} for row in rows]
+    names = list(rows[0])
+    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    (tmp_path / "a.csv").write_text("\n".join(map(",".join, lines)))
+    nan = [{name: float("nan") if value is None else value for name, value in row.items()} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(nan), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        found = read_feedback(tmp_path / name, "phoenix", beside=[EXPORTS / "phoenix_documents.csv"])
+        assert [(one.kind, one.value, bool(one.passage_text)) for one in used(found)] == [
+            ("relevance", 1.0, True), ("relevance", 0.0, True), ("rating", 1.0, False),
+        ]  # fmt: skip
 
 
 def test_langfuse() -> None:
