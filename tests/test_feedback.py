@@ -128,6 +128,65 @@ def test_label_studio_flat_forms(name: str) -> None:
     assert {one.origin for one in found} <= nested  # one statement has one origin, whatever form it is exported in
 
 
+def test_label_studio_data_columns_are_no_persons_word(tmp_path: Path) -> None:
+    """In JSON_MIN the order tells, in a sorted table nothing does; --map tells always."""
+    data = {"question": "who?", "score": 0.93, "explanation": "the retriever liked it"}
+    row = {**data, "id": 1, "relevance": "relevant", "annotator": 1, "annotation_id": 5, "lead_time": 2.0}
+    (tmp_path / "min.json").write_text(json.dumps([row | {"passage_id": "p"}, {**row, "id": 2}]))
+    found = read_feedback(tmp_path / "min.json", "label-studio")
+    assert [(one.kind, one.value) for one in used(found)] == [("relevance", 1.0)]
+    assert not [one for one in found if one.kind in ("rating", "comment")]
+    names = sorted(row)
+    (tmp_path / "sorted.csv").write_text("\n".join([",".join(names), ",".join(str(row[name]) for name in names)]))
+    found = read_feedback(tmp_path / "sorted.csv", "label-studio")
+    assert not used(found)
+    assert all("may be the task's data or a person's word" in reason for reason in asides(found))
+    rated = read_feedback(tmp_path / "sorted.csv", "label-studio", fields=Fields.of(["rating=score"]))
+    assert [(one.kind, one.value) for one in used(rated)] == [("rating", 0.93)]
+
+
+def test_statements_without_an_id_stay_apart(tmp_path: Path) -> None:
+    langfuse = [{"input": "who?", "expectedOutput": "Ada"}, {"input": "when?", "expectedOutput": "1842"}]
+    argilla = [
+        {"fields": {"question": query}, "status": "completed", "responses": {"correction": [{"value": answer, "user_id": "u"}]}}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]
+    flat = [
+        {"question": query, "annotator": "u", "correction": answer, "score": 1}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]
+    label_studio = [
+        {"data": {"question": query}, "annotations": [{"result": [
+            {"from_name": "correction", "value": {"text": [answer]}}]}]}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text("")
+    for source, rows, maps in (
+        ("langfuse", langfuse, []), ("argilla", argilla, []), ("label-studio", label_studio, []),
+        ("label-studio", flat, ["answer=correction", "rating=grade"]),
+    ):  # fmt: skip
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        found = [one for one in read_feedback(tmp_path / "x.json", source, fields=Fields.of(maps)) if one.kind == "answer"]
+        with FeedbackStore(tmp_path / f"{source}{len(maps)}.sqlite", create=True) as store:
+            assert store.add(found) == {"new": 2}
+            assert store.add(found) == {"unchanged": 2}
+            assert [one.value for one in store.judgements() if not one.aside] == ["Ada", "1842"]
+
+
+def test_what_came_back_is_current_in_another_store_too(tmp_path: Path) -> None:
+    first, second = Judgement("o", "answer", "A", "who?"), Judgement("o", "answer", "B", "who?")
+    other = Judgement("p", "answer", "C", "when?")
+    with FeedbackStore(tmp_path / "a.sqlite", create=True) as store:
+        for one in (first, second, other, first):
+            store.add([one])
+        everything_there = store.judgements(former=True)
+        assert [one.value for one in everything_there] == ["B", "A", "C"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(one.row()) + "\n" for one in everything_there))
+    with FeedbackStore(tmp_path / "b.sqlite", create=True) as store:
+        store.add(read_feedback(tmp_path / "own.jsonl", "raglan"))
+        assert [one.value for one in store.judgements()] == ["A", "C"]
+
+
 def test_phoenix(tmp_path: Path) -> None:
     found = read("phoenix.json", "phoenix")
     assert [(one.kind, one.value, one.passage) for one in used(found)] == [

@@ -78,12 +78,16 @@ class FeedbackStore:
         return counts
 
     def judgements(self, *, former: bool = False) -> list[Judgement]:
-        """What is current, in the order in which it came; with `former` every wording that there ever was."""
+        """What is current, in the order in which it came; with `former` every wording that there ever was.
+
+        Of each statement the current wording then comes last, so that another store that reads them has it current as well.
+        """
         rows = self._rows.c
-        wanted = self._sql.select(rows.content).order_by(rows.number)
-        wanted = wanted if former else wanted.where(rows.current)
+        wanted = self._sql.select(rows.origin, rows.current, rows.content).order_by(rows.number)
         with self._faults(), self._engine.connect() as connection:
-            found = [json.loads(content) for (content,) in connection.execute(wanted)]
+            kept = [tuple(row) for row in connection.execute(wanted if former else wanted.where(rows.current))]
+        first = {origin: number for number, (origin, *_) in reversed([*enumerate(kept)])}
+        found = [json.loads(content) for *_, content in sorted(kept, key=lambda row: (first[row[0]], row[1]))]
         return [Judgement(**{**row, "history": tuple(row["history"])}) for row in found]
 
     @property
