@@ -36,6 +36,7 @@ from raglan.feedback import (
     settle,
     sft_rows,
 )
+from raglan.feedback.judgement import standard_time
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.objective import AnswerObjective
 from raglan.rag import RAG
@@ -231,6 +232,12 @@ def test_phoenix_empty_cells(tmp_path: Path) -> None:
         assert [(one.kind, one.value, bool(one.passage_text)) for one in used(found)] == [
             ("relevance", 1.0, True), ("relevance", 0.0, True), ("rating", 1.0, False),
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("time", [1e30, -1e30, float("nan"), float("inf"), "0001-01-01T00:00:00+14:00", "soon", None])
+def test_what_is_no_time_is_empty(time: object) -> None:
+    assert standard_time(time) == ""
+    assert standard_time(1_700_000_000_000) == standard_time(1_700_000_000) == "2023-11-14T22:13:20.000000+00:00"
 
 
 def test_langfuse() -> None:

@@ -248,10 +248,16 @@ def standard_time(value: Any) -> str:
     """ISO 8601 in UTC, so that later is greater; empty where it is no time."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value / 1000 if value > 1e11 else value
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+        try:
+            return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+        except (ValueError, OverflowError, OSError):  # a year that there is not
+            return ""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
     except ValueError:
         return ""
     moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    try:
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    except OverflowError:
+        return ""
