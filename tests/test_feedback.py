@@ -37,6 +37,7 @@ from raglan.feedback import (
     sft_rows,
 )
 from raglan.feedback.judgement import standard_time
+from raglan.feedback.store import without_password
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.objective import AnswerObjective
 from raglan.rag import RAG
@@ -380,6 +381,26 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text.sqlite").write_text("no database" * 100)
     with pytest.raises(CheckpointError, match="not a database"):
         FeedbackStore(tmp_path / "text.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("postgresql://:pa55@host/x", "postgresql://:…@host/x"),
+        ("postgresql://me:p@55@host/x", "postgresql://me:…@host/x"),
+        ("postgresql://host/x?user=me&password=pa55&sslmode=off", "postgresql://host/x?user=me&password=…&sslmode=off"),
+        ("postgresql://me:${PW}@host/x", "postgresql://me:${PW}@host/x"),
+        ("feedback.sqlite", "feedback.sqlite"),
+    ],
+)
+def test_no_password_is_told(address: str, told: str) -> None:
+    assert without_password(address) == told
+
+
+def test_a_broken_port_is_told() -> None:
+    with pytest.raises(RecipeError, match="is no address of a database") as fault:
+        FeedbackStore("postgresql://me:pa55@host:port/x", create=True)
+    assert "pa55" not in str(fault.value)
 
 
 def one(judgements: Sequence[Judgement], **how: object) -> Settled:
