@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,8 +40,9 @@ from raglan.exports import (
 )
 from raglan.exports.sentences import raw_label
 from raglan.knowledge import build_knowledge, passage_text
-from raglan.recipe import QA_PROMPTS, KnowledgeSettings, PromptSettings, load_recipe
+from raglan.recipe import QA_PROMPTS, KnowledgeSettings, PromptSettings, ScorerSettings, load_recipe
 from raglan.records import Context, DataPoint
+from raglan.scores import open_scorer
 from raglan.train import Parts
 from test_cli import run
 from test_kill import small_recipe
@@ -605,6 +608,11 @@ def test_wrong_words_are_told_with_their_cure(call: Any, folder: Path, tmp_path:
         ([str(pairs), "-o", out, "--as", "openai-chat"], "holds pairs of answers"),
         ([str(pairs), "-o", out, "--as", "openai-dpo"], "1 rows; at least 10"),
         ([str(pairs), "-o", out, "--as", "trl", "--shape", "text"], "--shape is 'text'"),
+        ([str(pairs), "-o", out, "--as", "trl", "--shape", "messages"], "--shape does not apply here"),
+        ([str(pairs), "-o", out, "--as", "trl", "-k", "2"], "-k does not apply here"),
+        ([str(pairs), "-o", out, "--as", "trl", "--untuned"], "--untuned does not apply here"),
+        ([questions, "-o", out, "--as", "openai-chat", "--target", "prob"], "--target does not apply here"),
+        ([questions, "-o", out, "--as", "sentence-transformers", "--prompt", "context_only"], "--prompt does not apply here"),
         ([str(pairs), "-o", str(tmp_path / "out.json"), "--as", "trl"], "is to be a .jsonl file"),
     ):
         code, _, err = call("synthesize", "export", *words)
@@ -625,6 +633,33 @@ def test_labels_by_the_command_line(call: Any, folder: Path) -> None:
         0 < value < 1 for row in lines(folder / "labels.jsonl") for value in row["label"]
     )  # mean_prob, as in the lsr stage
     assert call("synthesize", "check", str(folder / "labels.jsonl"), "--as", "sentence-transformers", "--strict")[0] == 0
+
+
+def test_people_are_no_generator_and_another_scorer_is_asked(call: Any, folder: Path) -> None:
+    text = yaml.safe_load((folder / "small.yaml").read_text())
+    text["stages"]["find"]["objective"] |= {"target": "given"}
+    (folder / "given.yaml").write_text(yaml.safe_dump(text))
+    words = [str(folder / "train.jsonl"), "-o", str(folder / "g.jsonl"), "--as", "sentence-transformers", "--limit", "2"]
+    code, _, err = call("synthesize", "export", *words, "--from", str(folder / "given.yaml"))
+    assert code == 2
+    assert "grades from people" in " ".join(err.split())
+    system = Parts().open(load_recipe(folder / "small.yaml"))
+    points = found_points(read_examples(folder / "train.jsonl")[:2], system.retriever, k=2)
+    other = open_scorer(ScorerSettings(model=str(tiny.bart(folder / "judge", seed=9))), system.generator)
+    own, judged = (
+        export_sentences(points, folder / f"{name}.jsonl", system, scores=folder / "judged", scorer=scorer)
+        for name, scorer in (("own", None), ("other", other))
+    )
+    for mine, theirs in zip(lines(own.path), lines(judged.path), strict=True):
+        assert mine["query"] == theirs["query"]
+        assert mine["label"] != theirs["label"]
+
+
+def test_titles_survive_another_rendering(tmp_path: Path) -> None:
+    point = DataPoint("a", "a", "s", "", "who?", "Ada", (Context("p", "The mill.", title="Hask"),))
+    points = [replace(point, query=f"who is {n}?") for n in range(10)]
+    export_points(points, tmp_path / "t.jsonl", form="trl", prompt="context_only")
+    assert all("Hask / The mill." in row["prompt"][0]["content"] for row in lines(tmp_path / "t.jsonl"))
 
 
 # ---- LlamaIndex' question-passage pairs

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -35,6 +36,8 @@ from raglan.feedback import (
     settle,
     sft_rows,
 )
+from raglan.feedback.judgement import standard_time
+from raglan.feedback.store import without_password
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.objective import AnswerObjective
 from raglan.rag import RAG
@@ -127,6 +130,65 @@ def test_label_studio_flat_forms(name: str) -> None:
     assert {one.origin for one in found} <= nested  # one statement has one origin, whatever form it is exported in
 
 
+def test_label_studio_data_columns_are_no_persons_word(tmp_path: Path) -> None:
+    """In JSON_MIN the order tells, in a sorted table nothing does; --map tells always."""
+    data = {"question": "who?", "score": 0.93, "explanation": "the retriever liked it"}
+    row = {**data, "id": 1, "relevance": "relevant", "annotator": 1, "annotation_id": 5, "lead_time": 2.0}
+    (tmp_path / "min.json").write_text(json.dumps([row | {"passage_id": "p"}, {**row, "id": 2}]))
+    found = read_feedback(tmp_path / "min.json", "label-studio")
+    assert [(one.kind, one.value) for one in used(found)] == [("relevance", 1.0)]
+    assert not [one for one in found if one.kind in ("rating", "comment")]
+    names = sorted(row)
+    (tmp_path / "sorted.csv").write_text("\n".join([",".join(names), ",".join(str(row[name]) for name in names)]))
+    found = read_feedback(tmp_path / "sorted.csv", "label-studio")
+    assert not used(found)
+    assert all("may be the task's data or a person's word" in reason for reason in asides(found))
+    rated = read_feedback(tmp_path / "sorted.csv", "label-studio", fields=Fields.of(["rating=score"]))
+    assert [(one.kind, one.value) for one in used(rated)] == [("rating", 0.93)]
+
+
+def test_statements_without_an_id_stay_apart(tmp_path: Path) -> None:
+    langfuse = [{"input": "who?", "expectedOutput": "Ada"}, {"input": "when?", "expectedOutput": "1842"}]
+    argilla = [
+        {"fields": {"question": query}, "status": "completed", "responses": {"correction": [{"value": answer, "user_id": "u"}]}}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]
+    flat = [
+        {"question": query, "annotator": "u", "correction": answer, "score": 1}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]
+    label_studio = [
+        {"data": {"question": query}, "annotations": [{"result": [
+            {"from_name": "correction", "value": {"text": [answer]}}]}]}
+        for query, answer in (("who?", "Ada"), ("when?", "1842"))
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text("")
+    for source, rows, maps in (
+        ("langfuse", langfuse, []), ("argilla", argilla, []), ("label-studio", label_studio, []),
+        ("label-studio", flat, ["answer=correction", "rating=grade"]),
+    ):  # fmt: skip
+        (tmp_path / "x.json").write_text(json.dumps(rows))
+        found = [one for one in read_feedback(tmp_path / "x.json", source, fields=Fields.of(maps)) if one.kind == "answer"]
+        with FeedbackStore(tmp_path / f"{source}{len(maps)}.sqlite", create=True) as store:
+            assert store.add(found) == {"new": 2}
+            assert store.add(found) == {"unchanged": 2}
+            assert [one.value for one in store.judgements() if not one.aside] == ["Ada", "1842"]
+
+
+def test_what_came_back_is_current_in_another_store_too(tmp_path: Path) -> None:
+    first, second = Judgement("o", "answer", "A", "who?"), Judgement("o", "answer", "B", "who?")
+    other = Judgement("p", "answer", "C", "when?")
+    with FeedbackStore(tmp_path / "a.sqlite", create=True) as store:
+        for one in (first, second, other, first):
+            store.add([one])
+        everything_there = store.judgements(former=True)
+        assert [one.value for one in everything_there] == ["B", "A", "C"]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(one.row()) + "\n" for one in everything_there))
+    with FeedbackStore(tmp_path / "b.sqlite", create=True) as store:
+        store.add(read_feedback(tmp_path / "own.jsonl", "raglan"))
+        assert [one.value for one in store.judgements()] == ["A", "C"]
+
+
 def test_phoenix(tmp_path: Path) -> None:
     found = read("phoenix.json", "phoenix")
     assert [(one.kind, one.value, one.passage) for one in used(found)] == [
@@ -151,6 +213,32 @@ def test_phoenix(tmp_path: Path) -> None:
     assert [(one.passage_text, one.value) for one in used(apart)] == [
         ("The ferry Aldine crosses twice a day.", 1.0), ("The pier burned down.", 0.0),
     ]  # fmt: skip
+
+
+def test_phoenix_empty_cells(tmp_path: Path) -> None:
+    """A label without a score counts, in CSV (an empty cell) and in Parquet (NaN); positions may be 1.0, or missing."""
+    rows = [
+        {"span_id": "s9", "document_position": 0.0, "name": "relevance", "result.label": "relevant"},
+        {"span_id": "s9", "document_position": 1.0, "name": "relevance", "result.label": "irrelevant"},
+        {"span_id": "s9", "document_position": None, "name": "correctness", "result.label": "correct"},
+    ]
+    rows = [{**row, "result.score": None, "annotator_kind": "HUMAN", "identifier": "u"} for row in rows]
+    names = list(rows[0])
+    lines = [names, *([("" if row[name] is None else str(row[name])) for name in names] for row in rows)]
+    (tmp_path / "a.csv").write_text("\n".join(map(",".join, lines)))
+    nan = [{name: float("nan") if value is None else value for name, value in row.items()} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(nan), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        found = read_feedback(tmp_path / name, "phoenix", beside=[EXPORTS / "phoenix_documents.csv"])
+        assert [(one.kind, one.value, bool(one.passage_text)) for one in used(found)] == [
+            ("relevance", 1.0, True), ("relevance", 0.0, True), ("rating", 1.0, False),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("time", [1e30, -1e30, float("nan"), float("inf"), "0001-01-01T00:00:00+14:00", "soon", None])
+def test_what_is_no_time_is_empty(time: object) -> None:
+    assert standard_time(time) == ""
+    assert standard_time(1_700_000_000_000) == standard_time(1_700_000_000) == "2023-11-14T22:13:20.000000+00:00"
 
 
 def test_langfuse() -> None:
@@ -293,6 +381,26 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "text.sqlite").write_text("no database" * 100)
     with pytest.raises(CheckpointError, match="not a database"):
         FeedbackStore(tmp_path / "text.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("postgresql://:pa55@host/x", "postgresql://:…@host/x"),
+        ("postgresql://me:p@55@host/x", "postgresql://me:…@host/x"),
+        ("postgresql://host/x?user=me&password=pa55&sslmode=off", "postgresql://host/x?user=me&password=…&sslmode=off"),
+        ("postgresql://me:${PW}@host/x", "postgresql://me:${PW}@host/x"),
+        ("feedback.sqlite", "feedback.sqlite"),
+    ],
+)
+def test_no_password_is_told(address: str, told: str) -> None:
+    assert without_password(address) == told
+
+
+def test_a_broken_port_is_told() -> None:
+    with pytest.raises(RecipeError, match="is no address of a database") as fault:
+        FeedbackStore("postgresql://me:pa55@host:port/x", create=True)
+    assert "pa55" not in str(fault.value)
 
 
 def one(judgements: Sequence[Judgement], **how: object) -> Settled:

@@ -364,6 +364,8 @@ def test_what_cannot_be_a_grid(trained: Path) -> None:
         ("retriever.retrieve_again={max_draft_tokens: 4}", "does not depend on the generator"),
         ("retriever.history=rewrite", "does not depend on the generator"),
         ("grid.generator=find", "stage 'find' does not learn a generator"),
+        ("grid.tasks.words.decode={kind: classify, labels: [a, b]}", "concat would answer in words"),
+        ("grid.tasks.words.decode={kind: ensemble, scorer: nll_compl, completion: So}", "concat knows 'Answer:' alone"),
         ("grid.base=[find]", "no stage learns a query_encoder"),
     ):
         with pytest.raises(RecipeError, match=message):

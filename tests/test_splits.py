@@ -110,6 +110,27 @@ def _torn(split: Split) -> Split:
     return replace(split, places=places, keys={**split.keys, "Q2": ["question 2", "document A"]})
 
 
+def test_new_questions_alone_join_the_files_that_are_there(tmp_path: Path, capsys, monkeypatch) -> None:
+    out, old = tmp_path / "grown", [about(f"q{n}", query=f"who built number {n}") for n in range(20)]
+    write_examples(tmp_path / "old.jsonl", old)
+    write_examples(tmp_path / "new.jsonl", [about("n1", query="who built number 100"), about("n2", query="number 3 who built")])
+    tied = Split("question", 0, HALVES, {}, {}, [("tied", "it would tie test and train together")])
+    known = split_examples(old, seed=1)
+    write_split(out, replace(known, aside=tied.aside), [*old, about("tied")])
+    places = read_split(out).places
+    code, said, _ = run("split", str(tmp_path / "new.jsonl"), "-o", str(out), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    there = {name: {e.id for e in read_examples(out / f"{name}.jsonl")} for name in ("train", "dev", "test")}
+    for example in old:
+        assert example.id in there[places[example.id]]
+    assert set().union(*there.values()) == {e.id for e in old} | {"n1", "n2"}
+    assert sum(int(line.split()[1]) for line in said.splitlines()) == 22
+    assert [e.id for e in read_examples(out / "aside.jsonl")] == ["tied"]
+    with pytest.raises(CorpusError, match="placed otherwise"):
+        write_split(out, split_examples([about("else")]), [about("else")])
+    assert set().union(*({e.id for e in read_examples(out / f"{name}.jsonl")} for name in there)) >= {e.id for e in old}
+
+
 def test_leaks_are_found_on_each_level() -> None:
     train = [
         Example("t1", "Who built the Tower of Lorn in the year 1904?", ("Stroud",), ("p1",)),
@@ -135,6 +156,13 @@ def test_leaks_are_found_on_each_level() -> None:
     with pytest.raises(CorpusError, match=r"train and dev share 1 questions, so what is measured was learned: t1 = same"):
         check_leaks(train, held, level="questions", names=("train", "dev"))
     check_leaks(train, held[1:], level="questions", names=("train", "dev"))
+
+
+def test_questions_without_words_are_no_near_duplicates() -> None:
+    assert find_leaks([about("a", query="???")], [about("b", query="!!!")], level="near") == []
+    assert [leak.what for leak in find_leaks([about("a", query="???")], [about("b", query="???")], level="near")] == [
+        "questions"
+    ]
 
 
 words = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9).map(" ".join)

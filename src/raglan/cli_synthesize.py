@@ -70,14 +70,16 @@ def export(
     by: Annotated[
         Path | None, typer.Option("--from", help="A recipe, or a knowledge base folder: finds passages.", show_default=False)
     ] = None,
-    k: Annotated[int | None, typer.Option("-k", help="Passages a question; default the recipe's, else 3.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Passages a question; default the recipe's, else 3.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="context_only or context_first; default a data point's own, else context_first.")
     ] = None,
     separate_context: Annotated[
         bool | None, typer.Option("--separate-context/--joined-context", help="A row a passage, or all passages in one row.")
     ] = None,
-    shape: Annotated[str, typer.Option(help="Of trl rows: prompt_completion or messages.")] = "prompt_completion",
+    shape: Annotated[
+        str | None, typer.Option(help="Of trl rows: prompt_completion (default) or messages.", show_default=False)
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="Labels: prob, sum_logprob, mean_logprob or mean_prob; default the lsr stage's, else prob."),
@@ -88,12 +90,24 @@ def export(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Write a training file for others, and <name>.meta.jsonl beside it, line for line. It is checked before it appears."""
-    from raglan.exports import Lengths, export_pairs, export_points, holds_pairs
+    from raglan.exports import Lengths, export_pairs, export_points, holds_pairs, holds_points
 
     wanted = _form(form)
-    _one_of("--shape", shape, ("prompt_completion", "messages"))
-    pairs = holds_pairs(source)
+    _one_of("--shape", shape or "messages", ("prompt_completion", "messages"))
+    pairs, points = holds_pairs(source), holds_points(source)
     _fits(source, wanted, pairs=pairs)
+    labels, recipe = wanted == "sentence-transformers", by is not None and _is_recipe(by)
+    _applies({
+        "--prompt": (prompt, not labels, "labels have no prompt of their own"),
+        "--separate-context": (separate_context, not labels, "labels have a column for each passage"),
+        "--model": (model, not labels, "lengths of labels are not checked"),
+        "--tokenizer": (tokenizer, not labels, "lengths of labels are not checked"),
+        "--target": (target, labels, "only sentence-transformers has labels"),
+        "--shape": (shape, wanted == "trl" and not pairs, "only trl rows of data points or questions have two shapes"),
+        "--untuned": (untuned or None, recipe, "only the parts of a recipe are tuned"),
+        "--from": (by, labels or not points, "data points have their passages"),
+        "-k": (k, not points and (by is not None or not pairs), "nothing is retrieved"),
+    })  # fmt: skip
     found = _Found(by, k, limit, untuned)
     asked: Any = {"prompt": prompt, "separate_context": separate_context, "lengths": Lengths.of(model, tokenizer=tokenizer)}
     if wanted == "sentence-transformers":
@@ -101,7 +115,7 @@ def export(
     elif pairs:
         done = export_pairs(found.pairs(source), output, form=wanted, **asked)
     else:
-        done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape), **asked)
+        done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape or "prompt_completion"), **asked)
     for fault in done.warnings:
         console.print(f"warning: {fault.text}")
     typer.echo(f"{done.path}: {done.rows} rows, {done.left_out} left out")
@@ -149,6 +163,7 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
     """The generator's verdicts on a question's passages, by the recipe's own lsr stage if it has one."""
     from raglan.exports import export_sentences
     from raglan.exports.sentences import NOTE
+    from raglan.scores import open_scorer
 
     if found.by is None or not _is_recipe(found.by):
         raise RecipeError(
@@ -157,17 +172,25 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
     if target is not None:
         _one_of("--target", target, ("prob", "sum_logprob", "mean_logprob", "mean_prob"))
     recipe = load_recipe(found.by)
-    system = _system(recipe, found.untuned)
     stages = [stage.objective for stage in recipe.trainings().values()]
     learned = next((objective for objective in stages if isinstance(objective, LsrObjective)), None)
     learned = learned or LsrObjective(kind="lsr")
+    if target is None and learned.target == "given":
+        raise RecipeError(
+            "the lsr stage learns grades from people (target: given), and labels are a generator's verdicts",
+            hint="say which: --target prob, sum_logprob, mean_logprob or mean_prob",
+        )
+    system = _system(recipe, found.untuned)
     retriever = system.retriever
     if learned.candidates is not None:
         retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
     points = _points(source, retriever, found.k or learned.k, found.limit, seed=recipe.seed)
     wanted: Any = target or learned.target
     scores = recipe.run / "scores"
-    done = export_sentences(points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos)
+    scorer = open_scorer(learned.scorer, system.generator)
+    done = export_sentences(
+        points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos, scorer=scorer
+    )
     console.print(NOTE)
     return done
 
@@ -190,6 +213,13 @@ def _fits(source: Path, form: str, *, pairs: bool) -> None:
         raise RecipeError(
             f"{source} holds no pairs of answers", hint='lines are {"query": "…", "chosen": "…", "rejected": "…"}'
         )
+
+
+def _applies(options: dict[str, tuple[Any, bool, str]]) -> None:
+    """Refuse options that would change nothing: option → (its value, whether it applies, why it does not)."""
+    for name, (value, applies, reason) in options.items():
+        if value is not None and not applies:
+            raise RecipeError(f"{name} does not apply here: {reason}", hint=f"leave {name} out")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -226,6 +226,7 @@ def _plan(recipe: Recipe) -> _Plan:
             "a grid needs a retrieval that does not depend on the generator",
             hint="leave out retrieve_again and turns, and give retriever.rewrite a model of its own",
         )
+    _joins(recipe, settings)
     base, folders = stage_parts(recipe, settings.base), settings.folders
     asks, writes = Parts(query_encoder=folders.query_encoder), str(folders.generator)
     if folders.query_encoder is None:
@@ -239,6 +240,23 @@ def _plan(recipe: Recipe) -> _Plan:
         {BASE: base, LM_FT: replace(base, generator=writes)}, _tasks(recipe, settings, base_knowledge.corpus),
         _cells(settings),
     )  # fmt: skip
+
+
+def _joins(recipe: Recipe, settings: GridSettings) -> None:
+    """Refuse `concat` beside a decoding that cannot be said with all passages in one prompt."""
+    for name, task in settings.tasks.items() if settings.concat else ():
+        decode = task.decode or recipe.decode
+        if isinstance(decode, ClassifyDecode):
+            raise RecipeError(
+                f"grid.concat: task {name!r} is decoded by classify, which concat would answer in words",
+                hint="set grid.concat: false, or give such tasks a grid of their own",
+            )
+        plain = EnsembleDecode(kind="ensemble").completion
+        if isinstance(decode, EnsembleDecode) and decode.scorer == "nll_compl" and decode.completion != plain:
+            raise RecipeError(
+                f"grid.concat: task {name!r} has completion {decode.completion!r}; concat knows {plain!r} alone",
+                hint="leave completion out, or set grid.concat: false",
+            )
 
 
 def _learner(recipe: Recipe, settings: GridSettings, part: str) -> str:
@@ -437,7 +455,14 @@ def _prompts(
 
 def _questions(task: _Task) -> list[Any]:
     path = task.settings.questions
-    return [file_fingerprint(path) if path.is_file() else str(path), task.settings.limit, [e.id for e in task.examples]]
+    content = [file_fingerprint(path)] if path.is_file() else [str(path), *_beir(path)]
+    return [*content, task.settings.limit, [e.id for e in task.examples]]
+
+
+def _beir(folder: Path) -> list[str]:
+    """What a folder of questions asks, and what it says is relevant."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.split(".")[0] != "corpus"]
+    return [f"{path.relative_to(folder)} {file_fingerprint(path)}" for path in files]
 
 
 def _write(

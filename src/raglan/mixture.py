@@ -150,7 +150,7 @@ def _drafts(data: InstructionMix, system: RAG, seed: int) -> tuple[list[_Draft],
             drawn = [_learned(answered[name][place], source, chance) for place in _drawn(sizes[name], count, chance)]
             drafts += _with_passages(name, drawn, source, data, system.retriever)
     if data.unanswerable is not None:
-        drafts += _unanswerable(data, read, system.retriever, round(total * data.unanswerable.share), seed)
+        drafts += _unanswerable(data, read, system.retriever, max(1, round(total * data.unanswerable.share)), seed)
     files = {str(path): file_fingerprint(path) for s in data.sources.values() if (path := s.path) and path.is_file()}
     return drafts, {"shares": shares, "examples": sizes, "sources": files}
 
@@ -344,7 +344,8 @@ class _Writer:
     def _write(self, draft: _Draft, identity: str, prompt: Prompt, markers: tuple[str, str]) -> tuple[Row, DataPoint]:
         example, answer = draft.example, (draft.example.answers or ("",))[0]
         contexts = tuple(
-            Context(hit.passage.id, hit.passage.text, hit.score if draft.searched else None, hit.rank) for hit in draft.hits
+            Context(hit.passage.id, hit.passage.text, hit.score if draft.searched else None, hit.rank, hit.passage.title)
+            for hit in draft.hits
         )
         point = DataPoint(
             identity, example.id, draft.source, _split(example), example.query, answer, contexts, "",

@@ -120,12 +120,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A passage as a data point holds it: its own text, uncut. `score` is the search's; a gold passage has none."""
+    """A passage as a data point holds it: its own text, uncut, and its title, which is read before it. `score` is the search's;
+    a gold passage has none."""
 
     passage_id: str
     text: str
     score: float | None = None
     rank: int = 1
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)

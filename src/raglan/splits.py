@@ -28,7 +28,7 @@ from typing import Any
 
 from raglan.artifact import write_json
 from raglan.corpus import Corpus
-from raglan.documents import write_examples
+from raglan.documents import read_examples, write_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.records import Example
 from raglan.text import answer_words, normalise_answer, question_key
@@ -206,19 +206,48 @@ def _drawn(identity: str, seed: int, shares: Mapping[str, float]) -> str:
 
 
 def write_split(folder: Path, split: Split, examples: Sequence[Example]) -> dict[str, int]:
-    """A file of questions for each split, `aside.jsonl`, and `split.json`, written last. Returns how many went where."""
+    """A file of questions for each split, `aside.jsonl`, and `split.json`, written last. Returns how many went where.
+
+    Questions that an earlier split in this folder holds, and that are not given again, stay in their files.
+
+    Raises:
+        CorpusError: that earlier split holds questions which this one does not know, so they would be lost.
+    """
+    former, reasons = _former(folder, split, {example.id for example in examples})
+    examples = [*former, *examples]
+    reasons |= dict(split.aside)
     parts = split.of(examples)
     for name, part in parts.items():
         write_examples(folder / f"{name}.jsonl", part)
-    reasons = dict(split.aside)
     aside = [replace(e, metadata={**e.metadata, "aside": reasons[e.id]}) for e in examples if e.id in reasons]
     write_examples(folder / "aside.jsonl", aside)
     write_json(folder / "split.json", {
         "kind": KIND, "by": split.by, "seed": split.seed, "shares": dict(split.shares),
         "questions": {name: {"split": place, "keys": list(split.keys[name])} for name, place in sorted(split.places.items())},
-        "aside": dict(split.aside),
+        "aside": reasons,
     })  # fmt: skip
     return {name: len(part) for name, part in parts.items()}
+
+
+def _former(folder: Path, split: Split, given: set[str]) -> tuple[list[Example], dict[str, str]]:
+    """(questions of an earlier split in this folder that are not given again, why those of them in no split are in none)."""
+    if not (folder / "split.json").is_file():
+        return [], {}
+    earlier = read_split(folder)
+    moved = sorted(name for name, place in earlier.places.items() if split.places.get(name) != place)
+    if moved:
+        raise CorpusError(
+            f"{folder} holds a split in which {len(moved)} questions are placed otherwise: {', '.join(moved[:10])}",
+            hint="without --earlier it is honoured; or write into another folder",
+        )
+    reasons = {name: why for name, why in earlier.aside if name not in given and name not in split.places}
+    files = [folder / f"{name}.jsonl" for name in (*dict.fromkeys(earlier.places.values()), "aside")]
+    kept = [e for file in files if file.is_file() and file.stat().st_size for e in read_examples(file)]
+    kept = [e for e in kept if e.id not in given and (e.id in earlier.places or e.id in reasons)]
+    lost = sorted({*earlier.places, *reasons} - given - {example.id for example in kept})
+    if lost:
+        log.warning("%s names %d questions that stand in none of its files: %s", folder, len(lost), ", ".join(lost[:10]))
+    return kept, reasons
 
 
 def read_split(path: Path) -> Split:
@@ -317,6 +346,8 @@ def _near(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Lea
 
 def _shingles(example: Example) -> frozenset[tuple[str, ...]]:
     words = [word for turn in (*example.history, example.query) for word in answer_words(turn)]
+    if not words:  # "???" is like no other
+        return frozenset()
     return frozenset(tuple(words[n : n + RUN]) for n in range(max(1, len(words) - RUN + 1)))
 
 

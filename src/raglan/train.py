@@ -34,6 +34,7 @@ from raglan.dialogue import turn_texts
 from raglan.documents import read_examples
 from raglan.errors import RecipeError
 from raglan.feedback import FeedbackStore
+from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
 from raglan.mixture import mix
@@ -379,6 +380,8 @@ def _finish(
     _keep(stage, system, objective, {"rows": rows, "steps": trainer.state.global_step})
     bound = {"objective": getattr(objective, "settings", stage.settings.objective)}  # with what was left to defaults
     settings = stage.settings.model_copy(update=bound).model_dump(mode="json")
+    if isinstance(stage.settings.data, FeedbackData) and stage.settings.data.store is not None:
+        settings["data"]["store"] = without_password(stage.settings.data.store)
     write_manifest(stage.result, KIND, {
         "stage": stage.name, "settings": settings, "recipe": recipe.name,
         "knowledge": system.retriever.base.version, "rows": rows, "steps": trainer.state.global_step,

@@ -18,6 +18,7 @@ import numpy as np
 
 from raglan.exports.source import cut
 from raglan.exports.write import Written, write_rows
+from raglan.generator import Scorer
 from raglan.knowledge import passage_text
 from raglan.rag import RAG
 from raglan.records import DataPoint, Passage
@@ -34,18 +35,20 @@ NOTE = (
 
 
 def export_sentences(
-    points: Sequence[DataPoint], path: Path, system: RAG, *, scores: Path, target: Target = "prob", score_eos: bool = True
-) -> Written:
+    points: Sequence[DataPoint], path: Path, system: RAG, *, scores: Path, target: Target = "prob", score_eos: bool = True,
+    scorer: Scorer | None = None,
+) -> Written:  # fmt: skip
     """A row a question: what is searched for, its K passages as the encoder reads them, and u_k of each.
 
     K is the most that any question has; questions with fewer are left out, because columns are the same on all lines.
 
     Args:
         points: those of one question are joined.
-        system: whose generator's verdicts are wanted; the prompt is its own.
+        system: whose retriever says what is searched for, and whose generator's verdicts are wanted; the prompt is its own.
         scores: the table of its log-probabilities. What is in it is taken from it, the rest is computed and kept there.
         target: what u is, as in the `lsr` objective.
         score_eos: whether the end token counts.
+        scorer: whose verdicts are wanted instead of the generator's.
 
     Raises:
         CorpusError: no question has two passages.
@@ -56,7 +59,7 @@ def export_sentences(
     corpus = system.retriever.base.corpus
     passages = [[_passage(corpus, context) for context in point.contexts] for point in kept]
     pairs = [Pair(p.query, (z,), p.answer, p.history) for p, own in zip(kept, passages, strict=True) for z in own]
-    values = iter(_scored(system, pairs, scores, score_eos))
+    values = iter(_scored(scorer or system.generator, pairs, scores, score_eos))
     texts = system.retriever.search_texts([p.query for p in kept], [p.history for p in kept])
     rows, meta = [], []
     for point, own, text in zip(kept, passages, texts, strict=True):
@@ -74,16 +77,16 @@ def raw_label(token_logprobs: np.ndarray, target: Target) -> float:
     return value if target.endswith("logprob") else float(np.exp(value))
 
 
-def _scored(system: RAG, pairs: Sequence[Pair], scores: Path, score_eos: bool) -> list[np.ndarray]:
+def _scored(scorer: Scorer, pairs: Sequence[Pair], scores: Path, score_eos: bool) -> list[np.ndarray]:
     """log p(y_t | ·) of each pair, from the table where it is known."""
-    table = ScoreTable(scores, system.generator)
+    table = ScoreTable(scores, scorer)
     return table.token_logprobs(table.complete(pairs), score_eos=score_eos)
 
 
 def _passage(corpus: Any, context: Any) -> Passage:
     """The passage of the knowledge base, whose title belongs to what is read; a passage from elsewhere as it is given."""
     row = corpus.row(context.passage_id)
-    return Passage(context.passage_id, context.text) if row is None else corpus[row]
+    return Passage(context.passage_id, context.text, context.title) if row is None else corpus[row]
 
 
 def _about(point: DataPoint, logprobs: Sequence[np.ndarray], target: Target) -> dict[str, Any]:

@@ -134,10 +134,8 @@ def _separate(point: DataPoint) -> list[DataPoint]:
 
 
 def _context(hit: Hit) -> Context:
-    """A hit as a prompt shows it: its title belongs to what is read."""
     passage = hit.passage
-    text = f"{passage.title} / {passage.text}" if passage.title else passage.text
-    return Context(passage.id, text, hit.score, hit.rank)
+    return Context(passage.id, passage.text, hit.score, hit.rank, passage.title)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +178,7 @@ def _given(item: Any, number: int) -> Context:
     score = item.get("score")
     return Context(
         str(item.get("passage_id") or item.get("id") or fingerprint(item["text"])), item["text"],
-        None if score is None else float(score), int(item.get("rank") or number),
+        None if score is None else float(score), int(item.get("rank") or number), str(item.get("title") or ""),
     )  # fmt: skip
 
 

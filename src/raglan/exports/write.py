@@ -123,11 +123,12 @@ def write_rows(
         raise CorpusError("there is nothing to export", hint="rows need a question and an answer, pairs two different answers")
     if left_out:
         log.warning("%d rows are left out: raw text, or two answers that are the same", left_out)
+    texts = [[_line(line, number) for number, line in enumerate(lines, 1)] for lines in (rows, meta)]
     path.parent.mkdir(parents=True, exist_ok=True)
     half = [place.with_name(place.name + ".part") for place in (path, meta_path(path))]
-    for place, lines in zip(half, (rows, meta), strict=True):
+    for place, lines in zip(half, texts, strict=True):
         with open(place, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_line(line, number) for number, line in enumerate(lines, 1))
+            file.writelines(lines)
     faults = check_file(half[0], form, lengths=lengths)
     errors = [fault for fault in faults if fault.level == "error"]
     if errors:
@@ -161,7 +162,7 @@ def _named(prompt: str | None) -> str | None:
 
 def _asked(row: DataPoint | Preference, name: str) -> tuple[Turns, str]:
     """The turns up to and with the question, and the question's own text. Without passages that is the question itself."""
-    texts = [context.text for context in row.contexts]
+    texts = [f"{context.title} / {context.text}" if context.title else context.text for context in row.contexts]
     parts = {"{question}": row.query, "{passages}": "\n\n".join(texts)}
     text = "".join(parts.get(piece, piece) for piece in PLACES.split(QA_PROMPTS[name])).strip() if texts else row.query
     return [*_dialogue(row.history), _turn("user", text)], text

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raglan.feedback.judgement import Fields, Judgement, judged
+from raglan.feedback.judgement import Fields, Judgement, judged, own_name
 
 __all__ = ["judgements"]
 
@@ -55,13 +55,13 @@ def _response(
     name = "" if user in (None, "None") else str(user)
     aside = "" if status == "submitted" else f"the response is {status}, not submitted" if status else UNKNOWN
     yield from judged(
-        fields, question, value, data=data, origin=f"argilla:{row.get('id')}:{question}:{name or place}", annotator=name,
+        fields, question, value, data=data, origin=f"argilla:{own_name(row)}:{question}:{name or place}", annotator=name,
         time="", aside=aside, raw=row,
     )  # fmt: skip
 
 
 def _suggested(row: dict[str, Any], data: dict[str, Any], fields: Fields, question: str, value: Any) -> Iterator[Judgement]:
     yield from judged(
-        fields, question, value, data=data, origin=f"argilla:{row.get('id')}:{question}:suggestion",
+        fields, question, value, data=data, origin=f"argilla:{own_name(row)}:{question}:suggestion",
         aside="a suggestion is no person's answer", raw=row,
     )  # fmt: skip

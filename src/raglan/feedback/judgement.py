@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from raglan.artifact import fingerprint
 from raglan.errors import RecipeError
 
-__all__ = ["KINDS", "Fields", "Judgement", "as_text", "judged", "standard_time"]
+__all__ = ["KINDS", "Fields", "Judgement", "as_text", "judged", "own_name", "standard_time"]
 
 KINDS = ("answer", "relevance", "rating", "comment")
 GRADES = {
@@ -69,10 +70,11 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Which names in an export mean what, and which labels which grade."""
+    """Which names in an export mean what, and which labels which grade; `given` are the names that a person gave."""
 
     names: Mapping[str, Sequence[str]] = field(default_factory=lambda: NAMES)
     grades: Mapping[str, float] = field(default_factory=lambda: GRADES)
+    given: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, maps: Sequence[str] = (), grades: Sequence[str] = ()) -> Fields:
@@ -96,16 +98,19 @@ class Fields:
             labels[label.casefold()] = number
         taken = {name for names in given.values() for name in names}
         usual = {key: tuple(name for name in names if name not in taken) for key, names in NAMES.items()}
-        return cls({**usual, **given}, labels)
+        return cls({**usual, **given}, labels, frozenset(name.casefold() for name in taken))
 
     def kind(self, name: str) -> str | None:
         """What a question of the annotation form asks for, by its name; a number at its end does not count."""
-        plain = name.casefold()
-        for form in (plain, COUNTER.sub("", plain)):
+        for form in _forms(name):
             for kind in KINDS:
                 if form in (known.casefold() for known in self.names[kind]):
                     return kind
         return None
+
+    def mapped(self, name: str) -> bool:
+        """Whether a person said what this name means."""
+        return not self.given.isdisjoint(_forms(name))
 
     def get(self, data: Mapping[str, Any], key: str, *, of: str = "") -> Any:
         """The first non-empty value of a field; `of` is the form's question, whose number at the end may choose the field."""
@@ -117,6 +122,11 @@ class Fields:
         """A number as it is, a label's grade, or None."""
         number = _number(value)
         return self.grades.get(str(value).strip().casefold()) if number is None else number
+
+
+def _forms(name: str) -> tuple[str, str]:
+    plain = name.casefold()
+    return plain, COUNTER.sub("", plain)
 
 
 def _number(value: Any) -> float | None:
@@ -229,14 +239,25 @@ def as_text(value: Any) -> str:
     return str(value).strip()
 
 
+def own_name(row: Mapping[str, Any], key: str = "id") -> str:
+    """What a row is called in its tool; one without a name is known by all that it holds, so that two never share an origin."""
+    return fingerprint(row) if row.get(key) in (None, "") else str(row[key])
+
+
 def standard_time(value: Any) -> str:
     """ISO 8601 in UTC, so that later is greater; empty where it is no time."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value / 1000 if value > 1e11 else value
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+        try:
+            return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+        except (ValueError, OverflowError, OSError):  # a year that there is not
+            return ""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
     except ValueError:
         return ""
     moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    try:
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    except OverflowError:
+        return ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raglan.feedback.judgement import Fields, Judgement, judged, standard_time
+from raglan.feedback.judgement import Fields, Judgement, judged, own_name, standard_time
 
 __all__ = ["judgements"]
 
@@ -26,7 +26,7 @@ def judgements(rows: list[dict[str, Any]], fields: Fields) -> Iterator[Judgement
     known: Known = {str(row["id"]): row for row in rows if _is_shown(row)}
     for row in rows:
         if "objectId" in row:
-            yield Judgement(f"langfuse:{row.get('id')}", "", aside="a queue item holds only ids; export the scores", raw=row)
+            yield Judgement(f"langfuse:{own_name(row)}", "", aside="a queue item holds only ids; export the scores", raw=row)
         elif _is_score(row):
             yield from _score(row, fields, known)
         elif not _is_shown(row):
@@ -54,7 +54,7 @@ def _score(row: dict[str, Any], fields: Fields, known: Known) -> Iterator[Judgem
     text = row.get("stringValue")
     value = text if text not in (None, "") and row.get("dataType") != "BOOLEAN" else row.get("value")
     kind = "answer" if correction else None
-    origin = f"langfuse:{row.get('id')}"
+    origin = f"langfuse:{own_name(row)}"
     yield from judged(fields, name, value, data=data, origin=origin, kind=kind, **about)
     yield from judged(fields, name, row.get("comment"), data=data, origin=f"{origin}:comment", kind="comment", **about)
 
@@ -71,7 +71,7 @@ def _item(row: dict[str, Any], fields: Fields, known: Known) -> Iterator[Judgeme
     query = {fields.names["query"][0]: row["input"]} if row.get("input") not in (None, "") else {}
     aside = "the dataset item is archived" if row.get("status") == "ARCHIVED" else ""
     about: dict[str, Any] = {"aside": aside, "time": standard_time(row.get("updatedAt") or row.get("createdAt")), "raw": row}
-    origin = f"langfuse:{row.get('id')}"
+    origin = f"langfuse:{own_name(row)}"
     if row.get("expectedOutput") in (None, ""):
         yield Judgement(origin, "answer", aside=aside or "the dataset item has no expected output", raw=row)
         return

@@ -40,7 +40,7 @@ def judgements(rows: list[dict[str, Any]], fields: Fields) -> Iterator[Judgement
 def _retrieved(row: dict[str, Any], spans: dict[str, dict[str, Any]], documents: Documents) -> None:
     span = _span_id(row)
     document = {"id": _get(row, "document.id", "document_id") or "", "text": _get(row, "reference", "document.content") or ""}
-    documents[span, int(_get(row, "document_position"))] = document
+    documents[span, _place(_get(row, "document_position"))] = document
     spans.setdefault(span, {"query": _get(row, "input") or "", "old": ""})
 
 
@@ -77,15 +77,15 @@ def _annotation(
         "raw": row,
     }
     data: dict[str, Any] = dict(spans.get(span, {}))
-    if position not in (None, ""):
-        place = int(position)
+    if position is not None:
+        place = _place(position)
         document = documents.get((span, place))
         data |= {"passage_id": document["id"], "passage_text": document["text"]} if document else {}
         if document is None and not about["aside"]:
             about["aside"] = f"span {span} has no document at position {place} in the files read"
     who = _get(row, "identifier", "id") or about["annotator"]
-    origin = f"phoenix:{span}:{'' if position in (None, '') else int(position)}:{name}:{who}"
-    known = fields.kind(name) or ("relevance" if position not in (None, "") else None)
+    origin = f"phoenix:{span}:{'' if position is None else _place(position)}:{name}:{who}"
+    known = fields.kind(name) or ("relevance" if position is not None else None)
     data = {**{fields.names[key][0]: data[key] for key in ("query", "old") if key in data}, **_passages(data, fields)}
     if known in ("answer", "comment"):
         yield from judged(fields, name, told or label, data=data, origin=origin, kind=known, **about)
@@ -103,15 +103,20 @@ def _span_id(row: Mapping[str, Any]) -> str:
     return str(_get(row, "span_id", "context.span_id") or "")
 
 
+def _place(position: Any) -> int:
+    """A table with empty cells writes 1 as 1.0."""
+    return int(float(position))
+
+
 def _get(row: Any, *names: str) -> Any:
-    """The first of the names that there is, spelt with dots, nested, or some of both."""
+    """The first of the names that there is, spelt with dots, nested, or some of both; an empty cell is not there."""
     return next((value for name in names if (value := _one(row, name)) is not None), None)
 
 
 def _one(row: Any, name: str) -> Any:
     if not isinstance(row, Mapping):
         return None
-    if row.get(name) is not None:
+    if row.get(name) not in (None, ""):
         return row[name]
     steps = name.split(".")
     heads = (".".join(steps[:n]) for n in range(1, len(steps)))

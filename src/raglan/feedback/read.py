@@ -44,7 +44,7 @@ def read_feedback(
     """
     if source not in SOURCES:
         raise RecipeError(f"--from {source!r} is unknown; known are {', '.join(SOURCES)}")
-    rows = [row for file in (path, *beside) for row in load(file)]
+    rows = [{key: _there(value) for key, value in row.items()} for file in (path, *beside) for row in load(file)]
     try:
         found = list(SOURCES[source](rows, fields or Fields.of()))
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
@@ -53,6 +53,15 @@ def read_feedback(
         ) from fault
     front = f"{project}:" if project else ""
     return [replace(one, origin=f"{front}{one.origin}") for one in found]
+
+
+def _there(value: Any) -> Any:
+    """Tables of numbers have NaN where a cell is empty, at any depth."""
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, dict):
+        return {key: _there(inner) for key, inner in value.items()}
+    return [_there(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _own(rows: Rows, _: Fields) -> Iterator[Judgement]:

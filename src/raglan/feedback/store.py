@@ -24,9 +24,11 @@ from raglan.artifact import fingerprint
 from raglan.errors import CheckpointError, RecipeError, require
 from raglan.feedback.judgement import Judgement
 
-__all__ = ["FeedbackStore"]
+__all__ = ["FeedbackStore", "without_password"]
 
 SCHEMA = 1
+SECRET_QUERY = re.compile(r"(?i)([?&](?:[\w%-]*(?:password|passwd|pwd|secret|token)[\w%-]*|sslkey)=)(?!\$\{\w+\}(?:&|$))[^&]*")
+VARIABLE = re.compile(r"\$\{\w+\}")
 ADDRESS = "give an SQLite file, or an address as in postgresql://user:password@host/name"
 
 
@@ -40,14 +42,19 @@ class FeedbackStore:
             create: make the tables, and the file, where there are none.
 
         Raises:
-            CheckpointError: no store there, or one that another version of raglan made. RecipeError: no such address.
+            CheckpointError: no store there, or one that another version of raglan made. RecipeError: no such address, or a
+                broken one.
             MissingExtra: SQLAlchemy or the PostgreSQL driver is not installed.
         """
         self._sql: Any = require("sqlalchemy", "to keep feedback")
         self.address = _address(url)
-        self._told = re.sub(r"//([^:/@]+):[^@]+@", r"//\1:…@", self.address)
+        self._told = without_password(self.address)
         if self.address.startswith("postgresql+psycopg:"):
             require("psycopg", "to keep feedback in PostgreSQL")
+        try:
+            self._sql.engine.make_url(self.address)
+        except (ValueError, self._sql.exc.ArgumentError):
+            raise RecipeError(f"{self._told} is no address of a database", hint=ADDRESS) from None
         file = self.address.removeprefix("sqlite:///")
         if file != self.address and not create and not Path(file).is_file():
             raise CheckpointError(f"there is no feedback store {file}", hint="`raglan feedback import` makes one")
@@ -78,12 +85,16 @@ class FeedbackStore:
         return counts
 
     def judgements(self, *, former: bool = False) -> list[Judgement]:
-        """What is current, in the order in which it came; with `former` every wording that there ever was."""
+        """What is current, in the order in which it came; with `former` every wording that there ever was.
+
+        Of each statement the current wording then comes last, so that another store that reads them has it current as well.
+        """
         rows = self._rows.c
-        wanted = self._sql.select(rows.content).order_by(rows.number)
-        wanted = wanted if former else wanted.where(rows.current)
+        wanted = self._sql.select(rows.origin, rows.current, rows.content).order_by(rows.number)
         with self._faults(), self._engine.connect() as connection:
-            found = [json.loads(content) for (content,) in connection.execute(wanted)]
+            kept = [tuple(row) for row in connection.execute(wanted if former else wanted.where(rows.current))]
+        first = {origin: number for number, (origin, *_) in reversed([*enumerate(kept)])}
+        found = [json.loads(content) for *_, content in sorted(kept, key=lambda row: (first[row[0]], row[1]))]
         return [Judgement(**{**row, "history": tuple(row["history"])}) for row in found]
 
     @property
@@ -178,6 +189,17 @@ class FeedbackStore:
             said = str(getattr(fault, "orig", None) or fault).strip().splitlines()
             reason = said[0] if said else type(fault).__name__
             raise CheckpointError(f"the feedback store {self._told} cannot be used: {reason}", hint=ADDRESS) from None
+
+
+def without_password(url: str | Path) -> str:
+    """An address that may be shown: … stands for a password, wherever the address holds it. ${NAME} stays as it is."""
+    text = SECRET_QUERY.sub(r"\1…", str(url))
+    scheme, mark, rest = text.partition("://")
+    user, at, place = rest.rpartition("@")
+    if not mark or not at or ":" not in user:
+        return text
+    name, _, password = user.partition(":")
+    return text if VARIABLE.fullmatch(password) else f"{scheme}://{name}:…@{place}"
 
 
 def _address(url: str | Path) -> str:
