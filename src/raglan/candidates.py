@@ -22,7 +22,7 @@ import numpy as np
 from raglan.corpus import Corpus
 from raglan.data import learned_answers, load_examples, stage_examples
 from raglan.encoder import Encoder
-from raglan.errors import CorpusError
+from raglan.errors import CorpusError, RecipeError
 from raglan.objective.lsr import CORPUS_HALVES, LsrRow
 from raglan.preference import HALF, asked_pairs, preferred
 from raglan.progress import track
@@ -73,21 +73,30 @@ def lsr_candidates(examples: Sequence[Example], system: RAG, settings: LsrObject
     return texts, candidates
 
 
-def lsr_examples(data: QuestionData | LsrMixData, system: RAG, seed: int, *, every: bool = False) -> list[Example]:
+def lsr_examples(
+    data: QuestionData | LsrMixData, system: RAG, seed: int, *, every: bool = False, graded: bool = False
+) -> list[Example]:
     """The examples an lsr stage learns from, in their shares, in an order that follows from the seed.
 
     Args:
         every: keep all answers of a question, whatever `data.answers` says.
+        graded: people's judgements of passages are learned: a question needs those, and no answer.
 
     Raises:
-        CorpusError: no question with an answer, or no passage that is long enough.
+        CorpusError: no question with an answer or judged passages, or no passage that is long enough.
+        RecipeError: judgements are asked of halves, which nobody judged.
     """
+    if graded and isinstance(data, LsrMixData) and CORPUS_HALVES in data.sources:
+        raise RecipeError(
+            "target: given needs people's grades, and data.sources.corpus_halves has none", hint="data.sources: {tasks: 1}"
+        )
     tasks = data if isinstance(data, QuestionData) else data.tasks
     corpus = system.retriever.base.corpus
     asked: list[Example] = []
     if tasks is not None:
         tasks = tasks.model_copy(update={"answers": "each"}) if every else tasks
-        asked = learned_answers(stage_examples(tasks, corpus, seed), tasks, system.retriever, seed)
+        asked = stage_examples(tasks, corpus, seed, needs="passages" if graded else "answers")
+        asked = asked if graded else learned_answers(asked, tasks, system.retriever, seed)
     return asked if isinstance(data, QuestionData) else _mixed(asked, data, system, seed)
 
 

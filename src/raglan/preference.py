@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raglan.corpus import Corpus
+from raglan.errors import CorpusError
 from raglan.generator import passage_attention
 from raglan.metrics import answer_recall
 from raglan.objective.lsr import CORPUS_HALVES, HeldOut, LsrRow
@@ -48,16 +49,17 @@ def preferred(
     examples: Sequence[Example], texts: Sequence[str], candidates: np.ndarray, system: RAG, settings: LsrSettings, table: Path,
     *, sources: Sequence[str] = (),
 ) -> list[LsrRow]:  # fmt: skip
-    """A row for each example that has two candidates or more.
+    """A row for each example that has two candidates or more and tells them apart.
 
     Args:
         texts: what is searched for, of each example.
-        candidates: rows (N,K), −1 where there is none. With grades, graded passages come in at the front.
+        candidates: rows (N,K), −1 where there is none. With grades, the passages that were judged take their place.
         table: the folder of language-model scores.
         sources: which data made each example; default none in particular.
 
     Raises:
         GeneratorError: attention is asked of a generator that has none across.
+        CorpusError: no example has two candidates, or no graded one two grades.
     """
     sources = sources or [""] * len(examples)
     if settings.target == "given" and settings.evidence == "alone":
@@ -72,7 +74,7 @@ def preferred(
         )
         for n, example in enumerate(examples)
     ]
-    return [row for row in rows if (row.candidates >= 0).sum() > 1]
+    return _telling(rows, settings)
 
 
 def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
@@ -184,21 +186,49 @@ def _attended(examples: Sequence[Example], candidates: np.ndarray, system: RAG, 
     return Evidence(values, np.ones(len(examples), np.int64), {})
 
 
-def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
-    """Grades of candidates, 0 where nobody gave one, and 1 where a passage is only said to be relevant.
+def _telling(rows: Sequence[LsrRow], settings: LsrSettings) -> list[LsrRow]:
+    """Rows with two candidates or more and, where people graded them, with two grades or more; how many are not is told.
 
-    Graded passages that the search did not find stand before the others, the best first, and the last found give way.
+    One grade for all would be a flat target, which pulls the retriever up to passages that were rejected.
+    """
+    several = [row for row in rows if (row.candidates >= 0).sum() > 1]
+    if len(several) < len(rows):
+        log.warning("%d of %d questions have fewer than two candidates and are left out", len(rows) - len(several), len(rows))
+    kept = several
+    if settings.target == "given" and settings.evidence == "alone":
+        kept = [row for row in several if len(set(row.answer_logprobs[row.candidates >= 0].tolist())) > 1]
+    if len(kept) < len(several):
+        log.warning("%d questions whose passages all have the same grade are left out", len(several) - len(kept))
+    if rows and not kept:
+        raise CorpusError(
+            f"none of {len(rows)} questions has two candidates to choose between",
+            hint="each needs two passages or more; with target: given, two that people judged differently",
+        )
+    return kept
+
+
+def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
+    """Grades of candidates, the best first: only those that somebody judged, whether the search found them or not.
+
+    Nobody's judgement is not the grade 0, which says "irrelevant". Where there are no grades, but passages that are said to be
+    relevant, those have 1 and what else the search found 0, and the last found give way.
     """
     chosen = np.full_like(candidates, -1)
     values = np.zeros(candidates.shape, dtype=np.float32)
     for n, example in enumerate(examples):
-        grades = {**dict.fromkeys(example.relevant, 1), **example.grades}
+        grades = example.grades or dict.fromkeys(example.relevant, 1)
         known = {row: grade for name, grade in grades.items() if (row := corpus.row(name)) is not None}
-        order = [*sorted(known, key=lambda row: -known[row]), *(row for row in candidates[n].tolist() if row not in known)]
-        kept = order[: candidates.shape[1]]
+        others = [] if example.grades or not known else [row for row in candidates[n].tolist() if row not in known]
+        kept = _spanning(sorted(known, key=lambda row: -known[row]), candidates.shape[1]) + others
+        kept = kept[: candidates.shape[1]]
         chosen[n, : len(kept)] = kept
         values[n, : len(kept)] = [known.get(row, 0) for row in kept]
     return chosen, Evidence(values, np.ones(len(examples), np.int64), {})
+
+
+def _spanning(order: list[int], most: int) -> list[int]:
+    """At most so many of an order: its head, and its last, so that the worst stays beside the best."""
+    return order if len(order) <= most else [*order[: most - 1], order[-1]]
 
 
 def _tokens(found: Evidence, n: int, settings: LsrSettings) -> np.ndarray | None:

@@ -436,9 +436,9 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
 
 def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> list[Example]:
     data = _lsr_data(stage)
-    if not isinstance(data, FeedbackData):
-        return lsr_examples(data, system, recipe.seed, every=settings.answers == "any")
     graded = settings.target == "given" and settings.evidence == "alone"  # people's judgements need no answer beside them
+    if not isinstance(data, FeedbackData):
+        return lsr_examples(data, system, recipe.seed, every=settings.answers == "any", graded=graded)
     needs, held_out = "passages" if graded else "answers", _held_out(recipe, stage)
     return stage_examples(data, system.retriever.base.corpus, recipe.seed, held_out=held_out, needs=needs)
 
