@@ -507,24 +507,42 @@ def test_only_what_was_judged_is_compared(system: RAG, tmp_path: Path, caplog: p
         Example("1", "who", grades={corpus[9].id: 3, corpus[1].id: 0}),
         Example("2", "who", ("odo",), relevant=(corpus[2].id,)),
         Example("3", "who", grades={corpus[4].id: 0}),  # one rejected passage says nothing of the others
-        Example("4", "who", grades={corpus[4].id: 1, corpus[5].id: 1}),
+        Example("4", "who", grades={corpus[4].id: 0, corpus[5].id: 0}),
+        Example("6", "who", grades={corpus[4].id: 1, corpus[5].id: 1}),
         Example("5", "who", grades={corpus[n].id: 6 - n for n in range(6)}),  # more than K: the worst stays
     ]
-    found = np.array([[0, 1, 2, 3], [0, 1, 2, -1], [4, 1, 2, 3], [4, 1, 2, 3], [9, 8, 7, 6]])
+    found = np.array([[0, 1, 2, 3], [0, 1, 2, -1], [4, 1, 2, 3], [4, 1, 2, 3], [4, 1, 2, 3], [9, 8, 7, 6]])
     settings = aim(system, target="given", tau=1.0, k=4).settings
     with caplog.at_level(logging.WARNING):
-        rows = preferred(asked, [""] * 5, found, system, settings, tmp_path / "s")
-    assert "1 of 5 questions have fewer than two candidates" in caplog.text
+        rows = preferred(asked, [""] * 6, found, system, settings, tmp_path / "s")
+    assert "1 of 6 questions have fewer than two candidates" in caplog.text
     assert "1 questions whose passages all have the same grade" in caplog.text
-    assert [row.id for row in rows] == ["1", "2", "5"]
-    assert [row.candidates.tolist() for row in rows] == [[9, 1, -1, -1], [2, 0, 1, -1], [0, 1, 2, 5]]
-    assert [row.answer_logprobs.tolist() for row in rows] == [[3, 0, 0, 0], [1, 0, 0, 0], [6, 5, 4, 1]]
+    assert [row.id for row in rows] == ["1", "2", "6", "5"]
+    assert [row.candidates.tolist() for row in rows] == [[9, 1, -1, -1], [2, 0, 1, -1], [4, 5, 1, 2], [0, 1, 2, 5]]
+    assert [row.answer_logprobs.tolist() for row in rows] == [[3, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [6, 5, 4, 1]]
     assert not (tmp_path / "s").exists()
     objective = aim(system, target="given", tau=1.0, k=4)
     log_q = objective._preferred(objective.collate(rows[:1]), torch.zeros(1, 4))
     assert log_q.exp()[0].tolist() == pytest.approx([*torch.tensor([3.0, 0.0]).softmax(-1).tolist(), 0, 0])
     with pytest.raises(CorpusError, match="none of 2 questions has two candidates to choose between"):
         preferred(asked[2:4], ["", ""], found[2:4], system, settings, tmp_path / "s")
+
+
+def test_a_second_stage_takes_up_gamma_as_it_was(system: RAG) -> None:
+    first = aim(system, target="mean_prob", gamma=0.02, divide_by="sqrt_d")
+    system.retriever.encoder.gamma = first.gamma  # what the tuned tower's manifest keeps
+    second = aim(system, target="mean_prob", divide_by="sqrt_d")
+    assert (second.gamma, second.settings.gamma) == pytest.approx((first.gamma, 0.02))
+    assert aim(system, target="mean_prob").gamma == pytest.approx(first.gamma)
+
+
+def test_tasks_of_the_split_test_need_their_flag(system: RAG, tmp_path: Path) -> None:
+    line = {"id": "1", "query": "who", "answers": ["odo"], "split": "test"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(line) + "\n")
+    data = LsrMixData(kind="lsr_mix", sources={"tasks": 1}, path=tmp_path / "asked.jsonl")
+    with pytest.raises(CorpusError, match="allow_test"):
+        lsr_examples(data, system, 0)
+    assert len(lsr_examples(data.model_copy(update={"allow_test": True}), system, 0)) == 1
 
 
 def test_grades_need_no_answer_in_a_questions_file(system: RAG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -210,15 +210,16 @@ def _telling(rows: Sequence[LsrRow], settings: LsrSettings) -> list[LsrRow]:
 def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
     """Grades of candidates, the best first: only those that somebody judged, whether the search found them or not.
 
-    Nobody's judgement is not the grade 0, which says "irrelevant". Where there are no grades, but passages that are said to be
-    relevant, those have 1 and what else the search found 0, and the last found give way.
+    Nobody's judgement is not the grade 0, which says "irrelevant". Only where all that was judged, or is said to be relevant,
+    has one grade above 0, what else the search found stands beside it with 0, and the last found give way.
     """
     chosen = np.full_like(candidates, -1)
     values = np.zeros(candidates.shape, dtype=np.float32)
     for n, example in enumerate(examples):
         grades = example.grades or dict.fromkeys(example.relevant, 1)
         known = {row: grade for name, grade in grades.items() if (row := corpus.row(name)) is not None}
-        others = [] if example.grades or not known else [row for row in candidates[n].tolist() if row not in known]
+        praised = len(set(known.values())) == 1 and min(known.values()) > 0
+        others = [row for row in candidates[n].tolist() if row not in known] if praised else []
         kept = _spanning(sorted(known, key=lambda row: -known[row]), candidates.shape[1]) + others
         kept = kept[: candidates.shape[1]]
         chosen[n, : len(kept)] = kept

@@ -96,10 +96,12 @@ class LsrObjective(Objective):
 
     def __init__(self, retriever: Retriever, settings: LsrSettings):
         encoder = retriever.encoder
-        gamma = settings.gamma or encoder.gamma or default_gamma(encoder.similarity)
+        root = encoder.dimension**0.5 if settings.divide_by == "sqrt_d" else 1.0
+        stored = encoder.gamma and encoder.gamma / root  # an earlier stage's γ has √D in it
+        gamma = settings.gamma or stored or default_gamma(encoder.similarity)
         tau = settings.tau or (0.01 if settings.target in ("prob", "mean_prob") else None)
         self.retriever, self.settings = retriever, settings.model_copy(update={"gamma": gamma, "tau": tau})
-        self.gamma = gamma * (encoder.dimension**0.5 if settings.divide_by == "sqrt_d" else 1.0)
+        self.gamma = gamma * root
         towers: dict[str, nn.Module] = {"query_encoder": encoder.split()}
         if settings.learn == "both":
             towers["passage_encoder"] = encoder.passage_tower
