@@ -227,6 +227,7 @@ def test_a_preset_is_its_explicit_settings(name: str) -> None:
         ("target: given", "target given needs tau"),
         ("corpus_halves: {target: sum_logprob}", "target sum_logprob needs tau"),
         ("evidence: attention", "attention is no probability: target given"),
+        ("preset: adist, scorer: {model: m}", "leave out scorer"),
         ("evidence: left_out", "left_out needs target sum_logprob or mean_logprob"),
         ("preset: emdr2, flat: skip", "a posterior is no target"),
         ("preset: emdr2, over: token, answers: any", "over token reads one answer"),

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from raglan.artifact import fingerprint
 from raglan.errors import CheckpointError, GeneratorError, require
-from raglan.generator.base import Scorer, answer_ids, tokenizer_identity
+from raglan.generator.base import Scorer, answer_ids, end_of_turn, tokenizer_identity
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly
 from raglan.recipe import PromptSettings, ScorerSettings
@@ -46,10 +46,12 @@ class EndpointScorer(Scorer):
         self.settings, self.tokenizer = settings, _tokenizer(settings.tokenizer or settings.model)
         if self.tokenizer.eos_token_id is None:
             raise GeneratorError(f"the tokenizer of {settings.model!r} names no end token", hint="set its eos_token")
-        self.eos = int(self.tokenizer.eos_token_id)
+        own = int(self.tokenizer.eos_token_id)
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         layout = prompt.layout if prompt.layout != "auto" else "chat" if chat else "joined"
-        self.prompt = Prompt(prompt, self.tokenizer, layout=layout)
+        closes = end_of_turn(self.tokenizer, [own]) if layout == "chat" else None
+        self.eos = own if closes is None else closes
+        self.prompt = Prompt(prompt, self.tokenizer, layout=layout, end=own)
         self._key = _key(settings.api_key_env)
         self._read: _Reading | None = None
 
@@ -116,7 +118,7 @@ class EndpointScorer(Scorer):
         openai = require("openai", "to score on an endpoint")
         question, answer = PROBE
         labels = answer_ids(self.tokenizer, answer, " ")
-        ids = [*self.tokenizer(question)["input_ids"], *labels]
+        ids = [*self.prompt.opened(question), *labels]
         why = ""
         for read in ASKS:
             try:
