@@ -75,6 +75,15 @@ def test_scores_are_the_local_models(
     assert (len(served.asked), table.calls) == (asked, 0)
 
 
+def test_a_served_folder_is_named_by_its_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_KEY", KEY)
+    same, other = (tiny.llama(tmp_path / name, seed=seed) for name, seed in (("same", 0), ("other", 1)))
+    own, twin, changed = (
+        scorer("http://127.0.0.1:9/v1", folder, model=str(model)).fingerprint for model in (folder, same, other)
+    )
+    assert own == twin != changed
+
+
 CHAT = (
     "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}[turn]{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

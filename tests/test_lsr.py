@@ -597,6 +597,12 @@ def test_refreshed_candidates_are_the_tuned_encoders_and_only_new_pairs_are_scor
         CandidateRefresh(rows[:5], list, 3).restore(tmp_path / "candidates.npz")
 
 
+def test_workers_that_would_keep_old_candidates_are_refused(folder: Path) -> None:
+    aimed = {"k": 4, "target": "mean_prob", "tau": 0.1, "refresh": 3}
+    with pytest.raises(RecipeError, match=r"workers hold copies[\s\S]*dataloader_num_workers: 0"):
+        train(recipe_of(folder, "workers", aimed, dataloader_num_workers=2))
+
+
 def test_a_broken_off_run_goes_on_with_its_candidates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aimed = {"k": 4, "target": "mean_prob", "tau": 0.1, "refresh": 3}
     straight = recipe_of(folder, "straight", aimed, max_steps=6, learning_rate=3e-2)

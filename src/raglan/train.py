@@ -421,6 +421,11 @@ def _mixed(
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus, table = _lsr_data(stage), system.retriever.base.corpus, recipe.run / "scores"
+    if settings.refresh != "never" and stage.settings.train.get("dataloader_num_workers", 0):
+        raise RecipeError(
+            f"stages.{stage.name}: objective.refresh changes rows that dataloader workers hold copies of",
+            hint="train.dataloader_num_workers: 0, or refresh: never",
+        )
     examples = _lsr_examples(recipe, stage, system, settings)
     held_out: list[HeldOut] = []
     if data.dev is not None:

@@ -15,12 +15,13 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from raglan.artifact import fingerprint
+from raglan.artifact import directory_fingerprint, fingerprint
 from raglan.errors import CheckpointError, GeneratorError, require
 from raglan.generator.base import Scorer, answer_ids, end_of_turn, tokenizer_identity
 from raglan.prompt import Prompt, Rendered
@@ -29,6 +30,7 @@ from raglan.recipe import PromptSettings, ScorerSettings
 
 __all__ = ["EndpointScorer"]
 
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 PROBE = ("The tower was built in", "1831, by a miller")
 HINT = "it must return prompt log-probabilities, as `vllm serve MODEL` does; most hosted services do not"
 
@@ -62,7 +64,9 @@ class EndpointScorer(Scorer):
     @property
     def fingerprint(self) -> str:
         prompt = [self.prompt.settings.model_dump(mode="json"), self.prompt.layout, self.eos]
-        named = [self.settings.model, self.settings.revision]
+        folder = Path(self.settings.model)  # a server may serve a folder of this machine, whose weights may change
+        weights = directory_fingerprint(folder, WEIGHTS) if folder.is_dir() else self.settings.model
+        named = [weights, self.settings.revision]
         return fingerprint([named, tokenizer_identity(self.tokenizer), prompt])
 
     def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:

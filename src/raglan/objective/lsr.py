@@ -292,7 +292,8 @@ class CandidateRefresh:
     """Searches for candidates anew with the query encoder as it is, every so many steps.
 
     `rows` is changed in place, row by row, by what `make` gives for the same examples; what the table of scores knows
-    already costs no call.
+    already costs no call. The batch behind a refresh was collated before it and has the old candidates; a run that goes on
+    from a checkpoint of that very step has the new ones there, and is no copy of a straight run in that one batch.
     """
 
     def __init__(self, rows: list[LsrRow], make: Callable[[], Sequence[LsrRow]], every: int):
