@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tiny
 from raglan.artifact import read_manifest
-from raglan.candidates import lsr_examples, lsr_rows
+from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.corpus import Corpus
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, CorpusError, GeneratorError, IndexMismatch, RecipeError
@@ -527,6 +527,15 @@ def test_only_what_was_judged_is_compared(system: RAG, tmp_path: Path, caplog: p
     assert log_q.exp()[0].tolist() == pytest.approx([*torch.tensor([3.0, 0.0]).softmax(-1).tolist(), 0, 0])
     with pytest.raises(CorpusError, match="none of 2 questions has two candidates to choose between"):
         preferred(asked[2:4], ["", ""], found[2:4], system, settings, tmp_path / "s")
+
+
+def test_a_plan_has_the_held_out_favourites_in_it(system: RAG, tmp_path: Path) -> None:
+    settings, asked = aim(system).settings, examples(system)
+    unsaid = [Example("dev", "who built it", ("nobody in the corpus",))]
+    plan = lsr_plan(asked, system, settings, tmp_path / "s", held_out=unsaid)
+    assert plan.to_score == lsr_plan(asked, system, settings, tmp_path / "s").to_score + settings.k
+    judged(unsaid, system, settings, tmp_path / "s")
+    assert lsr_plan(asked, system, settings, tmp_path / "s", held_out=unsaid).on_disk == settings.k
 
 
 def test_a_second_stage_takes_up_gamma_as_it_was(system: RAG) -> None:

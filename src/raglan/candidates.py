@@ -24,7 +24,7 @@ from raglan.data import learned_answers, load_examples, stage_examples
 from raglan.encoder import Encoder
 from raglan.errors import CorpusError, RecipeError
 from raglan.objective.lsr import CORPUS_HALVES, LsrRow
-from raglan.preference import HALF, asked_pairs, preferred
+from raglan.preference import HALF, asked_pairs, favourite_pairs, preferred
 from raglan.progress import track
 from raglan.rag import RAG
 from raglan.recipe import LsrMixData, LsrObjective, QuestionData
@@ -43,14 +43,21 @@ def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrObjective, t
     return preferred(examples, texts, candidates, system, settings, table, sources=sources)
 
 
-def lsr_plan(examples: Sequence[Example], system: RAG, settings: LsrObjective, table: Path) -> Plan:
-    """What `lsr_rows` would ask of the language model, which is not asked."""
-    _, candidates = lsr_candidates(examples, system, settings)
-    if settings.target == "given":  # grades and attention are no scores
+def lsr_plan(
+    examples: Sequence[Example], system: RAG, settings: LsrObjective, table: Path, *, held_out: Sequence[Example] = ()
+) -> Plan:
+    """What `lsr_rows`, and `judged` of held-out questions, would ask of the language model, which is not asked."""
+    asked = []
+    if settings.target != "given":  # grades and attention are no scores
+        _, candidates = lsr_candidates(examples, system, settings)
+        asked.append(asked_pairs(examples, candidates, system, settings))
+    favourites = favourite_pairs(held_out, system, settings)
+    asked += [favourites] if len(favourites) else []
+    if not asked:
         return Plan(0, 0, 0, 0)
-    return ScoreTable(table, open_scorer(settings.scorer, system.generator)).plan(
-        asked_pairs(examples, candidates, system, settings)
-    )
+    scores = ScoreTable(table, open_scorer(settings.scorer, system.generator))
+    plans = [scores.plan(pairs) for pairs in asked]  # the same pair in both is rare, and would count twice
+    return Plan(*(sum(numbers) for numbers in zip(*plans, strict=True)))
 
 
 def lsr_candidates(examples: Sequence[Example], system: RAG, settings: LsrObjective) -> tuple[list[str], np.ndarray]:

@@ -30,7 +30,7 @@ from raglan.recipe import LsrObjective as LsrSettings
 from raglan.records import Example, Passage
 from raglan.scores import Pair, ScoreTable, open_scorer
 
-__all__ = ["HALF", "Pairs", "asked_pairs", "judged", "preferred"]
+__all__ = ["HALF", "Pairs", "asked_pairs", "favourite_pairs", "judged", "preferred"]
 
 log = logging.getLogger(__name__)
 HALF = "half"  # in Example.metadata: made from a passage, whose end is no end of text
@@ -81,11 +81,31 @@ def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, tabl
     """Held-out questions with what counts as found: relevant passages; else those that hold an answer, if any of the best 100
     does; else the candidate under which the generator finds the answer likeliest. Questions with neither are left out.
     """
+    if not examples:
+        return []
+    known, unheld = _searched(examples, system, settings)
+    known += _favourites(unheld, system, settings, table) if unheld else []
+    for by in ("passages", "answers", "favourite"):
+        log.info("held-out questions judged by %s: %d", by, sum(row.by == by for row in known))
+    return known
+
+
+def favourite_pairs(examples: Sequence[Example], system: RAG, settings: LsrSettings) -> Pairs:
+    """What `judged` would ask of the language model."""
+    _, unheld = _searched(examples, system, settings)
+    candidates = np.stack([rows for _, rows in unheld]) if unheld else np.zeros((0, 1), np.int64)
+    return asked_pairs([example for example, _ in unheld], candidates, system, _alone(settings))
+
+
+def _searched(
+    examples: Sequence[Example], system: RAG, settings: LsrSettings
+) -> tuple[list[HeldOut], list[tuple[Example, np.ndarray]]]:
+    """Held-out questions of which is known what counts as found, and those with candidates (K,) of which it is not."""
     corpus = system.retriever.base.corpus
     known = [HeldOut(e.query, e.history, e.relevant) for e in examples if e.relevant]
     rest = [e for e in examples if e.answers and not e.relevant]
     if not rest:
-        return known
+        return known, []
     texts = system.retriever.search_texts([e.query for e in rest], [e.history for e in rest])
     found = system.retriever.search(texts, min(DEPTH, len(corpus)))[1]
     unheld = []
@@ -94,15 +114,16 @@ def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, tabl
             known.append(HeldOut(example.query, example.history, (), example.answers, "answers"))
         else:
             unheld.append((example, rows[: settings.k]))
-    known += _favourites(unheld, system, settings, table) if unheld else []
-    for by in ("passages", "answers", "favourite"):
-        log.info("held-out questions judged by %s: %d", by, sum(row.by == by for row in known))
-    return known
+    return known, unheld
+
+
+def _alone(settings: LsrSettings) -> LsrSettings:
+    return settings.model_copy(update={"evidence": "alone", "target": "prob", "answers": "first", "loss": "divergence"})
 
 
 def _favourites(asked: Sequence[tuple[Example, np.ndarray]], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
     """Examples with their candidates, each judged by the candidate under which its first answer is likeliest."""
-    alone = settings.model_copy(update={"evidence": "alone", "target": "prob", "answers": "first", "loss": "divergence"})
+    alone = _alone(settings)
     examples, candidates = [example for example, _ in asked], np.stack([rows for _, rows in asked])
     found = _scored(examples, candidates, system, alone, table, [""] * len(examples))
     best = np.where(candidates < 0, -np.inf, found.values).argmax(1)
