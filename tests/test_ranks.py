@@ -116,10 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [*CASES, *OTHERS])
 def test_two_ranks_are_one_process(name: str, folder: Path) -> None:
-    start = {
-        name: value.detach().clone()
-        for name, value in aimed(folder, name)[0].module.named_parameters()
-    }
+    start = {name: value.detach().clone() for name, value in aimed(folder, name)[0].module.named_parameters()}
     wanted = steps(folder, name, folder / "one", size=4)
     first, second = (load_file(folder / f"{name}-{own}.safetensors") for own in (0, 1))
     assert {*first} == {*wanted}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def lsr_plan(
         return Plan(0, 0, 0, 0)
     scores = ScoreTable(table, open_scorer(settings.scorer, system.generator))
     plans = [scores.plan(pairs) for pairs in asked]  # the same pair in both is rare, and would count twice
-    return Plan(*(sum(numbers) for numbers in zip(*plans, strict=True)))
+    return Plan(*(sum(numbers) for numbers in zip(*map(astuple, plans), strict=True)))
 
 
 def lsr_candidates(examples: Sequence[Example], system: RAG, settings: LsrObjective) -> tuple[list[str], np.ndarray]:
