@@ -75,6 +75,46 @@ def test_scores_are_the_local_models(
     assert (len(served.asked), table.calls) == (asked, 0)
 
 
+def test_a_served_folder_is_named_by_its_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_KEY", KEY)
+    same, other = (tiny.llama(tmp_path / name, seed=seed) for name, seed in (("same", 0), ("other", 1)))
+    own, twin, changed = (
+        scorer("http://127.0.0.1:9/v1", folder, model=str(model)).fingerprint for model in (folder, same, other)
+    )
+    assert own == twin != changed
+
+
+CHAT = (
+    "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}[turn]{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["appends an end", "chat"])
+def test_answers_end_and_begin_as_the_local_models(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that puts its end behind every text, and a chat model whose turns end in a token of their own."""
+    words = tiny.tokenizer(begins=True, ends=kind != "chat")
+    if kind == "chat":
+        words.add_special_tokens({"additional_special_tokens": ["[turn]"]})
+        words.chat_template = CHAT
+    plain = open_generator(GeneratorSettings(model=str(tiny.llama(tmp_path / "plain")), dtype="float32"), PROMPT)
+    plain.model.resize_token_embeddings(len(words))
+    folder = tiny._saved(plain.model, words, tmp_path / "model")
+    local = open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PROMPT)
+    monkeypatch.setenv("TINY_KEY", KEY)
+    served = Served(local.model, local.tokenizer)
+    with serving(served) as address:
+        there = scorer(address, folder)
+        assert there.eos == local.eos == (words.convert_tokens_to_ids("[turn]") if kind == "chat" else 2)
+        for pair in PAIRS[:3]:
+            prompts = [who.prompt.render(pair.query, pair.passages) for who in (local, there)]
+            assert prompts[0].ids == prompts[1].ids
+            assert prompts[1].ids[-1] != 2
+            ours, theirs = (who.token_logprobs([p], [pair.answer]) for who, p in zip((local, there), prompts, strict=True))
+            assert theirs[0].tolist() == pytest.approx(ours[0].tolist(), abs=1e-4)
+    assert all(request["prompt"].count(1) == 1 for request in served.asked)
+
+
 def test_busy_and_failing_servers_are_asked_again(served: Served, address: str, folder: Path, local: HFGenerator) -> None:
     asked = scorer(address, folder)
     prompts = [local.prompt.render(PAIRS[0].query, PAIRS[0].passages)]

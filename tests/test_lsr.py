@@ -20,10 +20,10 @@ from torch import Tensor
 
 import tiny
 from raglan.artifact import read_manifest
-from raglan.candidates import lsr_rows
+from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.corpus import Corpus
 from raglan.encoder import Encoder
-from raglan.errors import CheckpointError, GeneratorError, IndexMismatch, RecipeError
+from raglan.errors import CheckpointError, CorpusError, GeneratorError, IndexMismatch, RecipeError
 from raglan.generator import HFGenerator, passage_attention
 from raglan.knowledge import KnowledgeBase, build_knowledge, passage_text
 from raglan.likelihood import lsr_divergence, lsr_target, passage_divergence, passage_logprobs
@@ -32,7 +32,7 @@ from raglan.objective.lsr import CORPUS_HALVES, CandidateRefresh, HeldOut, LsrRo
 from raglan.objective.staleness import StaleRetriever, refresh_due
 from raglan.preference import judged, preferred
 from raglan.rag import RAG
-from raglan.recipe import EncoderSettings, Recipe, load_recipe
+from raglan.recipe import EncoderSettings, LsrMixData, QuestionData, Recipe, load_recipe
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
@@ -227,6 +227,7 @@ def test_a_preset_is_its_explicit_settings(name: str) -> None:
         ("target: given", "target given needs tau"),
         ("corpus_halves: {target: sum_logprob}", "target sum_logprob needs tau"),
         ("evidence: attention", "attention is no probability: target given"),
+        ("preset: adist, scorer: {model: m}", "leave out scorer"),
         ("evidence: left_out", "left_out needs target sum_logprob or mean_logprob"),
         ("preset: emdr2, flat: skip", "a posterior is no target"),
         ("preset: emdr2, over: token, answers: any", "over token reads one answer"),
@@ -501,22 +502,74 @@ def test_attention_is_refused_where_there_is_none(system: RAG, tmp_path: Path) -
         passage_attention(generator, generator.prompt.render("who", passages), passages, "odo")
 
 
-def test_grades_are_the_target_and_graded_passages_come_in(system: RAG, tmp_path: Path) -> None:
+def test_only_what_was_judged_is_compared(system: RAG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus = system.retriever.base.corpus
     asked = [
-        Example("1", "who", ("odo",), grades={corpus[9].id: 3, corpus[1].id: -1}),
+        Example("1", "who", grades={corpus[9].id: 3, corpus[1].id: 0}),
         Example("2", "who", ("odo",), relevant=(corpus[2].id,)),
+        Example("3", "who", grades={corpus[4].id: 0}),  # one rejected passage says nothing of the others
+        Example("4", "who", grades={corpus[4].id: 0, corpus[5].id: 0}),
+        Example("6", "who", grades={corpus[4].id: 1, corpus[5].id: 1}),
+        Example("5", "who", grades={corpus[n].id: 6 - n for n in range(6)}),  # more than K: the worst stays
     ]
+    found = np.array([[0, 1, 2, 3], [0, 1, 2, -1], [4, 1, 2, 3], [4, 1, 2, 3], [4, 1, 2, 3], [9, 8, 7, 6]])
     settings = aim(system, target="given", tau=1.0, k=4).settings
-    rows = preferred(asked, ["", ""], np.array([[0, 1, 2, 3], [0, 1, 2, -1]]), system, settings, tmp_path / "s")
-    assert rows[0].candidates.tolist() == [9, 1, 0, 2]
-    assert rows[0].answer_logprobs.tolist() == [3, -1, 0, 0]
-    assert rows[1].candidates.tolist() == [2, 0, 1, -1]
-    assert rows[1].answer_logprobs.tolist() == [1, 0, 0, 0]
+    with caplog.at_level(logging.WARNING):
+        rows = preferred(asked, [""] * 6, found, system, settings, tmp_path / "s")
+    assert "1 of 6 questions have fewer than two candidates" in caplog.text
+    assert "1 questions whose passages all have the same grade" in caplog.text
+    assert [row.id for row in rows] == ["1", "2", "6", "5"]
+    assert [row.candidates.tolist() for row in rows] == [[9, 1, -1, -1], [2, 0, 1, -1], [4, 5, 1, 2], [0, 1, 2, 5]]
+    assert [row.answer_logprobs.tolist() for row in rows] == [[3, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [6, 5, 4, 1]]
     assert not (tmp_path / "s").exists()
     objective = aim(system, target="given", tau=1.0, k=4)
     log_q = objective._preferred(objective.collate(rows[:1]), torch.zeros(1, 4))
-    assert log_q.exp()[0].tolist() == pytest.approx(torch.tensor([3.0, -1, 0, 0]).softmax(-1).tolist())
+    assert log_q.exp()[0].tolist() == pytest.approx([*torch.tensor([3.0, 0.0]).softmax(-1).tolist(), 0, 0])
+    with pytest.raises(CorpusError, match="none of 2 questions has two candidates to choose between"):
+        preferred(asked[2:4], ["", ""], found[2:4], system, settings, tmp_path / "s")
+
+
+def test_a_plan_has_the_held_out_favourites_in_it(system: RAG, tmp_path: Path) -> None:
+    settings, asked = aim(system).settings, examples(system)
+    unsaid = [Example("dev", "who built it", ("nobody in the corpus",))]
+    plan = lsr_plan(asked, system, settings, tmp_path / "s", held_out=unsaid)
+    assert plan.to_score == lsr_plan(asked, system, settings, tmp_path / "s").to_score + settings.k
+    judged(unsaid, system, settings, tmp_path / "s")
+    assert lsr_plan(asked, system, settings, tmp_path / "s", held_out=unsaid).on_disk == settings.k
+
+
+def test_a_second_stage_takes_up_gamma_as_it_was(system: RAG) -> None:
+    first = aim(system, target="mean_prob", gamma=0.02, divide_by="sqrt_d")
+    system.retriever.encoder.gamma = first.gamma  # what the tuned tower's manifest keeps
+    second = aim(system, target="mean_prob", divide_by="sqrt_d")
+    assert (second.gamma, second.settings.gamma) == pytest.approx((first.gamma, 0.02))
+    assert aim(system, target="mean_prob").gamma == pytest.approx(first.gamma)
+
+
+def test_tasks_of_the_split_test_need_their_flag(system: RAG, tmp_path: Path) -> None:
+    line = {"id": "1", "query": "who", "answers": ["odo"], "split": "test"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(line) + "\n")
+    data = LsrMixData(kind="lsr_mix", sources={"tasks": 1}, path=tmp_path / "asked.jsonl")
+    with pytest.raises(CorpusError, match="allow_test"):
+        lsr_examples(data, system, 0)
+    assert len(lsr_examples(data.model_copy(update={"allow_test": True}), system, 0)) == 1
+
+
+def test_grades_need_no_answer_in_a_questions_file(system: RAG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = system.retriever.base.corpus
+    lines = [
+        {"id": "1", "query": "who", "grades": {corpus[0].id: 1, corpus[1].id: 0}},
+        {"id": "2", "query": "when", "answers": ["1790"]},
+    ]
+    (tmp_path / "graded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = QuestionData(kind="questions", path=tmp_path / "graded.jsonl")
+    with caplog.at_level(logging.WARNING):
+        found = lsr_examples(data, system, 0, graded=True)
+    assert [example.id for example in found] == ["1"]
+    assert "1 questions without a judged passage" in caplog.text
+    mixed = LsrMixData(kind="lsr_mix", path=data.path)
+    with pytest.raises(RecipeError, match="corpus_halves has none"):
+        lsr_examples(mixed, system, 0, graded=True)
 
 
 # Candidates.
@@ -551,6 +604,12 @@ def test_refreshed_candidates_are_the_tuned_encoders_and_only_new_pairs_are_scor
     assert [row.answer_length for row in other.rows] == [row.answer_length for row in rows]
     with pytest.raises(CheckpointError, match="candidates of 6 rows, and the stage has 5"):
         CandidateRefresh(rows[:5], list, 3).restore(tmp_path / "candidates.npz")
+
+
+def test_workers_that_would_keep_old_candidates_are_refused(folder: Path) -> None:
+    aimed = {"k": 4, "target": "mean_prob", "tau": 0.1, "refresh": 3}
+    with pytest.raises(RecipeError, match=r"workers hold copies[\s\S]*dataloader_num_workers: 0"):
+        train(recipe_of(folder, "workers", aimed, dataloader_num_workers=2))
 
 
 def test_a_broken_off_run_goes_on_with_its_candidates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,14 @@ def make_answer(folder: Path, tmp: Path, **settings: Any) -> tuple[Objective, Se
     return AnswerObjective(generator, **settings), rows
 
 
-def make_lsr(folder: Path, tmp: Path, **settings: Any) -> tuple[Objective, Sequence[Any]]:
+def make_lsr(folder: Path, tmp: Path, *, alike: Sequence[int] = (), **settings: Any) -> tuple[Objective, Sequence[Any]]:
+    """`alike` are rows that tell nothing: the answer is as likely with each passage."""
     chance = np.random.default_rng(0)
     rows = [
         LsrRow(query, chance.choice(30, 4, replace=False), -5 * chance.random(4, dtype=np.float32), len(answer))
         for query, answer in EIGHT
     ]
+    rows = [replace(row, answer_logprobs=np.full(4, -3.0, np.float32)) if at in alike else row for at, row in enumerate(rows)]
     return LsrObjective(opened(folder).retriever, LsrSettings(kind="lsr", target="sum_logprob", tau=1.0, **settings)), rows
 
 
@@ -175,6 +178,7 @@ MAKERS = [
     pytest.param(make_answer, {"reduction": "token"}, id="answer-token"),
     pytest.param(make_answer, {"reduction": "example"}, id="answer-example"),
     pytest.param(make_lsr, {}, id="lsr"),
+    pytest.param(make_lsr, {"flat": "skip", "alike": (0, 2, 3)}, id="lsr-flat-left-out"),
 ]
 
 

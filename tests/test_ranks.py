@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raglan.knowledge import build_knowledge
-from raglan.objective import MarginalRow
+from raglan.objective import MarginalRow, Objective
 from raglan.recipe import load_recipe
 from raglan.train import finished_parts, train
 from test_kill import small_recipe
 from test_marginal import objective
-from test_marginal_training import ALL, EIGHT, opened, trainer_of
+from test_marginal_training import ALL, EIGHT, make_answer, make_lsr, opened, trainer_of
 from test_staleness import joint
 
+OTHERS: dict[str, tuple[Callable[..., tuple[Objective, Sequence[Any]]], dict[str, Any]]] = {
+    "lsr": (make_lsr, {}),
+    "lsr, flat left out": (make_lsr, {"flat": "skip", "alike": (0, 2, 3)}),  # of the first rank's pair one, of the second's two
+    "answer by tokens": (make_answer, {"reduction": "token"}),
+    "answer by rows": (make_answer, {"reduction": "example"}),
+}  # fmt: skip
 STEPS, BOTH = 2, {"learn": ("query_encoder", "generator")}
 CASES: dict[str, dict[str, Any]] = {
     "token": {"over": "token", "reduction": "token"},
@@ -43,8 +51,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def steps(folder: Path, name: str, work: Path, *, size: int) -> dict[str, Tensor]:
-    """Two steps of one case in this process, whatever rank it is; what there is afterwards, by name."""
+def aimed(folder: Path, name: str) -> tuple[Objective, Sequence[Any], float]:
+    """A case's objective and rows, and how fast it learns."""
+    if name in OTHERS:
+        make, given = OTHERS[name]
+        with TemporaryDirectory() as apart:
+            return *make(folder, Path(apart), **given), 0.05
     settings = dict(CASES[name])
     lost = settings.pop("lost", None)
     system = opened(folder)
@@ -57,6 +69,12 @@ def steps(folder: Path, name: str, work: Path, *, size: int) -> dict[str, Tensor
         ]
     aim = objective(system, **{**BOTH, **settings})
     rate = 0.005 if settings.get("reduction") == "sum" else 0.05
+    return aim, rows, rate
+
+
+def steps(folder: Path, name: str, work: Path, *, size: int) -> dict[str, Tensor]:
+    """Two steps of one case in this process, whatever rank it is; what there is afterwards, by name."""
+    aim, rows, rate = aimed(folder, name)
     trainer_of(aim, rows, folder, work / name, max_steps=STEPS, per_device_train_batch_size=size, learning_rate=rate).train()
     return {name: value.detach().clone().contiguous() for name, value in aim.module.named_parameters()}
 
@@ -71,7 +89,7 @@ def rank(folder: Path) -> None:
     """What each rank does: every case, then a recipe."""
     torch.set_num_threads(1)
     own = int(os.environ["RANK"])
-    for name in CASES:
+    for name in (*CASES, *OTHERS):
         save_file(steps(folder, name, folder / "two", size=2), folder / f"{name}-{own}.safetensors")
     train(recipe_of(folder, "two", size=4))
 
@@ -96,12 +114,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *OTHERS])
 def test_two_ranks_are_one_process(name: str, folder: Path) -> None:
-    start = {
-        name: value.detach().clone()
-        for name, value in objective(opened(folder), **{**BOTH, **learn(name)}).module.named_parameters()
-    }
+    start = {name: value.detach().clone() for name, value in aimed(folder, name)[0].module.named_parameters()}
     wanted = steps(folder, name, folder / "one", size=4)
     first, second = (load_file(folder / f"{name}-{own}.safetensors") for own in (0, 1))
     assert {*first} == {*wanted}
@@ -113,10 +128,6 @@ def test_two_ranks_are_one_process(name: str, folder: Path) -> None:
     assert apart(start, wanted) > 1e-4
     assert all(torch.isfinite(value).all() for value in first.values())
     assert apart(first, wanted) < 2e-3 * apart(start, wanted)
-
-
-def learn(name: str) -> dict[str, Any]:
-    return {key: value for key, value in CASES[name].items() if key in ("learn", "staleness")}
 
 
 def test_a_recipe_trained_by_two_ranks_is_that_trained_by_one(folder: Path) -> None:

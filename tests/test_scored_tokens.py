@@ -142,20 +142,28 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> RAG:
 @pytest.mark.parametrize("over", ["sequence", "token"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_eight_together_are_eight_alone(kind: str, over: str, system: RAG, tmp_path: Path) -> None:
+    """Both models compute in float64: random ones like all passages nearly alike, and what the query encoder learns from is
+    posterior minus prior, a small difference of large numbers, of which float32 leaves two digits.
+    """
     generator = made(kind, tmp_path)
+    generator.model.double()
+    system.retriever.encoder.split().double()
     questions = [MarginalRow(query, answer) for query, answer in zip(QUERIES * 2, ANSWERS + ANSWERS[::-1], strict=True)]
-    found: list[tuple[float, list[Any]]] = []
+    found: list[tuple[float, dict[str, list[Any]]]] = []
     for size in (8, 1):
         aim = objective(system, generator=generator, over=over, reduction="sum")
         aim.module.eval()
         aim.module.zero_grad()
         losses = [aim.loss(aim.collate(questions[start : start + size]))[0] for start in range(0, 8, size)]
         sum(losses).backward()
-        gradients = [p.grad.clone() for part in aim.parameters().values() for p in part]
+        gradients = {name: [p.grad.clone() for p in part] for name, part in aim.parameters().items()}
         found.append((sum(loss.item() for loss in losses), gradients))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for one, other in zip(found[0][1], found[1][1], strict=True):
-        assert float((one - other).norm()) <= 1e-3 * float(other.norm()) + 1e-5
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for part, ones in found[0][1].items():
+        others = found[1][1][part]
+        largest = max(float(other.norm()) for other in others)  # a bias that cancels has nothing but rounding
+        for one, other in zip(ones, others, strict=True):
+            assert float((one - other).norm()) <= 1e-4 * float(other.norm()) + 1e-5 * largest, part
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5", "llama"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ import numpy as np
 from raglan.corpus import Corpus
 from raglan.data import learned_answers, load_examples, stage_examples
 from raglan.encoder import Encoder
-from raglan.errors import CorpusError
+from raglan.errors import CorpusError, RecipeError
 from raglan.objective.lsr import CORPUS_HALVES, LsrRow
-from raglan.preference import HALF, asked_pairs, preferred
+from raglan.preference import HALF, asked_pairs, favourite_pairs, preferred
 from raglan.progress import track
 from raglan.rag import RAG
 from raglan.recipe import LsrMixData, LsrObjective, QuestionData
@@ -43,14 +43,21 @@ def lsr_rows(examples: Sequence[Example], system: RAG, settings: LsrObjective, t
     return preferred(examples, texts, candidates, system, settings, table, sources=sources)
 
 
-def lsr_plan(examples: Sequence[Example], system: RAG, settings: LsrObjective, table: Path) -> Plan:
-    """What `lsr_rows` would ask of the language model, which is not asked."""
-    _, candidates = lsr_candidates(examples, system, settings)
-    if settings.target == "given":  # grades and attention are no scores
+def lsr_plan(
+    examples: Sequence[Example], system: RAG, settings: LsrObjective, table: Path, *, held_out: Sequence[Example] = ()
+) -> Plan:
+    """What `lsr_rows`, and `judged` of held-out questions, would ask of the language model, which is not asked."""
+    asked = []
+    if settings.target != "given":  # grades and attention are no scores
+        _, candidates = lsr_candidates(examples, system, settings)
+        asked.append(asked_pairs(examples, candidates, system, settings))
+    favourites = favourite_pairs(held_out, system, settings)
+    asked += [favourites] if len(favourites) else []
+    if not asked:
         return Plan(0, 0, 0, 0)
-    return ScoreTable(table, open_scorer(settings.scorer, system.generator)).plan(
-        asked_pairs(examples, candidates, system, settings)
-    )
+    scores = ScoreTable(table, open_scorer(settings.scorer, system.generator))
+    plans = [scores.plan(pairs) for pairs in asked]  # the same pair in both is rare, and would count twice
+    return Plan(*(sum(numbers) for numbers in zip(*map(astuple, plans), strict=True)))
 
 
 def lsr_candidates(examples: Sequence[Example], system: RAG, settings: LsrObjective) -> tuple[list[str], np.ndarray]:
@@ -73,21 +80,30 @@ def lsr_candidates(examples: Sequence[Example], system: RAG, settings: LsrObject
     return texts, candidates
 
 
-def lsr_examples(data: QuestionData | LsrMixData, system: RAG, seed: int, *, every: bool = False) -> list[Example]:
+def lsr_examples(
+    data: QuestionData | LsrMixData, system: RAG, seed: int, *, every: bool = False, graded: bool = False
+) -> list[Example]:
     """The examples an lsr stage learns from, in their shares, in an order that follows from the seed.
 
     Args:
         every: keep all answers of a question, whatever `data.answers` says.
+        graded: people's judgements of passages are learned: a question needs those, and no answer.
 
     Raises:
-        CorpusError: no question with an answer, or no passage that is long enough.
+        CorpusError: no question with an answer or judged passages, or no passage that is long enough.
+        RecipeError: judgements are asked of halves, which nobody judged.
     """
+    if graded and isinstance(data, LsrMixData) and CORPUS_HALVES in data.sources:
+        raise RecipeError(
+            "target: given needs people's grades, and data.sources.corpus_halves has none", hint="data.sources: {tasks: 1}"
+        )
     tasks = data if isinstance(data, QuestionData) else data.tasks
     corpus = system.retriever.base.corpus
     asked: list[Example] = []
     if tasks is not None:
         tasks = tasks.model_copy(update={"answers": "each"}) if every else tasks
-        asked = learned_answers(stage_examples(tasks, corpus, seed), tasks, system.retriever, seed)
+        asked = stage_examples(tasks, corpus, seed, needs="passages" if graded else "answers")
+        asked = asked if graded else learned_answers(asked, tasks, system.retriever, seed)
     return asked if isinstance(data, QuestionData) else _mixed(asked, data, system, seed)
 
 

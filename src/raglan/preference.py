@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raglan.corpus import Corpus
+from raglan.errors import CorpusError
 from raglan.generator import passage_attention
 from raglan.metrics import answer_recall
 from raglan.objective.lsr import CORPUS_HALVES, HeldOut, LsrRow
@@ -29,7 +30,7 @@ from raglan.recipe import LsrObjective as LsrSettings
 from raglan.records import Example, Passage
 from raglan.scores import Pair, ScoreTable, open_scorer
 
-__all__ = ["HALF", "Pairs", "asked_pairs", "judged", "preferred"]
+__all__ = ["HALF", "Pairs", "asked_pairs", "favourite_pairs", "judged", "preferred"]
 
 log = logging.getLogger(__name__)
 HALF = "half"  # in Example.metadata: made from a passage, whose end is no end of text
@@ -48,16 +49,17 @@ def preferred(
     examples: Sequence[Example], texts: Sequence[str], candidates: np.ndarray, system: RAG, settings: LsrSettings, table: Path,
     *, sources: Sequence[str] = (),
 ) -> list[LsrRow]:  # fmt: skip
-    """A row for each example that has two candidates or more.
+    """A row for each example that has two candidates or more and tells them apart.
 
     Args:
         texts: what is searched for, of each example.
-        candidates: rows (N,K), −1 where there is none. With grades, graded passages come in at the front.
+        candidates: rows (N,K), −1 where there is none. With grades, the passages that were judged take their place.
         table: the folder of language-model scores.
         sources: which data made each example; default none in particular.
 
     Raises:
         GeneratorError: attention is asked of a generator that has none across.
+        CorpusError: no example has two candidates, or no graded one two grades.
     """
     sources = sources or [""] * len(examples)
     if settings.target == "given" and settings.evidence == "alone":
@@ -72,18 +74,38 @@ def preferred(
         )
         for n, example in enumerate(examples)
     ]
-    return [row for row in rows if (row.candidates >= 0).sum() > 1]
+    return _telling(rows, settings)
 
 
 def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
     """Held-out questions with what counts as found: relevant passages; else those that hold an answer, if any of the best 100
     does; else the candidate under which the generator finds the answer likeliest. Questions with neither are left out.
     """
+    if not examples:
+        return []
+    known, unheld = _searched(examples, system, settings)
+    known += _favourites(unheld, system, settings, table) if unheld else []
+    for by in ("passages", "answers", "favourite"):
+        log.info("held-out questions judged by %s: %d", by, sum(row.by == by for row in known))
+    return known
+
+
+def favourite_pairs(examples: Sequence[Example], system: RAG, settings: LsrSettings) -> Pairs:
+    """What `judged` would ask of the language model."""
+    _, unheld = _searched(examples, system, settings)
+    candidates = np.stack([rows for _, rows in unheld]) if unheld else np.zeros((0, 1), np.int64)
+    return asked_pairs([example for example, _ in unheld], candidates, system, _alone(settings))
+
+
+def _searched(
+    examples: Sequence[Example], system: RAG, settings: LsrSettings
+) -> tuple[list[HeldOut], list[tuple[Example, np.ndarray]]]:
+    """Held-out questions of which is known what counts as found, and those with candidates (K,) of which it is not."""
     corpus = system.retriever.base.corpus
     known = [HeldOut(e.query, e.history, e.relevant) for e in examples if e.relevant]
     rest = [e for e in examples if e.answers and not e.relevant]
     if not rest:
-        return known
+        return known, []
     texts = system.retriever.search_texts([e.query for e in rest], [e.history for e in rest])
     found = system.retriever.search(texts, min(DEPTH, len(corpus)))[1]
     unheld = []
@@ -92,15 +114,16 @@ def judged(examples: Sequence[Example], system: RAG, settings: LsrSettings, tabl
             known.append(HeldOut(example.query, example.history, (), example.answers, "answers"))
         else:
             unheld.append((example, rows[: settings.k]))
-    known += _favourites(unheld, system, settings, table) if unheld else []
-    for by in ("passages", "answers", "favourite"):
-        log.info("held-out questions judged by %s: %d", by, sum(row.by == by for row in known))
-    return known
+    return known, unheld
+
+
+def _alone(settings: LsrSettings) -> LsrSettings:
+    return settings.model_copy(update={"evidence": "alone", "target": "prob", "answers": "first", "loss": "divergence"})
 
 
 def _favourites(asked: Sequence[tuple[Example, np.ndarray]], system: RAG, settings: LsrSettings, table: Path) -> list[HeldOut]:
     """Examples with their candidates, each judged by the candidate under which its first answer is likeliest."""
-    alone = settings.model_copy(update={"evidence": "alone", "target": "prob", "answers": "first", "loss": "divergence"})
+    alone = _alone(settings)
     examples, candidates = [example for example, _ in asked], np.stack([rows for _, rows in asked])
     found = _scored(examples, candidates, system, alone, table, [""] * len(examples))
     best = np.where(candidates < 0, -np.inf, found.values).argmax(1)
@@ -184,21 +207,50 @@ def _attended(examples: Sequence[Example], candidates: np.ndarray, system: RAG, 
     return Evidence(values, np.ones(len(examples), np.int64), {})
 
 
-def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
-    """Grades of candidates, 0 where nobody gave one, and 1 where a passage is only said to be relevant.
+def _telling(rows: Sequence[LsrRow], settings: LsrSettings) -> list[LsrRow]:
+    """Rows with two candidates or more and, where people graded them, with two grades or more; how many are not is told.
 
-    Graded passages that the search did not find stand before the others, the best first, and the last found give way.
+    One grade for all would be a flat target, which pulls the retriever up to passages that were rejected.
+    """
+    several = [row for row in rows if (row.candidates >= 0).sum() > 1]
+    if len(several) < len(rows):
+        log.warning("%d of %d questions have fewer than two candidates and are left out", len(rows) - len(several), len(rows))
+    kept = several
+    if settings.target == "given" and settings.evidence == "alone":
+        kept = [row for row in several if len(set(row.answer_logprobs[row.candidates >= 0].tolist())) > 1]
+    if len(kept) < len(several):
+        log.warning("%d questions whose passages all have the same grade are left out", len(several) - len(kept))
+    if rows and not kept:
+        raise CorpusError(
+            f"none of {len(rows)} questions has two candidates to choose between",
+            hint="each needs two passages or more; with target: given, two that people judged differently",
+        )
+    return kept
+
+
+def _graded(examples: Sequence[Example], candidates: np.ndarray, corpus: Corpus) -> tuple[np.ndarray, Evidence]:
+    """Grades of candidates, the best first: only those that somebody judged, whether the search found them or not.
+
+    Nobody's judgement is not the grade 0, which says "irrelevant". Only where all that was judged, or is said to be relevant,
+    has one grade above 0, what else the search found stands beside it with 0, and the last found give way.
     """
     chosen = np.full_like(candidates, -1)
     values = np.zeros(candidates.shape, dtype=np.float32)
     for n, example in enumerate(examples):
-        grades = {**dict.fromkeys(example.relevant, 1), **example.grades}
+        grades = example.grades or dict.fromkeys(example.relevant, 1)
         known = {row: grade for name, grade in grades.items() if (row := corpus.row(name)) is not None}
-        order = [*sorted(known, key=lambda row: -known[row]), *(row for row in candidates[n].tolist() if row not in known)]
-        kept = order[: candidates.shape[1]]
+        praised = len(set(known.values())) == 1 and min(known.values()) > 0
+        others = [row for row in candidates[n].tolist() if row not in known] if praised else []
+        kept = _spanning(sorted(known, key=lambda row: -known[row]), candidates.shape[1]) + others
+        kept = kept[: candidates.shape[1]]
         chosen[n, : len(kept)] = kept
         values[n, : len(kept)] = [known.get(row, 0) for row in kept]
     return chosen, Evidence(values, np.ones(len(examples), np.int64), {})
+
+
+def _spanning(order: list[int], most: int) -> list[int]:
+    """At most so many of an order: its head, and its last, so that the worst stays beside the best."""
+    return order if len(order) <= most else [*order[: most - 1], order[-1]]
 
 
 def _tokens(found: Evidence, n: int, settings: LsrSettings) -> np.ndarray | None:

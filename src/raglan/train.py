@@ -47,7 +47,6 @@ from raglan.objective import (
     TurnObjective,
     learns_to_retrieve,
 )
-from raglan.objective.lsr import HeldOut
 from raglan.objective.staleness import Refresher, StaleRetriever
 from raglan.preference import judged
 from raglan.rag import PRIOR, RAG
@@ -164,7 +163,9 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
         else:
             system = before.open(recipe)
             examples = _lsr_examples(recipe, stage, system, objective)
-            told[stage.name] = lsr_plan(examples, system, objective, recipe.run / "scores")
+            told[stage.name] = lsr_plan(
+                examples, system, objective, recipe.run / "scores", held_out=_lsr_held_out(recipe, stage, system)
+            )
     return told
 
 
@@ -423,11 +424,14 @@ def _mixed(
 
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
-    data, corpus, table = _lsr_data(stage), system.retriever.base.corpus, recipe.run / "scores"
+    table = recipe.run / "scores"
+    if settings.refresh != "never" and stage.settings.train.get("dataloader_num_workers", 0):
+        raise RecipeError(
+            f"stages.{stage.name}: objective.refresh changes rows that dataloader workers hold copies of",
+            hint="train.dataloader_num_workers: 0, or refresh: never",
+        )
     examples = _lsr_examples(recipe, stage, system, settings)
-    held_out: list[HeldOut] = []
-    if data.dev is not None:
-        held_out = judged(load_examples(data.dev, corpus, limit=500, seed=recipe.seed), system, settings, table)
+    held_out = judged(_lsr_held_out(recipe, stage, system), system, settings, table)
     if settings.learn == "both":
         system.retriever = StaleRetriever.of(system.retriever, over_retrieve=settings.over_retrieve)
     objective = LsrObjective(system.retriever, settings)
@@ -437,11 +441,16 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     return objective, rows, held_out
 
 
+def _lsr_held_out(recipe: Recipe, stage: _Stage, system: RAG) -> list[Example]:
+    dev = _lsr_data(stage).dev
+    return [] if dev is None else load_examples(dev, system.retriever.base.corpus, limit=500, seed=recipe.seed)
+
+
 def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> list[Example]:
     data = _lsr_data(stage)
-    if not isinstance(data, FeedbackData):
-        return lsr_examples(data, system, recipe.seed, every=settings.answers == "any")
     graded = settings.target == "given" and settings.evidence == "alone"  # people's judgements need no answer beside them
+    if not isinstance(data, FeedbackData):
+        return lsr_examples(data, system, recipe.seed, every=settings.answers == "any", graded=graded)
     needs, held_out = "passages" if graded else "answers", _held_out(recipe, stage)
     return stage_examples(data, system.retriever.base.corpus, recipe.seed, held_out=held_out, needs=needs)
 

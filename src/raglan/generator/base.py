@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from raglan.artifact import fingerprint
 from raglan.errors import GeneratorError
-from raglan.prompt import Prompt, Rendered
+from raglan.prompt import MARK, Prompt, Rendered
 from raglan.records import Completion
 
-__all__ = ["Generator", "Scorer", "answer_ids", "tokenizer_identity"]
+__all__ = ["Generator", "Scorer", "answer_ids", "end_of_turn", "tokenizer_identity"]
 
 
 class Scorer(ABC):
@@ -68,6 +68,16 @@ def answer_ids(tokenizer: Any, answer: str, space: str = "") -> list[int]:
             f"answer {answer!r} has no token in this model's vocabulary", hint="correct or remove it in the question file"
         )
     return list(ids)
+
+
+def end_of_turn(tokenizer: Any, ends: Collection[int]) -> int | None:
+    """The control token that the chat template writes behind what an assistant says, if it writes one: one of the tokenizer's
+    special tokens, or of the end tokens that are known.
+    """
+    chat = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+    _, _, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(MARK)
+    first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
+    return int(first[0]) if first and first[0] in {*tokenizer.all_special_ids, *ends} else None
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

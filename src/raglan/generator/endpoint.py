@@ -15,20 +15,22 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
-from raglan.artifact import fingerprint
+from raglan.artifact import directory_fingerprint, fingerprint
 from raglan.errors import CheckpointError, GeneratorError, require
-from raglan.generator.base import Scorer, answer_ids, tokenizer_identity
+from raglan.generator.base import Scorer, answer_ids, end_of_turn, tokenizer_identity
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly
 from raglan.recipe import PromptSettings, ScorerSettings
 
 __all__ = ["EndpointScorer"]
 
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 PROBE = ("The tower was built in", "1831, by a miller")
 HINT = "it must return prompt log-probabilities, as `vllm serve MODEL` does; most hosted services do not"
 
@@ -46,10 +48,12 @@ class EndpointScorer(Scorer):
         self.settings, self.tokenizer = settings, _tokenizer(settings.tokenizer or settings.model)
         if self.tokenizer.eos_token_id is None:
             raise GeneratorError(f"the tokenizer of {settings.model!r} names no end token", hint="set its eos_token")
-        self.eos = int(self.tokenizer.eos_token_id)
+        own = int(self.tokenizer.eos_token_id)
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         layout = prompt.layout if prompt.layout != "auto" else "chat" if chat else "joined"
-        self.prompt = Prompt(prompt, self.tokenizer, layout=layout)
+        closes = end_of_turn(self.tokenizer, [own]) if layout == "chat" else None
+        self.eos = own if closes is None else closes
+        self.prompt = Prompt(prompt, self.tokenizer, layout=layout, end=own)
         self._key = _key(settings.api_key_env)
         self._read: _Reading | None = None
 
@@ -60,7 +64,9 @@ class EndpointScorer(Scorer):
     @property
     def fingerprint(self) -> str:
         prompt = [self.prompt.settings.model_dump(mode="json"), self.prompt.layout, self.eos]
-        named = [self.settings.model, self.settings.revision]
+        folder = Path(self.settings.model)  # a server may serve a folder of this machine, whose weights may change
+        weights = directory_fingerprint(folder, WEIGHTS) if folder.is_dir() else self.settings.model
+        named = [weights, self.settings.revision]
         return fingerprint([named, tokenizer_identity(self.tokenizer), prompt])
 
     def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
@@ -116,7 +122,7 @@ class EndpointScorer(Scorer):
         openai = require("openai", "to score on an endpoint")
         question, answer = PROBE
         labels = answer_ids(self.tokenizer, answer, " ")
-        ids = [*self.tokenizer(question)["input_ids"], *labels]
+        ids = [*self.prompt.opened(question), *labels]
         why = ""
         for read in ASKS:
             try:

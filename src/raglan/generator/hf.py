@@ -34,12 +34,12 @@ from raglan.artifact import fingerprint, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
-from raglan.generator.base import Generator, answer_ids, tokenizer_identity
+from raglan.generator.base import Generator, answer_ids, end_of_turn, tokenizer_identity
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
 from raglan.memory import give_back, keep_freed
 from raglan.progress import track
-from raglan.prompt import MARK, Prompt, Rendered
+from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly, without_bars
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
@@ -84,7 +84,7 @@ class HFGenerator(Generator):
         longest = getattr(sized, "max_position_embeddings", None)
         self._positions = int(longest) if longest else None
         layout = prompt.layout if prompt.layout != "auto" else self._layout()
-        closes = self._end_of_turn() if layout == "chat" else None
+        closes = end_of_turn(tokenizer, self.ends) if layout == "chat" else None
         if closes is not None:
             self.eos, self.ends = closes, list(dict.fromkeys([*self.ends, closes]))
         end = None if self.is_seq2seq else own
@@ -246,13 +246,6 @@ class HFGenerator(Generator):
         if self.reader is not None:
             return "fused"
         return "chat" if not self.is_seq2seq and getattr(self.tokenizer, "chat_template", None) else "joined"
-
-    def _end_of_turn(self) -> int | None:
-        """The control token that the chat template writes behind what an assistant says, if it writes one."""
-        chat = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
-        _, _, after = self.tokenizer.apply_chat_template(chat, tokenize=False).rpartition(MARK)
-        first = self.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
-        return first[0] if first and first[0] in {*self.tokenizer.all_special_ids, *self.ends} else None
 
     @property
     def positions(self) -> int | None:

@@ -96,18 +96,20 @@ class LsrObjective(Objective):
 
     def __init__(self, retriever: Retriever, settings: LsrSettings):
         encoder = retriever.encoder
-        gamma = settings.gamma or encoder.gamma or default_gamma(encoder.similarity)
+        root = encoder.dimension**0.5 if settings.divide_by == "sqrt_d" else 1.0
+        stored = encoder.gamma and encoder.gamma / root  # an earlier stage's γ has √D in it
+        gamma = settings.gamma or stored or default_gamma(encoder.similarity)
         tau = settings.tau or (0.01 if settings.target in ("prob", "mean_prob") else None)
         self.retriever, self.settings = retriever, settings.model_copy(update={"gamma": gamma, "tau": tau})
-        self.gamma = gamma * (encoder.dimension**0.5 if settings.divide_by == "sqrt_d" else 1.0)
-        towers = {"query_encoder": encoder.split()}
+        self.gamma = gamma * root
+        towers: dict[str, nn.Module] = {"query_encoder": encoder.split()}
         if settings.learn == "both":
             towers["passage_encoder"] = encoder.passage_tower
         for tower in towers.values():
             for name, parameter in tower.named_parameters():
                 parameter.requires_grad_("pooler" not in name)  # BERT's pooler takes no part in the vector
         self.towers = towers
-        self.module = nn.ModuleDict(towers) if len(towers) > 1 else towers["query_encoder"]
+        self.module: _Towers = _Towers(towers, lambda batch: self._scored(batch, stored=settings.learn == "query_encoder"))
         self.refresher: Refresher | None = None
         self.research: CandidateRefresh | None = None
 
@@ -115,7 +117,7 @@ class LsrObjective(Objective):
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         moved = self._moved(batch)
-        doc_scores = self._scored(moved, stored=self.settings.learn == "query_encoder")
+        doc_scores: Tensor = (module or self.module)(moved)
         log_p = passage_logprobs(doc_scores, present=moved["passage_mask"], temperature=self.gamma)
         log_q = self._preferred(moved, log_p.detach())
         losses = self._losses(log_p, log_q, moved)
@@ -127,6 +129,13 @@ class LsrObjective(Objective):
                 "flat": flat.float().mean(), "agreement": (log_q.argmax(-1) == log_p.argmax(-1)).float().mean(),
             }  # fmt: skip
         return torch.where(kept, losses, 0.0).sum() / kept.sum().clamp_min(1), figures
+
+    def items(self, batch: dict[str, Any]) -> int:
+        """Rows; where flat targets take no part, rows whose target is not flat. A target does not depend on what learns."""
+        if self.settings.flat == "keep":
+            return super().items(batch)
+        moved = self._moved(batch)
+        return int((normalised_entropy(self._target(moved)) <= FLAT).sum())
 
     def collate(self, rows: Sequence[LsrRow]) -> dict[str, Any]:
         candidates = np.stack([row.candidates for row in rows])
@@ -236,9 +245,12 @@ class LsrObjective(Objective):
 
     def _preferred(self, batch: dict[str, Tensor], log_p: Tensor) -> Tensor:
         """log q (B,K), detached: the target, or with loss marginal the posterior."""
-        sums, present = batch["answer_logprobs"], batch["passage_mask"]
         if self.settings.loss == "marginal":
-            return passage_logprobs(log_p + sums, present=present)
+            return passage_logprobs(log_p + batch["answer_logprobs"], present=batch["passage_mask"])
+        return self._target(batch)
+
+    def _target(self, batch: dict[str, Tensor]) -> Tensor:
+        sums, present = batch["answer_logprobs"], batch["passage_mask"]
         shared: dict[str, Any] = {"answer_lengths": batch["answer_lengths"], "passage_mask": present}
         log_q = lsr_target(sums, target=self.settings.target, tau=self.settings.tau, **shared)
         other = self.settings.corpus_halves
@@ -256,11 +268,32 @@ class LsrObjective(Objective):
         return -marginal_logprob(log_p, each, places < lengths[:, None], over=self.settings.over)
 
 
+class _Towers(nn.Module):
+    """The towers that learn, and the whole of what learns from them in one forward pass: a wrapper (DDP, FSDP) averages only
+    gradients of what its own forward pass saw.
+    """
+
+    def __init__(self, towers: dict[str, nn.Module], score: Callable[[dict[str, Tensor]], Tensor]):
+        super().__init__()
+        for name, tower in towers.items():
+            self.add_module(name, tower)
+        self._score = score
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch → doc_scores (B,K)."""
+        return self._score(batch)
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        for tower in self.children():
+            cast(Any, tower).gradient_checkpointing_enable(**settings)
+
+
 class CandidateRefresh:
     """Searches for candidates anew with the query encoder as it is, every so many steps.
 
     `rows` is changed in place, row by row, by what `make` gives for the same examples; what the table of scores knows
-    already costs no call.
+    already costs no call. The batch behind a refresh was collated before it and has the old candidates; a run that goes on
+    from a checkpoint of that very step has the new ones there, and is no copy of a straight run in that one batch.
     """
 
     def __init__(self, rows: list[LsrRow], make: Callable[[], Sequence[LsrRow]], every: int):

@@ -213,6 +213,7 @@ class LsrMixData(Settings):
     exclude_documents_of: tuple[Path, ...] = Field(
         (), description="Questions whose relevant passages' documents give no halves: those that are evaluated on."
     )
+    allow_test: AllowTest = False
 
     @model_validator(mode="after")
     def _tasks_have_questions(self) -> LsrMixData:
@@ -225,7 +226,9 @@ class LsrMixData(Settings):
     @property
     def tasks(self) -> QuestionData | None:
         """The source of questions, as data of its own."""
-        return None if self.path is None else QuestionData(kind="questions", path=self.path, dev=self.dev)
+        return None if self.path is None else QuestionData(
+            kind="questions", path=self.path, dev=self.dev, allow_test=self.allow_test
+        )  # fmt: skip
 
 
 def _url_or_path(value: Any) -> Any:

@@ -146,6 +146,8 @@ class LsrObjective(Settings):
             raise ValueError("evidence left_out needs target sum_logprob or mean_logprob: it is a negative log-probability")
         if self.evidence == "attention" and self.target != "given":
             raise ValueError("evidence attention is no probability: target given")
+        if self.evidence == "attention" and self.scorer is not None:
+            raise ValueError("evidence attention is the generator's own: leave out scorer")
         if self.loss == "marginal" and (self.evidence != "alone" or self.target == "given"):
             raise ValueError(
                 "loss marginal needs the answer's probabilities with each passage: evidence alone, no given target"
