@@ -26,9 +26,9 @@ from test_rag_decode import QUERIES, all_answers, asked, contexts, lively, next_
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize(("beams", "least", "gram"), [(1, 0, 0), (4, 0, 0), (1, 4, 0), (4, 4, 0), (1, 0, 2), (4, 0, 2)])
+@pytest.mark.parametrize(("beams", "least", "gram"), [(1, 0, 0), (4, 0, 0), (1, 4, 0), (4, 4, 0), (1, 0, 1), (4, 0, 2)])
 def test_rag_token_of_t5_is_transformers(seed: int, beams: int, least: int, gram: int, tmp_path: Path) -> None:
-    """Theirs counts the start token among the written words, so that no single word is forbidden here."""
+    """Theirs counts the start token, which is <pad>, among the written words: until that is written, both are one."""
     generator = lively(made("t5", tmp_path, seed=seed), 3.0 + seed)
     torch.manual_seed(seed)
     scores = torch.randn(2, 3)
@@ -46,7 +46,9 @@ def test_rag_token_of_t5_is_transformers(seed: int, beams: int, least: int, gram
     settings = RagTokenDecode(kind="rag_token", beams=beams, max_new_tokens=8, min_new_tokens=least, no_repeat_ngram_size=gram)
     for row, answer in zip(found.tolist(), rag_token(generator, question, settings), strict=True):
         end = next((place for place, token in enumerate(row[1:], 1) if token == 2), len(row) - 1)
-        assert tuple(row[1 : end + 1]) == answer.ids
+        same = answer.ids.index(0) if gram and 0 in answer.ids else max(end, len(answer.ids))
+        assert tuple(row[1 : end + 1])[:same] == answer.ids[:same]
+        assert same > 1
         assert len(answer.ids) >= least
 
 
