@@ -5,6 +5,7 @@ an index smaller than K whose scores are all negative, through the loss and the 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_a_model_in_half_precision_makes_their_loss_nan_and_leaves_ours(kind: ty
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_with_one_supervised_token_they_forget_the_prior(seed: int, tmp_path: Path) -> None:
-    """Theirs puts the prior on the second token: where there is none, −log Σ_k p(y|z_k), and a retriever that learns nothing."""
+    """Theirs puts the prior on the second token: where there is none, −log Σ_k p(y|z_k), and no gradient for a retriever."""
     generator = lively(made("bart", tmp_path, seed=seed))
     generator.prefix = [1]
     torch.manual_seed(seed)
@@ -144,8 +145,8 @@ def negative(tmp_path_factory: pytest.TempPathFactory) -> RAG:
         last = max(key for key in held if key.endswith("output.LayerNorm.bias"))
         save_file({**held, last: held[last] + bias}, file, metadata={"format": "pt"})
     tiny.bart(folder / "bart")
-    lines = ['{"id": "%d", "text": "the tower of %s was built in %d"}' % (n, name, 1790 + n) for n, name in enumerate("abc")]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    rows = [{"id": name, "text": f"the tower of {name} was built in {1790 + n}"} for n, name in enumerate("abc")]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = Recipe.model_validate({
         "name": "negative", "retriever": {"k": 3}, "generator": {"model": str(folder / "bart"), "dtype": "float32"},
         "knowledge": {

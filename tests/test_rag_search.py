@@ -54,7 +54,7 @@ def test_rag_token_of_t5_is_transformers(seed: int, beams: int, least: int, gram
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize(("beams", "least", "gram"), [(1, 4, 0), (4, 4, 0), (1, 0, 2), (4, 0, 2), (4, 4, 3)])
-def test_rag_token_of_bart_obeys_the_rules_as_transformers(seed: int, beams: int, least: int, gram: int, tmp_path: Path) -> None:
+def test_rag_token_of_bart_obeys_rules_as_transformers(seed: int, beams: int, least: int, gram: int, tmp_path: Path) -> None:
     """Its start token, which theirs counts among the written words, is its end token too."""
     generator = lively(made("bart", tmp_path, seed=seed), 3.0 + seed)
     generator.prefix = [2]  # theirs starts from </s> alone

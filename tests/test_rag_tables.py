@@ -117,7 +117,7 @@ def test_thorough_and_fast_decoded(mode: str, best: str, logprob: float, posteri
 
 @pytest.mark.parametrize("mode", ["thorough", "fast"])
 def test_what_three_passages_find_is_added(mode: str) -> None:
-    rest = {word: 0.06 for word in "FGHIJ"}
+    rest = dict.fromkeys("FGHIJ", 0.06)
     tables = [{"": {"A": 0.6, "B": 0.1, **rest}}, {"": {"B": 0.5, "C": 0.5}}, {"": {"B": 0.5, "D": 0.5}}]
     settings = RagSequenceDecode(kind="rag_sequence", mode=mode, beams=2, max_new_tokens=1)
     answer = rag_sequence(*asked([0.4, 0.3, 0.3], tables), settings)[0]
@@ -188,7 +188,8 @@ def chi_square(counts: Counter[str], p: Mapping[str, float], draws: int) -> floa
     "sample",
     [
         SampleSettings(temperature=0.4), SampleSettings(temperature=1.8), SampleSettings(top_p=0.6),
-        SampleSettings(temperature=1.5, top_p=0.7), SampleSettings(top_k=2), SampleSettings(temperature=0.7, top_k=3, top_p=0.9),
+        SampleSettings(temperature=1.5, top_p=0.7), SampleSettings(top_k=2),
+        SampleSettings(temperature=0.7, top_k=3, top_p=0.9),
     ],
     ids=str,
 )  # fmt: skip
