@@ -30,15 +30,15 @@ ANSWERS = ["Odo Marrack", "1790", "a"]
 MODELS = ["bart", "t5", "llama", "reader"]
 
 
-def made(kind: str, folder: Path, **settings: Any) -> HFGenerator:
+def made(kind: str, folder: Path, *, seed: int = 0, **settings: Any) -> HFGenerator:
     if kind == "reader":
-        model, words = tiny.reader(folder=folder / "bert")
+        model, words = tiny.reader(folder=folder / "bert", seed=seed)
         model.save_pretrained(str(folder / "reader"))
         words.save_pretrained(str(folder / "reader"))
         name = folder / "reader"
     else:
-        makers: dict[str, Callable[[Path], Path]] = {"bart": tiny.bart, "t5": tiny.t5, "llama": tiny.llama}
-        name = makers[kind](folder / kind)
+        makers: dict[str, Callable[..., Path]] = {"bart": tiny.bart, "t5": tiny.t5, "llama": tiny.llama}
+        name = makers[kind](folder / kind, seed=seed)
     return open_generator(GeneratorSettings(model=str(name), dtype="float32", **settings), PromptSettings(max_tokens=300))
 
 

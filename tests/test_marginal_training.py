@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from raglan.artifact import directory_fingerprint
 from raglan.errors import CheckpointError
 from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
 from raglan.objective import AnswerObjective, LsrObjective, MarginalRow, Objective
@@ -131,6 +132,34 @@ def test_the_search_carries_no_gradient_and_the_scores_do(learn: tuple[str, ...]
     assert doc_scores.requires_grad == ("query_encoder" in learn)
     vectors = aim._passages(rows, torch.device("cpu"))
     assert vectors.requires_grad == ("passage_encoder" in learn)
+
+
+def test_a_tower_that_is_copied_leaves_the_index_as_it_was(tmp_path: Path) -> None:
+    """One tower for both sides: its query side learns through `train`, and not a byte of passage tower or index moves."""
+    path = small_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["stages"] = {"joint": joint(recipe)}
+    path.write_text(yaml.safe_dump(recipe))
+    loaded = load_recipe(path)
+    build_knowledge(loaded.knowledge)
+    index, tower = tmp_path / "kb", tmp_path / "encoder" / "encoder"
+    before = [directory_fingerprint(folder) for folder in (index, tower)]
+    started = RAG.open(loaded).retriever
+    vectors = started.base.vectors.vectors(np.arange(30))
+    first = {name: value.clone() for name, value in started.encoder.passage_tower.state_dict().items()}
+    parts = train(loaded)
+    assert [directory_fingerprint(folder) for folder in (index, tower)] == before
+    system = parts.open(loaded)  # checks the index against the saved query tower's passage tower
+    encoder = system.retriever.encoder
+    last = encoder.passage_tower.state_dict()
+    assert set(last) == set(first)
+    assert all(torch.equal(value, first[name]) for name, value in last.items())
+    moved = encoder.query_tower.state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in moved.items())
+    assert (system.retriever.base.vectors.vectors(np.arange(30)) == vectors).all()
+    fresh = encoder.embed_passages([f"{p.title}\n{p.text}" for p in system.retriever.base.corpus])
+    assert fresh == pytest.approx(vectors, abs=1e-5)
+    assert len(system.answer([ROWS[0][0]])[0].hits) == 2
 
 
 # What batches and their parts may not change.

@@ -41,6 +41,15 @@ def sharpened(generator: HFGenerator, factor: float = 12.0) -> HFGenerator:
     return generator
 
 
+def lively(generator: HFGenerator, factor: float = 6.0) -> HFGenerator:
+    """Sharpened, and with wider layers' weights, so that what is read says much about what is written."""
+    with torch.no_grad():
+        for name, parameter in generator.model.named_parameters():
+            if parameter.dim() > 1 and (".layers." in name or ".block." in name):
+                parameter.mul_(10 if ".layers." in name else 2)  # T5's are drawn wider
+    return sharpened(generator, factor)
+
+
 @pytest.fixture(scope="module", params=["bart", "t5", "llama", "reader"])
 def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HFGenerator:
     return sharpened(made(request.param, tmp_path_factory.mktemp("models")))
@@ -399,7 +408,11 @@ def theirs(kind: type, generator: HFGenerator, documents: int) -> Any:
         decoder_start_token_id=2, label_smoothing=0.0, vocab_size=generator.model.config.vocab_size, title_sep=" / ",
         doc_sep=" // ", max_combined_length=64, retrieval_vector_size=16,
     )  # fmt: skip
-    return kind(config=rag, question_encoder=questions, generator=generator.model).eval()
+    head = generator.model.get_output_embeddings()
+    own = head.weight
+    model = kind(config=rag, question_encoder=questions, generator=generator.model).eval()
+    head.weight = own  # theirs ties it to the embeddings again, and with it goes what `sharpened` gave
+    return model
 
 
 def contexts(generator: HFGenerator, question: Asked, *, same_length: bool) -> tuple[Tensor, Tensor, list[list[Rendered]]]:
@@ -418,7 +431,7 @@ def contexts(generator: HFGenerator, question: Asked, *, same_length: bool) -> t
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("documents", [1, 2, 3])
 def test_rag_token_is_transformers_rag_token(seed: int, beams: int, documents: int, tmp_path: Path) -> None:
-    generator = sharpened(made("bart", tmp_path), 3.0 + seed)
+    generator = lively(made("bart", tmp_path, seed=seed), 3.0 + seed)
     generator.prefix = [2]  # theirs starts from </s> alone
     torch.manual_seed(seed)
     hits = [[0, 1, 2][:documents], [2, 3, 0][:documents]]
@@ -442,7 +455,7 @@ def test_rag_token_is_transformers_rag_token(seed: int, beams: int, documents: i
 @pytest.mark.parametrize("documents", [1, 3])
 def test_rag_sequence_finds_what_transformers_finds_on_unpadded_contexts(seed: int, documents: int, tmp_path: Path) -> None:
     """Theirs drops the attention mask when it makes candidates, so contexts have one length here. The best answer agrees."""
-    generator = sharpened(made("bart", tmp_path), 3.0 + seed)
+    generator = lively(made("bart", tmp_path, seed=seed), 3.0 + seed)
     generator.prefix = [2]
     torch.manual_seed(seed)
     question = asked(QUERIES[:2], [[0, 1, 2][:documents], [2, 3, 0][:documents]])
@@ -473,46 +486,57 @@ class Given(Asked):
 
 
 @pytest.mark.parametrize("kind", [RagSequenceForGeneration, RagTokenForGeneration], ids=["sequence", "token"])
-@pytest.mark.parametrize(("documents", "seed"), [(1, 0), (2, 1), (5, 2)])
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize(("documents", "seed"), [(1, 0), (2, 1), (3, 2), (5, 3), (10, 4)])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 2, 2), (4, 4, 4), (2, 5, 3)], ids=str)
 def test_losses_and_gradients_are_transformers_where_theirs_are_right(
-    kind: type, documents: int, seed: int, tokens: int, tmp_path: Path
+    kind: type, documents: int, seed: int, lengths: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Theirs is a sum over tokens and batch, and RAG-Sequence with one supervised token forgets the prior altogether."""
-    generator = made("bart", tmp_path)
+    generator = lively(made("bart", tmp_path, seed=seed))  # else passages hardly differ, and nothing pulls
     generator.prefix = [1]  # theirs trains from <s> alone
     torch.manual_seed(seed)
-    question = asked(QUERIES[:2], [[k % 4 for k in range(documents)], [(k + 2) % 4 for k in range(documents)]])
+    question = asked(QUERIES, [[(k + place) % 4 for k in range(documents)] for place in range(3)])
     ids, mask, _ = contexts(generator, question, same_length=False)
-    answers = [[*[20, 31, 42][: tokens - 1], 2], [*[50, 61, 9][: tokens - 1], 2]]
-    labels = torch.tensor(answers)
+    words = torch.randint(3, generator.model.config.vocab_size, (3, max(lengths)))
+    labels = torch.full_like(words, -100)
+    for row, length in enumerate(lengths):
+        labels[row, :length] = torch.tensor([*words[row, : length - 1].tolist(), 2])
+    drawn = torch.randn(3, documents)
     model = theirs(kind, generator, documents)
     over = "sequence" if kind is RagSequenceForGeneration else "token"
     results = []
     for ours in (False, True):
         model.zero_grad()
-        scores = torch.linspace(-1, 1, 2 * documents).reshape(2, documents).requires_grad_()
+        scores = drawn.clone().requires_grad_()
         if ours:
             batch = {"input_ids": ids, "attention_mask": mask, "labels": labels.repeat_interleave(documents, 0)}
-            each = generator.forward(batch).view(2, documents, tokens)
+            each = generator.forward(batch).view(3, documents, -1)
             loss = -marginal_logprob(scores.log_softmax(-1), each, labels >= 0, over=over).sum()
         else:
             loss = model(
                 context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=documents, reduce_loss=True,
-                labels=torch.cat([torch.ones(2, 1, dtype=torch.long), labels], dim=1),
+                labels=torch.cat([torch.ones(3, 1, dtype=torch.long), labels.clamp_min(0)], dim=1),
             ).loss  # fmt: skip
         loss.backward()
         gradients = [p.grad.clone() for p in generator.model.parameters() if p.grad is not None]
         results.append((loss.item(), scores.grad, gradients))
     (theirs_loss, theirs_pull, theirs_all), (our_loss, our_pull, our_all) = results
-    if over == "sequence" and tokens == 1:
+    if over == "sequence" and max(lengths) == 1:
         assert theirs_loss < our_loss or documents == 1
         assert theirs_pull is None or float(theirs_pull.abs().max()) == 0
-        assert documents == 1 or float(our_pull.abs().max()) > 1e-6
+        assert documents == 1 or float(our_pull.abs().max()) > 1e-2
         return
-    assert our_loss == pytest.approx(theirs_loss, abs=1e-5, rel=1e-6)
-    assert torch.allclose(our_pull, theirs_pull, atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(our_all, theirs_all, strict=True))
+    assert our_loss == pytest.approx(theirs_loss, rel=1e-6)
+    assert torch.allclose(our_pull, theirs_pull, atol=2e-5)
+    assert documents == 1 or float(our_pull.abs().max()) > 1e-2
+    assert all(torch.allclose(a, b, atol=1e-4 * float(b.abs().max()) + 1e-5) for a, b in zip(our_all, theirs_all, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_seeds_are_other_weights_and_other_losses(seed: int, tmp_path: Path) -> None:
+    one, other = (made("bart", tmp_path / str(number), seed=number) for number in (seed, seed + 1))
+    prompt = one.prompt.render(QUERIES[0], [Passage("0", TEXTS[0])])
+    assert plain_logprobs(one, prompt, "odo") != pytest.approx(plain_logprobs(other, prompt, "odo"), abs=1e-3)
 
 
 # Where transformers is wrong: the true value beside theirs

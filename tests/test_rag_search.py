@@ -20,7 +20,7 @@ from raglan.knowledge import build_knowledge
 from raglan.rag import RAG
 from raglan.recipe import RagSequenceDecode, RagTokenDecode, Recipe, SampleSettings
 from test_generator import made
-from test_rag_decode import QUERIES, all_answers, asked, contexts, next_logprobs, sharpened, summed, theirs
+from test_rag_decode import QUERIES, all_answers, asked, contexts, lively, next_logprobs, sharpened, summed, theirs
 
 # RAG-Token with T5
 
@@ -28,7 +28,8 @@ from test_rag_decode import QUERIES, all_answers, asked, contexts, next_logprobs
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize(("beams", "least", "gram"), [(1, 0, 0), (4, 0, 0), (1, 4, 0), (4, 4, 0), (1, 0, 1), (4, 0, 2)])
 def test_rag_token_of_t5_is_transformers(seed: int, beams: int, least: int, gram: int, tmp_path: Path) -> None:
-    generator = sharpened(made("t5", tmp_path), 3.0 + seed)
+    """Theirs counts the start token, which is <pad>, among the written words: until that is written, both are one."""
+    generator = lively(made("t5", tmp_path, seed=seed), 3.0 + seed)
     torch.manual_seed(seed)
     scores = torch.randn(2, 3)
     question = asked(QUERIES[:2], [[0, 1, 2], [2, 3, 0]])
@@ -45,8 +46,36 @@ def test_rag_token_of_t5_is_transformers(seed: int, beams: int, least: int, gram
     settings = RagTokenDecode(kind="rag_token", beams=beams, max_new_tokens=8, min_new_tokens=least, no_repeat_ngram_size=gram)
     for row, answer in zip(found.tolist(), rag_token(generator, question, settings), strict=True):
         end = next((place for place, token in enumerate(row[1:], 1) if token == 2), len(row) - 1)
-        assert tuple(row[1 : end + 1]) == answer.ids
+        same = answer.ids.index(0) if gram and 0 in answer.ids else max(end, len(answer.ids))
+        assert tuple(row[1 : end + 1])[:same] == answer.ids[:same]
+        assert same > 1
         assert len(answer.ids) >= least
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize(("beams", "least", "gram"), [(1, 4, 0), (4, 4, 0), (1, 0, 2), (4, 0, 2), (4, 4, 3)])
+def test_rag_token_of_bart_obeys_rules_as_transformers(seed: int, beams: int, least: int, gram: int, tmp_path: Path) -> None:
+    """Its start token, which theirs counts among the written words, is its end token too."""
+    generator = lively(made("bart", tmp_path, seed=seed), 3.0 + seed)
+    generator.prefix = [2]  # theirs starts from </s> alone
+    torch.manual_seed(seed)
+    scores = torch.randn(2, 3)
+    question = asked(QUERIES[:2], [[0, 1, 2], [2, 3, 0]])
+    question = Asked(question.queries, question.hits, list(scores.log_softmax(-1)))
+    ids, mask, _ = contexts(generator, question, same_length=False)
+    with torch.no_grad():
+        found = theirs(RagTokenForGeneration, generator, 3).generate(
+            context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=3, num_beams=beams,
+            max_length=9, min_length=least + 1 if least else 0, no_repeat_ngram_size=gram or None, do_sample=False,
+        )  # fmt: skip
+    settings = RagTokenDecode(kind="rag_token", beams=beams, max_new_tokens=8, min_new_tokens=least, no_repeat_ngram_size=gram)
+    ours = rag_token(generator, question, settings)
+    for row, answer in zip(found.tolist(), ours, strict=True):
+        end = next((place for place, token in enumerate(row[1:], 1) if token == 2), len(row) - 1)
+        assert tuple(row[1 : end + 1]) == answer.ids
+        assert len(answer.ids) > least or answer.ids[-1] not in generator.ends
+        grams = [answer.ids[place : place + gram] for place in range(len(answer.ids) - gram + 1)] if gram else []
+        assert len(set(grams)) == len(grams)
 
 
 def allowed(ids: tuple[int, ...], ends: list[int], least: int, gram: int) -> bool:

@@ -4,9 +4,12 @@ mistakes would give instead, so that a mistake cannot pass for the right value.
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from raglan.likelihood import (
     passage_logprobs,
     passage_posterior,
     predictive_weights,
+    reduced,
     sequence_logprob,
     token_logprob,
     token_posterior,
@@ -206,3 +210,96 @@ def test_turns_without_a_prior_are_no_probabilities() -> None:
     sums = docs.flatten(1).exp()[0] @ table.flatten(1, 2).exp()[0]
     close(sums, [0.695727, 0.904273])
     close(-sums.log().sum(), [0.463422])
+
+
+# A and G: the prior's own digits, and each question's value before it is reduced.
+
+
+def test_the_prior_of_the_first_example() -> None:
+    prior = passage_logprobs(double([SCORES]))
+    close(prior, [-0.604131, -1.104131, -2.104131])
+    close(prior.exp(), [0.546549, 0.331499, 0.121952])
+
+
+@pytest.mark.parametrize(
+    ("over", "rows", "pulls"),
+    [
+        ("sequence", [2.066797, 0.693147], [[-0.230592, 0.111531, 0.119062], [-0.2, 0.0, 0.2]]),
+        ("token", [2.133407, 0.693147], [[-0.285784, 0.031242, 0.254542], [-0.2, 0.0, 0.2]]),
+    ],
+)
+def test_rows_of_a_batch_and_their_pulls(over: str, rows: list[float], pulls: list[list[float]]) -> None:
+    scores = double([SCORES, [0.0, 0.0, 0.0]], grad=True)
+    table = torch.cat([double([TABLE]), double([[[0.8], [0.5], [0.2]]]).expand(1, 3, 3)]).log()
+    table[1, :, 1:] = math.nan
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    nll = -marginal_logprob(passage_logprobs(scores), table, mask, over=over)
+    close(nll, rows)
+    (each,) = torch.autograd.grad(nll.sum(), scores, retain_graph=True)
+    close(each, [value for row in pulls for value in row])
+    (mean,) = torch.autograd.grad(reduced(nll, mask, reduction="token"), scores)
+    close(mean[1], [-0.05, 0.0, 0.05])
+
+
+# Posteriors against loops over plain numbers.
+
+
+def looped(
+    prior: list[float], table: list[list[float]], mask: list[int]
+) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """p(z|x,y), p(z|x,y_t) and p(z|x,y_<t): products and quotients of numbers, absent passages never looked at."""
+    present = [k for k, p in enumerate(prior) if p > 0]
+
+    def shares(weights: dict[int, float]) -> list[float]:
+        return [weights.get(k, 0.0) / sum(weights.values()) for k in range(len(prior))]
+
+    so_far, by_token, running = {k: prior[k] for k in present}, [], []
+    for t, kept in enumerate(mask):
+        running.append(shares(so_far))
+        by_token.append(shares({k: prior[k] * table[k][t] for k in present}) if kept else [0.0] * len(prior))
+        so_far = {k: p * (table[k][t] if kept else 1.0) for k, p in so_far.items()}
+    return shares(so_far), by_token, running
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("passages", [1, 2, 5])
+def test_posteriors_equal_their_twins(passages: int, tokens: int) -> None:
+    draw = random.Random(100 + tokens * 10 + passages)
+    for trial in range(12):
+        table = [[draw.uniform(0.01, 1) for _ in range(tokens)] for _ in range(passages)]
+        mask = [1, *(draw.randint(0, 1) for _ in range(tokens - 1))]
+        present = [draw.random() < 0.7 for _ in range(passages)]
+        present[draw.randrange(passages)] = True
+        scores = double([[draw.uniform(-3, 3) for _ in range(passages)]])
+        prior = passage_logprobs(scores, present=torch.tensor([present]), temperature=draw.uniform(0.3, 2))
+        given = double([table]).log()
+        junk = [0.0, -math.inf, math.nan][trial % 3]
+        read = torch.tensor(present)[:, None] & torch.tensor(mask).bool()
+        given = torch.where(read, given, junk)
+        whole, by_token, running = looped(prior.exp()[0].tolist(), table, mask)
+        answer = torch.tensor([mask])
+        exact = {"rel": 0, "abs": 1e-10}
+        assert passage_posterior(prior, given, answer)[0].tolist() == pytest.approx(whole, **exact)
+        assert token_posterior(prior, given, answer)[0].T.numpy() == pytest.approx(np.array(by_token), **exact)
+        found = predictive_weights(prior, given, answer, over="sequence").exp()[0].T
+        assert found.numpy() == pytest.approx(np.array(running), **exact)
+        flat = predictive_weights(prior, given, answer, over="token").exp()[0].T
+        assert flat.numpy() == pytest.approx(np.array([prior.exp()[0].tolist()] * tokens), **exact)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_the_prior_sums_to_one_with_duplicates_in_any_order(temperature: float) -> None:
+    scores = [0.9, 0.7, 0.7, 0.9, -0.5]  # two passages twice
+    for absent in (None, 2, 4):
+        present = [k != absent for k in range(5)]
+        plain = passage_logprobs(double([scores]), present=torch.tensor([present]), temperature=temperature)[0].exp()
+        by_hand = [math.exp(s / temperature) * kept for s, kept in zip(scores, present, strict=True)]
+        assert plain.tolist() == pytest.approx([value / sum(by_hand) for value in by_hand], abs=1e-12)
+        for order in itertools.permutations(range(5)):
+            moved = passage_logprobs(
+                double([[scores[k] for k in order]]),
+                present=torch.tensor([[present[k] for k in order]]),
+                temperature=temperature,
+            )[0].exp()
+            assert moved.sum().item() == pytest.approx(1, abs=1e-12)
+            assert moved.tolist() == pytest.approx(plain[list(order)].tolist(), abs=1e-12)
