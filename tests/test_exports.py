@@ -322,7 +322,7 @@ def test_points_become_conversations_with_what_belongs_to_them(tmp_path: Path) -
     assert rows[3] == chat("Background: …\n\nQ: question 3?\nA:", "answer 3")
     assert meta[3]["query"] == "question 3?"
     assert meta[3]["retriever"] == "abc"
-    assert meta[3]["contexts"][1] == {"passage_id": "p3.2", "text": "text 2 of 3", "score": 0.5, "rank": 2}
+    assert meta[3]["contexts"][1] == {"passage_id": "p3.2", "text": "text 2 of 3", "score": 0.5, "rank": 2, "title": ""}
     assert meta[3]["prompt"] == rows[3]["messages"][0]["content"]
 
 
@@ -563,7 +563,7 @@ def test_questions_and_a_knowledge_base_become_a_checked_file(call: Any, folder:
         assert f"{2 * len(read_examples(folder / 'train.jsonl'))} rows, 0 left out" in told
         meta = lines(folder / "chat.meta.jsonl")[0]
         assert len(meta["retriever"]) == 16
-        assert set(meta["contexts"][0]) == {"passage_id", "text", "score", "rank"}
+        assert set(meta["contexts"][0]) == {"passage_id", "title", "text", "score", "rank"}
     assert call("synthesize", "check", str(out), "--as", "openai-chat")[0] == 0
     code, told, _ = call("synthesize", "check", str(out), "--as", "openai-chat", "--strict")
     assert code == 2

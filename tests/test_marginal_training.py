@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from raglan.artifact import directory_fingerprint
 from raglan.errors import CheckpointError
+from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
 from raglan.objective import AnswerObjective, LsrObjective, MarginalRow, Objective
 from raglan.objective.collapse import CollapseMonitor
@@ -182,8 +183,10 @@ def make_marginal(folder: Path, tmp: Path, **settings: Any) -> tuple[Objective, 
     return objective(opened(folder), **settings), questions()
 
 
-def make_answer(folder: Path, tmp: Path, **settings: Any) -> tuple[Objective, Sequence[Any]]:
-    generator = made("bart", tmp)
+def make_answer(
+    folder: Path, tmp: Path, *, generator: HFGenerator | None = None, **settings: Any
+) -> tuple[Objective, Sequence[Any]]:
+    generator = generator or made("bart", tmp)
     prompts = [generator.prompt.render(query, PASSAGES[:1]) for query, _ in EIGHT]
     rows = [generator.row(prompt, answer) for prompt, (_, answer) in zip(prompts, EIGHT, strict=True)]
     return AnswerObjective(generator, **settings), rows

@@ -441,7 +441,7 @@ def test_data_points_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert read_points(tmp_path / "data") == read_points(tmp_path / "data" / "points.jsonl") == made
     assert points_figures(tmp_path / "data") == {"rows": 2, "points": 2}
     line = json.loads((tmp_path / "data" / "points.jsonl").read_text().splitlines()[0])
-    assert line["contexts"] == [{"passage_id": "p1", "text": "Odo\nbuilt it", "score": 0.5, "rank": 1}]
+    assert line["contexts"] == [{"passage_id": "p1", "text": "Odo\nbuilt it", "score": 0.5, "rank": 1, "title": ""}]
     (tmp_path / "data" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no finished data points"):
         read_points(tmp_path / "data")

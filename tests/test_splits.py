@@ -172,7 +172,7 @@ words = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9).map(" ".join
 @given(st.lists(words, min_size=1, max_size=12), words)
 def test_near_duplicates_are_those_of_a_plain_loop(asked: list[str], held: str) -> None:
     def shingles(text: str) -> frozenset:
-        parts = [w for w in text.split() if w != "a"]
+        parts = [w for w in text.split() if w != "a"] or [text, ""]  # without words it is like itself alone
         return frozenset(tuple(parts[n : n + 3]) for n in range(max(1, len(parts) - 2)))
 
     train = [Example(f"t{n}", text) for n, text in enumerate(asked)]
