@@ -140,6 +140,7 @@ def test_a_tower_that_is_copied_leaves_the_index_as_it_was(tmp_path: Path) -> No
     path = small_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text())
     recipe["stages"] = {"joint": joint(recipe)}
+    recipe["stages"]["joint"]["train"] |= {"max_steps": 3, "save_strategy": "no"}
     path.write_text(yaml.safe_dump(recipe))
     loaded = load_recipe(path)
     build_knowledge(loaded.knowledge)
