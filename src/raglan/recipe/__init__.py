@@ -55,6 +55,7 @@ from raglan.recipe.parts import (
     RetrieverSettings,
     RewriteSettings,
     ScorerSettings,
+    Shot,
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
@@ -98,6 +99,7 @@ __all__ = [
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "Shot",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",
