@@ -20,7 +20,7 @@ from rich.table import Table
 from raglan import __version__
 from raglan.cli_feedback import feedback, split
 from raglan.cli_synthesize import synthesize
-from raglan.errors import RaglanError, RecipeError
+from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.metrics import answer_recall
 from raglan.progress import console
 from raglan.recipe import Recipe, load_recipe, recipe_schema
@@ -300,7 +300,7 @@ def main() -> None:
     except RaglanError as fault:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(fault, CallsStopped) else 2)
     except OSError as fault:
         if fault.filename is None:
             raise

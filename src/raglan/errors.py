@@ -9,7 +9,8 @@
     ├── CallsStopped      paid calls that ended before all were answered; what came is kept
     └── MissingExtra      an optional library that is not installed
 
-The command line prints these without a traceback and exits with 2 (`CallsStopped`: 3, since all is well that is there). Anything else is a bug of ours and keeps its traceback.
+The command line prints these without a traceback and exits with 2 (`CallsStopped`: 3, since all is well that is there).
+Anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

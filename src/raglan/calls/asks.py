@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -51,7 +52,8 @@ class Ask:
             raise RecipeError(f"the call {self.ref or self.step!r} has no message")
         if found := sorted(set(OURS) & set(self.sampling)):
             raise RecipeError(
-                f"the sampling of step {self.step!r} says {', '.join(found)}", hint="that is the engine's to say; use max_tokens"
+                f"the sampling of step {self.step!r} says {', '.join(found)}",
+                hint="that is the engine's to say; use max_tokens",
             )
 
 
@@ -95,11 +97,16 @@ class Outcome:
 def call_key(ask: Ask, *, host: str, model: str, max_tokens: int) -> str:
     """64 hex digits that name a call by its content. `max_tokens` is the limit where the ask names none."""
     sampling = {"max_tokens": max_tokens, **ask.sampling}
-    schema = None if ask.schema is None else ask.schema.model_json_schema()
+    schema = None if ask.schema is None else _json_schema(ask.schema)
     content = {
         "host": host, "model": model, "messages": ask.messages, "sampling": sampling, "schema": schema, "draw": ask.draw,
     }  # fmt: skip
     return hashlib.sha256(canonical(content)).hexdigest()
+
+
+@lru_cache(256)
+def _json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    return schema.model_json_schema()
 
 
 def canonical(value: Any) -> bytes:
