@@ -1,8 +1,8 @@
 """A small real server: OpenAI's chat protocol with faults, its own log of requests and its own bill.
 
-What it replies follows from the messages alone, so that two runs can be compared byte by byte. It bills what it has worked out,
-whether or not anybody is still there to read it; with `idempotent` a request whose Idempotency-Key it has answered with 200 gets
-the same reply again and no second bill.
+What it replies follows from the messages alone, so that two runs can be compared byte by byte. It bills what it has worked
+out, whether or not anybody is still there to read it; with `idempotent` a request whose Idempotency-Key it has answered with
+200 gets the same reply again and no second bill.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class FaultServer:
         self.reply: Callable[[dict[str, Any]], str] = say
         self.log: list[Request] = []
         self._answered: dict[str, tuple[bytes, tuple[int, int]]] = {}
+        self._working: dict[str, asyncio.Event] = {}
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
@@ -104,8 +105,13 @@ class FaultServer:
         request = Request(time.monotonic(), headers.get("idempotency-key", ""), body)
         self.log.append(request)
         fault = self.faults(len(self.log) - 1, request) or self._unable(headers, body) or Fault()
+        before = self._working.get(request.idem)
+        if self.idempotent and before is not None:  # the same request is being worked on
+            await before.wait()
+        self._working[request.idem] = over = asyncio.Event()
         await asyncio.sleep(fault.delay or self.delay)
         status, extra, content = self._answer(request, fault)
+        over.set()
         request.status = status
         if fault.cut == "reset":
             writer.transport.abort()
@@ -144,7 +150,7 @@ class FaultServer:
         message = {"role": "assistant", "content": text}
         reply = {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": fault.finish}], "usage": usage}
         content = (json.dumps(reply) if fault.body is None else fault.body).encode()
-        if fault == Fault():
+        if self.idempotent:
             self._answered[request.idem] = (content, request.usage)
         return 200, fault.headers, content
 

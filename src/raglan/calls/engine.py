@@ -62,7 +62,7 @@ class CallEngine:
         self.host = urlsplit(settings.base_url).netloc + urlsplit(settings.base_url).path
         self._owned = not isinstance(folder, Journal)
         self.journal = folder if isinstance(folder, Journal) else Journal(folder)
-        self._running = False
+        self._current: _Run | None = None
 
     def __enter__(self) -> CallEngine:
         return self
@@ -71,7 +71,9 @@ class CallEngine:
         self.close()
 
     def close(self) -> None:
-        """Write everything to the disk and let the journal go, if it is this engine's own."""
+        """Write everything to the disk and let the journal go, if it is this engine's own. A run that is left ends at once."""
+        if self._current is not None:
+            self._current.end(wait=False)
         if self._owned:
             self.journal.close()
 
@@ -84,13 +86,13 @@ class CallEngine:
         Raises:
             CallsStopped: cap, fatal answer, breaker, Ctrl-C or a full disk, after what was in flight has been handed out.
         """
-        if self._running:
+        if self._current is not None:
             raise GeneratorError("this engine is running already", hint="use `follow` for calls that depend on others")
-        self._running = True
+        self._current = _Run(self)
         try:
-            yield from _Run(self).outcomes(asks, follow)
+            yield from self._current.outcomes(asks, follow)
         finally:
-            self._running = False
+            self._current = None
 
     def ledger(self) -> list[Entry]:
         """Rows of step × model × outcome: calls, tokens, money; `in_doubt` are requests of which no outcome is known."""
@@ -156,16 +158,15 @@ class _Run:
         self._out: dict[str, list[Ask]] = {}  # handed to the loop, by key, with equal asks that wait for the same reply
         self._asked = 0
         self._quit = False
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="raglan-calls", daemon=True)
 
     # in the caller's thread
 
     def outcomes(self, asks: Iterable[Ask], follow: Callable[[Outcome], Iterable[Ask]] | None) -> Iterator[Outcome]:
         self._source(asks)
-        thread = threading.Thread(target=self._serve, name="raglan-calls", daemon=True)
-        started = threading.Event()
-        self._started = started
-        thread.start()
-        started.wait()
+        self._thread.start()
+        self._started.wait()
         try:
             with self._interrupts():
                 for outcome in self._all():
@@ -173,10 +174,10 @@ class _Run:
                     if follow is not None and self.stopped is None:
                         self._source(follow(outcome))
         except KeyboardInterrupt:  # the second one
-            self._tell(self._abandon)
+            self.end(wait=False)
             raise
         finally:
-            self._end(thread)
+            self.end(wait=True)
         if self.fault is not None:
             raise self.fault
         if self.stopped is not None:
@@ -247,14 +248,14 @@ class _Run:
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _end(self, thread: threading.Thread) -> None:
-        """Nothing more is handed in: let what is under way come home, then end the loop."""
+    def end(self, *, wait: bool) -> None:
+        """Nothing more is handed in: let what is under way come home, or not, and end the loop."""
         try:
             self._tell(self._finish)
-            thread.join(DRAIN_SECONDS + 1)
+            self._thread.join(DRAIN_SECONDS + 1 if wait else 0)
         finally:
             self._tell(self._abandon)
-            thread.join()
+            self._thread.join()
             self.journal.ledger.close_doubts()
 
     def _tell(self, act: Callable[..., None], *what: Any) -> None:
@@ -429,7 +430,7 @@ class _Run:
             cost = self._cost(reply, reserve)
             reply = self._within(reply, cost, reserve)
             spent.usage, spent.nano, spent.calls = spent.usage + (reply.usage or Usage()), spent.nano + cost, spent.calls + 1
-            self.journal.settle(intent, _line(reply, cost, instead_of))
+            self.journal.settle(intent, _line(reply, cost, self.engine.clock.now() - sent, instead_of))
             used = tokens if reply.usage is None else reply.usage.prompt + reply.usage.output
             self._learn(wire, reply, sent, probe=is_probe)
         finally:
@@ -515,11 +516,11 @@ def _value(ask: Ask, text: str) -> tuple[BaseModel | str | None, str]:
     return (text, "") if ask.schema is None else parse(text, ask.schema)
 
 
-def _line(reply: Reply, cost: int, instead_of: str | None) -> dict[str, Any]:
+def _line(reply: Reply, cost: int, took: float, instead_of: str | None) -> dict[str, Any]:
     usage = reply.usage or Usage()
     line: dict[str, Any] = {
         "class": reply.cls, "finish": reply.finish, "usage": [usage.prompt, usage.cached, usage.output], "cost": cost,
-        "settled": reply.settled,
+        "settled": reply.settled, "took": round(took, 3),
     }  # fmt: skip
     line |= {"body": reply.text} if reply.text else {}
     line |= {"error": reply.error} if reply.error else {}

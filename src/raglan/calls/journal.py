@@ -1,7 +1,8 @@
 """The record of calls: what was about to be sent, and what came back, each written before anything is done with it.
 
     crc32 {"kind": "intent",  "key", "attempt", "step", "model", "idem", "reserve"}     written before the request is sent
-    crc32 {"kind": "outcome", "key", "attempt", "class", "finish", "usage", "cost", "body" | "error"[, "for"]}  before its use
+    crc32 {"kind": "outcome", "key", "attempt", "class", "finish", "usage", "cost", "settled", "took", "body" | "error"
+           [, "for"]}                                                                    written before it is used
     crc32 {"kind": "probe",   "host", "model", "mode"}                                  how the endpoint takes schemas
 
 Only `ok` outcomes answer a later look-up; failures stay for audit. `for` is the call whose reply this one repairs or completes:
@@ -105,7 +106,7 @@ class Journal:
             self.ledger.intend(intent)
 
     def settle(self, intent: Intent, outcome: dict[str, Any]) -> None:
-        """Write what came of a request: {"class", "finish", "usage", "cost", "settled", "body" | "error"[, "for"]}.
+        """Write what came of a request: {"class", "finish", "usage", "cost", "settled", "took", "body" | "error"[, "for"]}.
 
         Raises:
             CallsStopped: the line cannot be written; the intent stays in doubt.
