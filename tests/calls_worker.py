@@ -60,7 +60,7 @@ def main() -> None:
                 code = 0
             finally:
                 os._exit(code)
-        deadly = began + draw.randrange(3500) if deaths < int(kills) else 1 << 60
+        deadly = began + draw.randrange(2800) if deaths < int(kills) else 1 << 60
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             if journal.exists() and journal.stat().st_size > deadly:
                 os.kill(child, signal.SIGKILL)

@@ -133,6 +133,11 @@ class _Spent:
     usage: Usage = field(default_factory=Usage)
     nano: int = 0
     calls: int = 0
+    seconds: float = 0.0  # of requests and back-off; not of pauses, nor of waiting for leave
+
+    def add(self, usage: Usage, nano: int, seconds: float) -> None:
+        self.usage, self.nano, self.calls = self.usage + usage, self.nano + nano, self.calls + 1
+        self.seconds += seconds
 
 
 @dataclass(order=True)
@@ -152,12 +157,14 @@ class _Run:
         self.stopped: CallsStopped | None = None
         self.fault: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._done: queue.SimpleQueue[tuple[str, Outcome] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[list[tuple[str, Outcome]] | None] = queue.SimpleQueue()
+        self._handed: list[tuple[int, int, str, Ask]] = []  # to the loop, all at once: a thread's turn costs more than a list
+        self._ended: list[tuple[str, Outcome]] = []  # by the loop, likewise
         self._sources: list[_Waiting] = []
         self._numbers = itertools.count()
         self._out: dict[str, list[Ask]] = {}  # handed to the loop, by key, with equal asks that wait for the same reply
         self._asked = 0
-        self._quit = False
+        self._quit = self._hurry = False
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="raglan-calls", daemon=True)
 
@@ -173,11 +180,8 @@ class _Run:
                     yield outcome
                     if follow is not None and self.stopped is None:
                         self._source(follow(outcome))
-        except KeyboardInterrupt:  # the second one
-            self.end(wait=False)
-            raise
         finally:
-            self.end(wait=True)
+            self.end(wait=not self._hurry)
         if self.fault is not None:
             raise self.fault
         if self.stopped is not None:
@@ -188,18 +192,20 @@ class _Run:
             while (ask := self._next()) is not None:
                 found = self._known_or_sent(ask)
                 if found is not None:
+                    self._hand()
                     yield found
+            self._hand()
             if not self._out:
                 return
             told = self._done.get()
             if told is None:  # the loop has ended
                 return
-            key, outcome = told
-            equal = self._out.pop(key)
-            self._asked -= len(equal)
-            yield outcome
-            for ask in equal[1:]:
-                yield replace(outcome, ask=ask, usage=Usage(), cost_nano=0, calls=0, reused=True)
+            for key, outcome in told:
+                equal = self._out.pop(key)
+                self._asked -= len(equal)
+                yield outcome
+                for ask in equal[1:]:
+                    yield replace(outcome, ask=ask, usage=Usage(), cost_nano=0, calls=0, reused=True)
 
     def _source(self, asks: Iterable[Ask]) -> None:
         rest = iter(asks)
@@ -227,8 +233,13 @@ class _Run:
             self._out[key].append(ask)
             return None
         self._out[key] = [ask]
-        self._tell(self._give, key, ask)
+        self._handed.append((-ask.depth, next(self._numbers), key, ask))
         return None
+
+    def _hand(self) -> None:
+        if self._handed:
+            self._tell(self._give, self._handed)
+            self._handed = []
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
@@ -239,8 +250,12 @@ class _Run:
             return
 
         def first(*_: object) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, second)
             self._tell(self._interrupted)
+
+        def second(*_: object) -> None:
+            self._hurry = True
+            raise KeyboardInterrupt
 
         signal.signal(signal.SIGINT, first)
         try:
@@ -274,6 +289,7 @@ class _Run:
             self.fault = fault
         finally:
             self._started.set()
+            self._flush()
             self._done.put(None)
 
     async def _work(self) -> None:
@@ -311,9 +327,21 @@ class _Run:
             except CallsStopped as fault:
                 self._stop(fault)
 
-    def _give(self, key: str, ask: Ask) -> None:
-        heapq.heappush(self._heap, (-ask.depth, next(self._numbers), key, ask))
-        self._there.release()
+    def _give(self, asks: list[tuple[int, int, str, Ask]]) -> None:
+        for ask in asks:
+            heapq.heappush(self._heap, ask)
+            self._there.release()
+
+    def _deliver(self, key: str, outcome: Outcome) -> None:
+        """Hand an outcome out, together with all that end in this turn of the loop."""
+        self._ended.append((key, outcome))
+        if len(self._ended) == 1:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._ended:
+            self._done.put(self._ended)
+            self._ended = []
 
     def _finish(self) -> None:
         """Workers end when they have nothing under way."""
@@ -347,7 +375,7 @@ class _Run:
             except CallsStopped as fault:
                 self._stop(fault)
                 return
-            self._done.put((key, outcome))
+            self._deliver(key, outcome)
 
     async def _answer(self, ask: Ask, key: str) -> Outcome:
         """An ask's outcome, after one repetition or one repair."""
@@ -399,17 +427,18 @@ class _Run:
         self, ask: Ask, key: str, mode: Mode, spent: _Spent, *, instead_of: str | None = None
     ) -> tuple[Reply, BaseModel | str | None]:
         """One call, tried again while it fails for passing reasons."""
-        form = ask_in_mode(ask, mode)
-        clock, began, silent = self.engine.clock, self.engine.clock.now(), self._gate.paused
+        if instead_of is not None and (known := self.engine._known(ask, key)) is not None:
+            return Reply("ok", known.raw), known.value
+        form, began = ask_in_mode(ask, mode), spent.seconds
         for attempt in itertools.count(1):
             reply, value = await self._once(ask, key, form, spent, instead_of)
             if reply.cls != "transient" or attempt >= self.settings.attempts:
                 return reply, value
             wait = backoff(attempt)
-            took = clock.now() - began - (self._gate.paused - silent)
-            if took + wait > self.settings.max_wait:
+            spent.seconds += wait
+            if spent.seconds - began > self.settings.max_wait:
                 return reply, value
-            await clock.wait(self._halt, wait)
+            await self.engine.clock.wait(self._halt, wait)
             self._raise_if_stopped()
         raise AssertionError  # itertools.count does not end
 
@@ -426,11 +455,12 @@ class _Run:
             self.journal.intend(intent)
             sent = self.engine.clock.now()
             wire = await self._endpoint.send(self._body(ask, form), intent.idem)
+            took = self.engine.clock.now() - sent
             reply, value = _judged(classify(wire), ask)
             cost = self._cost(reply, reserve)
             reply = self._within(reply, cost, reserve)
-            spent.usage, spent.nano, spent.calls = spent.usage + (reply.usage or Usage()), spent.nano + cost, spent.calls + 1
-            self.journal.settle(intent, _line(reply, cost, self.engine.clock.now() - sent, instead_of))
+            spent.add(reply.usage or Usage(), cost, took)
+            self.journal.settle(intent, _line(reply, cost, took, instead_of))
             used = tokens if reply.usage is None else reply.usage.prompt + reply.usage.output
             self._learn(wire, reply, sent, probe=is_probe)
         finally:
@@ -466,7 +496,7 @@ class _Run:
     def _body(self, ask: Ask, form: tuple[list[Any], dict[str, Any]]) -> dict[str, Any]:
         messages, response = form
         sampling = {name: value for name, value in ask.sampling.items() if name != "max_tokens"}
-        limit = {self.settings.limit_name: self.engine.limit(ask)}
+        limit: dict[str, Any] = {self.settings.limit_name: self.engine.limit(ask)}
         return {"model": self.settings.model, "messages": messages, **sampling, **limit, **response}
 
     def _cost(self, reply: Reply, reserve: int) -> int:

@@ -95,7 +95,9 @@ def estimate(
         CallsStopped: as `CallEngine.run`. GeneratorError: no cell was accepted, so there is nothing to reckon with.
     """
     planned, drawn = _sample(asks, stratum, sample, random.Random(seed))
-    cells, keys, of = [], [], {}
+    cells: list[Cell] = []
+    keys: list[dict[str, str]] = []
+    of: dict[int, int] = {}
     for name, ask in drawn:
         of[id(ask)] = len(cells)
         cells.append(Cell(name))

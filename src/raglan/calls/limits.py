@@ -13,6 +13,7 @@ A burst of 429s, of requests that were under way together, counts once in the br
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections import deque
@@ -23,6 +24,9 @@ __all__ = ["Breaker", "Bucket", "Clock", "Gate", "backoff", "retry_after"]
 
 WINDOW, OPEN_SECONDS, OPENINGS = 50, 30.0, 5
 RAISE_AFTER = 50
+TOLD = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -113,7 +117,7 @@ class Gate:
         self.requests, self.tokens = Bucket(rpm, clock), Bucket(tpm, clock)
         self.breaker = Breaker(clock)
         self.limit, self.active = most, 0
-        self.until, self.paused = 0.0, 0.0  # of the pause; seconds of silence in all
+        self.until = 0.0  # of the pause
         self._halved, self._good = float("-inf"), 0
         self._turn, self._changed = asyncio.Lock(), asyncio.Event()
 
@@ -161,8 +165,9 @@ class Gate:
         """Nobody sends for so long."""
         now = self.clock.now()
         if seconds is not None and now + seconds > self.until:
-            self.paused += now + seconds - max(now, self.until)
             self.until = now + seconds
+            if seconds >= TOLD:
+                log.warning("the endpoint wants no request for %.0f s; Ctrl-C stops, and what came is kept", seconds)
 
     def limited(self, sent: float, pause: float | None, *, probe: bool) -> None:
         """A 429 for a request sent at `sent`, with its Retry-After in seconds."""

@@ -53,7 +53,7 @@ class EndpointSettings(Settings):
     tpm: int | None = Field(None, ge=1, description="Tokens a minute, of prompt and reply.")
     timeout: float = Field(120.0, gt=0, description="Seconds a request may take.")
     attempts: int = Field(6, ge=1, description="Tries of one call that fails for a passing reason.")
-    max_wait: float = Field(600.0, gt=0, description="Seconds that such a call may take in all, pauses left out.")
+    max_wait: float = Field(600.0, gt=0, description="Seconds that its requests and the waits between them may take in all.")
     max_tokens: int = Field(1024, ge=1, description="Longest reply, where the call does not say.")
     larger_limit: int | None = Field(
         None, ge=2, description="A reply cut off by `max_tokens` is asked for once more with so many; default is not at all."
