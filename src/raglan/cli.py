@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from raglan import __version__
+from raglan.cli_calls import calls
 from raglan.cli_feedback import feedback, split
 from raglan.cli_synthesize import synthesize
 from raglan.errors import CallsStopped, RaglanError, RecipeError
@@ -35,6 +36,7 @@ app = typer.Typer(
 checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
+app.command()(calls)
 app.add_typer(feedback, name="feedback")
 app.command()(split)
 

@@ -35,7 +35,7 @@ try:
 except ImportError:  # not on Windows: there two processes must not write one journal
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Intent", "Journal"]
+__all__ = ["Intent", "Journal", "read_ledger"]
 
 log = logging.getLogger(__name__)
 HEADER: dict[str, Any] = {"kind": "journal", "version": 1}
@@ -148,10 +148,7 @@ class Journal:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All records from the beginning, the header left out."""
-        with open(self.path, "rb") as file:
-            for line in file:
-                if (record := _record(line)) is not None and record["kind"] != "journal":
-                    yield record
+        return _records(self.path)
 
     def _append(self, record: dict[str, Any]) -> int:
         """Write a line; its offset."""
@@ -213,7 +210,7 @@ class Journal:
         if offset == 0 and record != HEADER:
             raise CheckpointError(f"{self.path} is no journal of calls: it begins with {record}", hint="give another folder")
         if kind == "intent":
-            intent = Intent(**{name: record[name] for name in Intent.__slots__})
+            intent = _intent(record)
             self._intended(intent.key)
             self.ledger.intend(intent)
         elif kind == "outcome":
@@ -242,6 +239,36 @@ class Journal:
                 self._answers[bytes.fromhex(name)] = offset
                 self._tries.pop(name, None)
                 self._halves.pop(name, None)
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """What a journal's calls cost, without writing it. Requests that another process has under way count as in doubt.
+
+    Raises:
+        CheckpointError: no journal there.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no journal of calls: there is no {NAME}", hint="give the folder that holds it")
+    ledger = Ledger()
+    for record in _records(path):
+        if record["kind"] == "intent":
+            ledger.intend(_intent(record))
+        elif record["kind"] == "outcome":
+            ledger.settle(record)
+    ledger.close_doubts()
+    return ledger
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for line in file:
+            if (record := _record(line)) is not None and record["kind"] != "journal":
+                yield record
+
+
+def _intent(record: dict[str, Any]) -> Intent:
+    return Intent(**{name: record[name] for name in Intent.__slots__})
 
 
 def _line(record: dict[str, Any]) -> bytes:
