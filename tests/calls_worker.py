@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import openai  # noqa: F401
 from pydantic import BaseModel
 
 from raglan.calls import Ask, CallEngine
+from raglan.errors import RaglanError
 from raglan.recipe import EndpointSettings, MoneySettings
 
 PRICE = {"input": 2.5, "cached": 1.25, "output": 10}
@@ -58,7 +60,10 @@ def main() -> None:
             try:
                 live(url, Path(folder), Path(out), int(count))
                 code = 0
+            except (OSError, ValueError, RuntimeError, AssertionError, RaglanError):
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         deadly = began + draw.randrange(2800) if deaths < int(kills) else 1 << 60
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:

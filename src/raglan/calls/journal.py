@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ __all__ = ["Intent", "Journal", "read_ledger"]
 log = logging.getLogger(__name__)
 HEADER: dict[str, Any] = {"kind": "journal", "version": 1}
 NAME = "journal.jsonl"
+LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,18 +292,39 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def _alone(folder: Path) -> int:
     """The lock of a folder's journal; the system lets go of that of a process that was killed."""
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    give_up = time.monotonic() + LOCK_SECONDS
+    while not _locked(file):
         pid = os.pread(file, 32, 0).decode(errors="replace").strip()
-        os.close(file)
-        raise CheckpointError(
-            f"process {pid or 'unknown'} is writing the journal in {folder}", hint="wait for it, or give another folder"
-        ) from None
+        if _alive(pid) or time.monotonic() > give_up:
+            os.close(file)
+            raise CheckpointError(
+                f"process {pid or 'unknown'} is writing the journal in {folder}", hint="wait for it, or give another folder"
+            )
+        time.sleep(0.02)
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
+
+
+def _locked(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process runs. The system may let go of the lock of one that was killed a moment after it is gone."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _damaged(path: Path, offset: int) -> CheckpointError:
