@@ -295,6 +295,30 @@ def test_malformed_twice_is_rejected_with_its_text(desk: Desk) -> None:  # T26
     assert len(desk.server.log) == 2
 
 
+def test_a_repair_that_was_not_made_is_made_by_the_next_run(desk: Desk) -> None:
+    desk.server.faults = lambda number, request: Fault(text="no") if number == 0 else Fault(401)
+    came, why = desk.stopped([ask(1, Word)], structured="json")
+    assert (came, why.reason) == ([], "fatal")
+    desk.server.faults = lambda number, request: None
+    (outcome,) = desk.run([ask(1, Word)], structured="json")
+    assert (outcome.cls, outcome.calls) == ("ok", 1)
+    contents = [request.content for request in desk.server.log]
+    assert contents[0] != contents[1] == contents[2], "the malformed reply was paid twice"
+
+
+def test_engines_that_share_a_journal_share_the_cap(desk: Desk) -> None:
+    shared = Journal(desk.folder)
+    money = MoneySettings(price=PRICE, cap_usd="0.006")
+    settings = {"base_url": desk.server.url, "api_key_env": "CALLS_KEY"}
+    teacher, judge = (CallEngine(EndpointSettings(model=name, **settings), shared, money=money) for name in "ab")
+    assert len(list(teacher.run(asks(5)))) == 5
+    with pytest.raises(CallsStopped, match="may cost"):
+        list(judge.run(asks(50)))
+    assert desk.server.bill <= 6_000_000
+    assert {row.model for row in judge.ledger()} == {"a", "b"}
+    shared.close()
+
+
 def test_truncated_is_asked_once_more_if_the_recipe_allows(desk: Desk) -> None:  # T27
     desk.server.faults = lambda number, request: Fault(finish="length") if request.body["max_tokens"] < 200 else None
     (outcome,) = desk.run([ask(1)], larger_limit=200)

@@ -230,7 +230,7 @@ class Journal:
         intents, settled = self._tries.get(key, (1, 0))
         self._tries[key] = (intents, settled + bool(line["settled"]))
         mended = line.get("for")
-        if mended is not None and line["class"] != "transient":
+        if mended is not None and line["class"] not in ("transient", "fatal"):
             self._halves.pop(mended, None)
         elif line["class"] in ("malformed", "truncated"):
             self._halves[key] = offset
