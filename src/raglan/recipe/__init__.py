@@ -56,6 +56,13 @@ from raglan.recipe.parts import (
     RewriteSettings,
     ScorerSettings,
 )
+from raglan.recipe.self_rag import (
+    CalibrationSettings,
+    PruneSettings,
+    RequireSettings,
+    SelfRagDecode,
+    WeightSettings,
+)
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
@@ -63,6 +70,7 @@ __all__ = [
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
     "ConcatDecode",
@@ -89,21 +97,25 @@ __all__ = [
     "MixSource",
     "PriorSettings",
     "PromptSettings",
+    "PruneSettings",
     "QuestionData",
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RequireSettings",
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagDecode",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "WeightSettings",
     "load_recipe",
     "recipe_schema",
 ]
