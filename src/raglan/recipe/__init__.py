@@ -55,6 +55,7 @@ from raglan.recipe.parts import (
     RetrieverSettings,
     RewriteSettings,
     ScorerSettings,
+    SelfRagPromptSettings,
 )
 from raglan.recipe.self_rag import (
     CalibrationSettings,
@@ -109,6 +110,7 @@ __all__ = [
     "SampleSettings",
     "ScorerSettings",
     "SelfRagDecode",
+    "SelfRagPromptSettings",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",

@@ -137,7 +137,9 @@ class SelfRagDecode(Settings):
     weights: WeightSettings = WeightSettings()
     seq: Literal["exp_mean", "mean_logprob", "prob"] = Field("exp_mean", description="How tokens become one number.")
     seq_tokens: Literal["all", "text"] = Field("all", description="`text` leaves reflection tokens and the end token out.")
-    absent: Literal["zero"] | Number = Field("zero", description="The value of IsSup or IsUse where none was generated.")
+    absent: Literal["zero", "neutral"] = Field(
+        "zero", description="IsSup or IsUse where none was generated: 0, or ½ and 0, which say nothing."
+    )
     missing: Literal["error", "floor", "neutral"] | None = Field(
         None, description="Where a group's probabilities did not come back whole; default `error` where they always do, "
         "else `floor`.",
@@ -148,8 +150,7 @@ class SelfRagDecode(Settings):
         description="The rel and sup of a segment without its own passage: its parent's, 0, or a constant for the step.",
     )
     # generation
-    instruction: str = Field("", description="Stands before the question.")
-    separator: str = Field("## Input:\n\n", description="Between instruction and question.")
+    instruction: str = Field("", description="Stands before the question, with `prompt.self_rag.separator` between them.")
     max_new_tokens: int | None = Field(
         None,
         ge=1,
