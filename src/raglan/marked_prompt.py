@@ -271,9 +271,9 @@ def read_schema(tokenizer: Any, rows: int, strings: Mapping[str, Sequence[str]] 
     for text in (text for group in strings.values() for text in group):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         own = tokenizer.convert_tokens_to_ids(text)
-        if own is None or own == tokenizer.unk_token_id or own not in ids:
+        if own is None or own == tokenizer.unk_token_id:
             faults.setdefault("no token of their own", []).append(text)
-        elif any(str(tokenizer.decode([token])).strip() for token in ids if token != own) or ids.count(own) > 1:
+        elif ids.count(own) != 1 or any(str(tokenizer.decode([token])).strip() for token in ids if token != own):
             faults.setdefault("split into several tokens", []).append(text)
         elif own >= rows:
             faults.setdefault(f"an id behind the model's {rows} rows", []).append(text)
@@ -285,7 +285,7 @@ def read_schema(tokenizer: Any, rows: int, strings: Mapping[str, Sequence[str]] 
             "tokenizer, with added_tokens.json or tokenizer.json as it was published",
         )
     ids = {role: tuple(int(tokenizer.convert_tokens_to_ids(text)) for text in group) for role, group in strings.items()}
-    return Schema(strings={role: tuple(group) for role, group in strings.items()}, ids=ids)
+    return Schema(ids, {role: tuple(group) for role, group in strings.items()})
 
 
 def marked(tokenizer: Any, strings: Mapping[str, Sequence[str]] = NAMES) -> bool:
