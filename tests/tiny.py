@@ -17,10 +17,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from raglan.reflection import Schema
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation + "éü中文北京大學"
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -70,6 +73,40 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _saved(LlamaForCausalLM(config), words, folder)
+
+
+def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> LlamaTokenizer:
+    """A SentencePiece-like tokenizer with bytes behind its letters. `legacy` puts a blank behind control tokens too.
+
+    Args:
+        special: reflection tokens, registered as special or as ordinary ones; none where it is None.
+    """
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *bytes_, "▁", *string.printable[:94], "th", "in", "▁th", "▁the", "▁a", "▁in"]
+    merges = [("t", "h"), ("i", "n"), ("▁", "th"), ("▁th", "e"), ("▁", "a"), ("▁", "in")]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)
+    if special is None:
+        return words
+    names = list(Schema.numbered(0).spellings)
+    if special:
+        words.add_special_tokens({"extra_special_tokens": names})
+    else:
+        words.add_tokens(names)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    return words
+
+
+def self_rag(folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True) -> Path:
+    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it."""
+    torch.manual_seed(seed)
+    words = llama_tokenizer(special=special if extended else None)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=words.pad_token_id, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
 
