@@ -152,4 +152,3 @@ def withheld(standings: Sequence[tuple[str, float]], settings: SelfRagDecode) ->
     if margin is None or len(standings) < 2 or standings[0][1] - standings[1][1] >= margin:
         return None, ()
     return settings.abstention, ("abstained",)
-

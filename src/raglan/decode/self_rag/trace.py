@@ -1,11 +1,11 @@
 """What a Self-RAG answer says of how it came about: plain numbers, strings and lists, ready for JSON.
 
-    form, retrieved            the form, and whether any passage was retrieved
-    decisions                  p_R, p_N, p_C, r, δ and the outcome, one a decision
-    prompt                     the question as ids; a candidate's own ids behind it are its `context`
-    candidates                 passage, rank, components, final score, flags, and why it was pruned
-    standings                  labels or options with what they come to, best first
-    cost                       calls, positions computed and reused, ids generated, retrievals, passages, seconds
+form, retrieved            the form, and whether any passage was retrieved
+decisions                  p_R, p_N, p_C, r, δ and the outcome, one a decision
+prompt                     the question as ids; a candidate's own ids behind it are its `context`
+candidates                 passage, rank, components, final score, flags, and why it was pruned
+standings                  labels or options with what they come to, best first
+cost                       calls, positions computed and reused, ids generated, retrievals, passages, seconds
 """
 
 from __future__ import annotations
