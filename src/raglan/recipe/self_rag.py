@@ -195,7 +195,7 @@ class SelfRagDecode(Settings):
     cite: Literal["supported", "retrieved"] = "supported"
     max_total_tokens: int | None = Field(None, ge=1, description="Generated for a question, all together.")
     max_passages: int | None = Field(None, ge=1, description="Read for a question, all together.")
-    max_calls: int | None = Field(None, ge=1, description="Forward passes for the questions that are searched together.")
+    max_calls: int | None = Field(None, ge=1, description="Forward passes that a question takes part in.")
     stop: Literal["bound", "never"] = Field(
         "bound", description="Stop when nothing live can overtake the n-best finished, or search on to the last depth."
     )

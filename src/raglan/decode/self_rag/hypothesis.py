@@ -17,7 +17,7 @@ from raglan.citations import cite
 from raglan.records import Hit
 from raglan.reflection import Components, Decision, Schema
 
-__all__ = ["Branch", "Hypothesis", "Ids", "Step", "chunks", "kept_from", "role_token"]
+__all__ = ["Branch", "Hypothesis", "Ids", "Step", "chunks", "kept_from", "role_token", "whole"]
 
 Ids = tuple[int, ...]
 
@@ -112,3 +112,8 @@ def chunks(past: Sequence[Step], keep: int | None) -> tuple[list[Ids], list[Ids]
 def role_token(ids: Sequence[int], schema: Schema, role: Any) -> int | None:
     """The first id of a role among these."""
     return next((one for one in ids if one in schema.ids[role]), None)
+
+
+def whole(pieces: Sequence[Ids]) -> Ids:
+    """Pieces as one."""
+    return tuple(one for piece in pieces for one in piece)

@@ -17,10 +17,10 @@ from typing import Any
 from raglan.citations import cite
 from raglan.decode.base import Asked
 from raglan.decode.self_rag import rules
-from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, chunks
-from raglan.decode.self_rag.pool import Pool, whole
-from raglan.decode.self_rag.tree import Passages, Tree
+from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, chunks, whole
+from raglan.decode.self_rag.pool import Pool
 from raglan.decode.self_rag.trace import finite, raw_text
+from raglan.decode.self_rag.tree import Passages, Tree
 from raglan.generator.base import MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
 from raglan.recipe import SelfRagDecode
@@ -69,7 +69,6 @@ class Search:
     ):  # fmt: skip
         self.generator, self.questions, self.asked, self.settings = generator, questions, asked, settings
         self.threshold = threshold
-        self.keep = None if settings.keep_passages == "all" else settings.keep_passages
         schema = generator.schema
         self.ends = frozenset() if "stop" in settings.released else frozenset((*schema.ids["retrieve"], schema.opens))
         self.positions: int | None = getattr(generator, "positions", None)
@@ -116,7 +115,7 @@ class Search:
         Where the oldest passage leaves, what follows it is computed anew, once, behind the histories without passages.
         """
         parents = list(dict.fromkeys((tree, branch.parent) for tree, branch in planned))
-        gone = [(tree, [tree.question, *self._chunks(parent)[0]]) for tree, parent in parents]
+        gone = [(tree, [tree.question, *chunks(parent.past, tree.keep)[0]]) for tree, parent in parents]
         if "siblings" in self.settings.released:
             gone += [(tree, [tree.question]) for tree, _ in parents]  # a sibling's text stands behind no context that is there
         self.bare = _reach(self.bare, gone)
@@ -142,10 +141,10 @@ class Search:
         written = self._write(own, rows, depth) if rows else []
         again = []
         for tree in dict.fromkeys(row[0] for row in rows):
-            mine = [(branch, limit, one) for (owner, branch, _, limit), one in zip(rows, written, strict=True) if owner is tree]
-            tree.spent.wrote([len(one.ids) for _, _, one in mine])
-            cut = "length" if mine[0][1] == self.settings.limit else "budget"
-            refused = tree.grow([branch for branch, _, _ in mine], [one for _, _, one in mine], cut=cut)
+            grown = [(row[1], row[3], one) for row, one in zip(rows, written, strict=True) if row[0] is tree]
+            tree.spent.wrote([len(one.ids) for _, _, one in grown])
+            cut = "length" if grown[0][1] == self.settings.limit else "budget"
+            refused = tree.grow([branch for branch, _, _ in grown], [one for _, _, one in grown], cut=cut)
             again += [(tree, branch) for branch in refused]
         return again
 
@@ -176,11 +175,8 @@ class Search:
             written.update(zip(numbers, found, strict=True))
         return [written[number] for number in range(len(rows))]
 
-    def _chunks(self, hypothesis: Hypothesis) -> tuple[list[Ids], list[Ids]]:
-        return chunks(hypothesis.past, self.keep)
-
     def _pieces(self, tree: Tree, hypothesis: Hypothesis) -> list[Ids]:
-        gone, kept = self._chunks(hypothesis)
+        gone, kept = chunks(hypothesis.past, tree.keep)
         return [tree.question, *gone, *kept]
 
     def _context(self, tree: Tree, branch: Branch) -> list[Ids]:
@@ -248,11 +244,15 @@ def _left_out(step: Step, schema: Schema, settings: SelfRagDecode) -> bool:
 
 
 def _segment(step: Step, schema: Schema, cited: Sequence[int]) -> AnswerSegment:
-    spelled = [schema.spelling(one) if one is not None else "" for one in (step.is_rel, step.is_sup, step.is_use)]
+    said = {
+        role: "" if one is None else schema.spelling(one)
+        for role, one in (("is_rel", step.is_rel), ("is_sup", step.is_sup), ("is_use", step.is_use))
+    }
     parts = step.parts
     return AnswerSegment(
-        step.text, step.decision, step.hit, *spelled, seq=float(parts.seq), rel=float(parts.rel), sup=float(parts.sup),
-        use=float(parts.use), score=step.score, cited=tuple(cited), flags=step.flags, ids=step.ids,
+        step.text, step.decision, step.hit, said["is_rel"], said["is_sup"], said["is_use"], seq=float(parts.seq),
+        rel=float(parts.rel), sup=float(parts.sup), use=float(parts.use), score=step.score, cited=tuple(cited),
+        flags=step.flags, ids=step.ids,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raglan.decode.self_rag.hypothesis import Ids
+from raglan.decode.self_rag.hypothesis import Ids, whole
 from raglan.generator.base import Contexts
 
 __all__ = ["Pool"]
@@ -36,8 +36,3 @@ class Pool:
         if found is None:
             raise KeyError(prefixes[-1][:8])
         return found
-
-
-def whole(pieces: Sequence[Ids]) -> Ids:
-    """Pieces as one."""
-    return tuple(one for piece in pieces for one in piece)

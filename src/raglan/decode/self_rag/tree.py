@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from raglan.decode.self_rag import rules
-from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, role_token
-from raglan.decode.self_rag.trace import decision_trace, finite
+from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, chunks, role_token, whole
+from raglan.decode.self_rag.trace import decision_trace, finite, raw_text
 from raglan.decode.self_rag.work import Spent
 from raglan.marked_prompt import MarkedPrompt
 from raglan.recipe import SelfRagDecode
@@ -110,6 +110,7 @@ class Tree:
         self, question: Ids, passages: Passages, settings: SelfRagDecode, *, prompt: MarkedPrompt, exact: bool,
         threshold: float | None, marks: np.ndarray, likeliest: int,
     ):  # fmt: skip
+        self.keep = None if settings.keep_passages == "all" else settings.keep_passages
         self.question, self.passages, self.settings, self.prompt = question, passages, settings, prompt
         self.schema: Schema = prompt.schema
         self.scoring, self.weights = rules.scoring(settings, exact=exact), rules.weights(settings)
@@ -144,7 +145,8 @@ class Tree:
             parent.marks, settings, missing=self.missing, threshold=self.threshold, argmax=parent.likeliest == self.schema.yes
         )
         in_use = parent.in_use if settings.keep_passages != 0 else None
-        query, hits, fallback = "", [], ""
+        query, fallback = "", ""
+        hits: list[Hit] = []
         kind = "yes" if told.retrieve else "no"
         if settings.retrieve == "adaptive" and in_use is not None and continues(parent.marks):
             kind = "continue"
@@ -258,7 +260,8 @@ class Tree:
             parts = replace(parts, rel=before.rel, sup=before.sup)
         return Step(
             branch.decision, branch.forced, tuple(body), branch.hit, self.prompt.text(body), parts,
-            self._score(parts, retrieved), float(np.asarray(one.logprobs, np.float64).sum()), role_token(body, schema, "is_rel") if retrieved else None,
+            self._score(parts, retrieved), float(np.asarray(one.logprobs, np.float64).sum()),
+            role_token(body[:1], schema, "is_rel") if retrieved else None,
             role_token(body, schema, "is_sup"), role_token(body, schema, "is_use"), tuple(dict.fromkeys(flags)),
         )  # fmt: skip
 
@@ -419,16 +422,17 @@ class Tree:
         made, parent = child.steps[-1], self._parents[child.number]
         self._tell(
             child.number, Branch(parent, made.decision, made.forced, made.hit), why=why, seq=finite(made.parts.seq),
-            rel=made.parts.rel, sup=made.parts.sup, use=made.parts.use, step=made.score, final=finite(child.key[0]), text=made.text,
-            ids=list(made.ids), flags=list(made.flags), finish=child.finish,
+            rel=made.parts.rel, sup=made.parts.sup, use=made.parts.use, step=made.score, final=finite(child.key[0]),
+            text=made.text, raw=raw_text(self.prompt, made.ids), ids=list(made.ids), flags=list(made.flags),
+            finish=child.finish,
         )  # fmt: skip
 
     def _tell(self, number: int, branch: Branch, *, why: str, **figures: Any) -> None:
-        hit = branch.hit
+        hit, (gone, kept) = branch.hit, chunks(branch.parent.past, self.keep)
         self.levels[-1]["candidates"].append({
             "node": number, "parent": branch.parent.number, "decision": branch.decision,
             "passage": hit.passage.id if hit else None, "title": hit.passage.title if hit else "",
-            "rank": hit.rank if hit else None, "pruned": why, **figures,
+            "rank": hit.rank if hit else None, "pruned": why, "context": list(whole([*gone, *kept, branch.forced])), **figures,
         })  # fmt: skip
 
 
