@@ -307,8 +307,8 @@ class _Short:
         supported = said["is_rel"] == self.schema.strings["is_rel"][1] and said["is_sup"] in self.schema.strings["is_sup"][:2]
         cited = hit is not None and (supported or self.settings.cite == "retrieved")
         return AnswerSegment(
-            best.text, "yes" if hit is not None else "no", hit, **said, seq=parts.seq, rel=parts.rel, sup=parts.sup, use=parts.use,
-            score=best.final, cited=(1,) if cited else (), flags=best.flags, ids=ids,
+            best.text, "yes" if hit is not None else "no", hit, **said, seq=parts.seq, rel=parts.rel, sup=parts.sup,
+            use=parts.use, score=best.final, cited=(1,) if cited else (), flags=best.flags, ids=ids,
         )  # fmt: skip
 
     def _said(self, ids: Sequence[int], role: str) -> str:

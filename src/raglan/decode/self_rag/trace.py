@@ -11,7 +11,7 @@ cost                       calls, positions computed and reused, ids generated, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +19,9 @@ from raglan.decode.self_rag.rules import Decision
 from raglan.decode.self_rag.work import Branch, Question, Written
 from raglan.marked_prompt import MarkedPrompt
 
-__all__ = ["branch_trace", "decision_trace", "finite", "raw_text", "short_trace"]
+__all__ = ["branch_trace", "decision_trace", "finite", "raw_text", "short_trace", "told"]
+
+PROBABILITIES = (("p(Retrieval)", "p_retrieve"), ("p(No Retrieval)", "p_no"), ("p(Continue)", "p_continue"))
 
 
 def finite(value: float) -> float | None:
@@ -86,3 +88,38 @@ def short_trace(
             "retrievals": int(question.retrieved), "passages": len(question.read), "seconds": round(spent.seconds, 6),
         },
     }  # fmt: skip
+
+
+def told(trace: Mapping[str, Any]) -> list[str]:
+    """A trace in lines for people: the decision, a line a candidate, labels or options, and the cost."""
+    lines = [_decided(decision) for decision in trace["decisions"]]
+    lines += [_candidate(candidate) for candidate in trace.get("candidates", ())]
+    lines += [f"{label!r}: {_number(score)}" for label, score in trace.get("standings", ())]
+    lines += [f"flags: {', '.join(trace['flags'])}"] if trace.get("flags") else []
+    cost = trace["cost"]
+    return [*lines, "cost: " + ", ".join(f"{name} {value:.4g}" for name, value in cost.items())]
+
+
+def _decided(decision: Mapping[str, Any]) -> str:
+    outcome = "retrieve" if decision["retrieve"] else "do not retrieve"
+    outcome += f" ({decision['fallback']})" if decision["fallback"] else ""
+    against = "the likeliest token" if decision["threshold"] is None else f"δ {decision['threshold']:.4g}"
+    masses = " ".join(f"{name} {_number(decision[key])}" for name, key in PROBABILITIES)
+    return f"{outcome}: r {_number(decision['r'])} against {against}; {masses}"
+
+
+def _candidate(candidate: Mapping[str, Any]) -> str:
+    mark = "*" if candidate["chosen"] else " "
+    title = candidate["title"] or candidate["passage"]
+    name = "without passage" if title is None else f"[{candidate['rank']}] {title}"
+    if candidate["pruned"]:
+        return f"{mark} {name}: rel {_number(candidate['rel'])}, left out ({candidate['pruned']})"
+    if "final" not in candidate:
+        return f"{mark} {name}: rel {_number(candidate['rel'])}"
+    figures = " ".join(f"{name} {_number(candidate[name])}" for name in ("final", "seq", "rel", "sup", "use"))
+    flags = f" ({', '.join(candidate['flags'])})" if candidate["flags"] else ""
+    return f"{mark} {name}: {figures}{flags}: {candidate['raw']}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
