@@ -326,6 +326,24 @@ def _report(recipes: list[Recipe], output: Path) -> None:
     console.print(f"report: {output}", soft_wrap=True)
 
 
+def _candidates(
+    recipe: Recipe, *, cache: bool, rescore: bool, fill: bool, sweep: bool, confirm: bool, as_json: bool
+) -> None:  # fmt: skip
+    from raglan import cli_sweep
+
+    if cache + rescore + sweep != 1 or (fill and not rescore) or (confirm and not sweep):
+        raise RecipeError(
+            "--cache, --rescore and --sweep are three things to do",
+            hint="one at a time; --fill goes with --rescore, --confirm with --sweep",
+        )
+    if cache:
+        cli_sweep.cached(recipe, as_json=as_json)
+    elif rescore:
+        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
+    else:
+        cli_sweep.swept(recipe, confirm=confirm, as_json=as_json)
+
+
 def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:
     """Measure, print and judge a grid. Raises typer.Exit(1) where a cell is worse and that is to fail."""
     from rich.console import Console

@@ -98,7 +98,7 @@ class CandidateCache:
             if own.get(name) != wanted[name]:
                 raise CheckpointError(
                     f"{folder} was made with another {name}: {own.get(name)!r}, and now it is {wanted[name]!r}",
-                    hint="candidates serve the model, prompt and limits that wrote them: raglan evaluate --cache makes them anew",
+                    hint="candidates serve what wrote them; raglan evaluate --cache makes them anew",
                 )
         with np.load(folder / "rows.npz", allow_pickle=False) as rows:
             cache = cls(own, *_read(dict(rows)))

@@ -81,6 +81,10 @@ class Table:
             raise CheckpointError(
                 "the candidates are of the long form", hint="sweep it with evaluate --rescore, a setting at a time"
             )
+        if any(one["key"] is None for row in cache.questions for one in row["candidates"] if one["passage"] is None):
+            raise RecipeError(
+                "some questions have choices, which are scored and not written", hint="raglan evaluate --rescore takes them"
+            )
         how = scoring(settings, exact=cache.exact)
         n = len(cache.questions)
         told = [[c for c in row["candidates"] if c["passage"] is not None] for row in cache.questions]
