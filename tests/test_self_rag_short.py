@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from tiny import ScriptedGenerator, decides, said
 
+import tiny
 from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.rules import calibrated, decide
 from raglan.errors import GeneratorError
 from raglan.recipe import CalibrationSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
+from tiny import ScriptedGenerator, decides, said
 
 USE = (0.01, 0.02, 0.05, 0.12, 0.80)
 
@@ -79,14 +79,16 @@ def letters() -> ScriptedGenerator:
 def test_three_passages(capitals: ScriptedGenerator, seq: float, use: float, expected: tuple[float, ...]) -> None:
     answer = ask(capitals, found("p0", "p1", "p2"), weights={"seq": seq, "use": use})
     assert list(finals(answer).values()) == pytest.approx(expected, abs=1e-6)
-    assert answer.text == "Paris" and answer.trace is not None
+    assert answer.text == "Paris"
+    assert answer.trace is not None
     assert answer.raw == "[Relevant]Paris[Fully supported][Utility:5]"
     assert answer.trace["decisions"][0]["r"] == pytest.approx(0.947368, abs=1e-6)
     one = answer.trace["candidates"][2]
     assert [one[name] for name in ("seq", "rel", "sup", "use")] == pytest.approx((0.660143, 0.105263, 0, -0.277778), abs=1e-6)
     assert one["flags"] == ["sup:absent"]
     assert answer.logprob == pytest.approx(-0.995179, abs=1e-6)
-    assert [hit.passage.id for hit in answer.citations] == ["p0"] and answer.segments[0].cited == (1,)
+    assert [hit.passage.id for hit in answer.citations] == ["p0"]
+    assert answer.segments[0].cited == (1,)
 
 
 def test_bound_leaves_out_what_cannot_win(capitals: ScriptedGenerator) -> None:
@@ -137,7 +139,8 @@ def test_the_threshold_is_strict_and_its_ends_are_always_and_never() -> None:
     assert decide(impossible, chosen, missing="error", threshold=0.0).retrieve is False
     assert decide(marks, chosen, missing="error", threshold=None, argmax=np.bool_(True)).retrieve is True
     rising = [decide(np.log([0.4, p, 0.1, *[0.1] * 10]), chosen, missing="error", threshold=0.2).r for p in (0.01, 0.1, 0.5)]
-    assert rising == sorted(rising) and len(set(rising)) == 3
+    assert rising == sorted(rising)
+    assert len(set(rising)) == 3
     three = decide(np.log([0.6, 0.2, 0.1, *[0.1] * 10]), settings(rule="three_way"), missing="error", threshold=0.2)
     assert three.r == pytest.approx(0.222222, abs=1e-6)
 
@@ -146,7 +149,8 @@ def test_no_threshold_asks_whether_retrieval_is_the_likeliest_token() -> None:
     for no, yes in ((0.3, 0.4), (0.4, 0.3)):
         generator = ScriptedGenerator({**CAPITALS, (): decides(no, yes)})
         answer = ask(generator, found("p0"), threshold=None)
-        assert answer.trace is not None and answer.trace["retrieved"] == (yes > no)
+        assert answer.trace is not None
+        assert answer.trace["retrieved"] == (yes > no)
 
 
 def test_target_rate_sets_the_threshold_over_the_questions() -> None:
@@ -183,7 +187,8 @@ def test_a_sum_over_passages_turns_the_answer(
 ) -> None:
     hits = found("p0", "p1", "p2", "p3")
     answer = ask(letters, hits, labels=["A", "B", "C", "D"], aggregate=aggregate, weights={"seq": seq})
-    assert answer.text == best and answer.trace is not None
+    assert answer.text == best
+    assert answer.trace is not None
     assert dict(answer.trace["standings"]) == pytest.approx(expected, abs=1e-6)
     assert ask(letters, hits, weights={"seq": seq}).text == "A"  # open
 
@@ -221,10 +226,13 @@ def test_negative_sums_and_answers_that_are_no_label() -> None:
         (f"p{n}",): said((word, -9.0), rel=(0.001, 0.999), use=worst) for n, word in enumerate(("A", "A", "B"))
     }
     answer = ask(ScriptedGenerator(script), found("p0", "p1", "p2"), labels=["A", "B"], weights={"seq": 0.0})
-    assert answer.text == "B" and answer.trace is not None
+    assert answer.text == "B"
+    assert answer.trace is not None
     assert all(score < 0 for _, score in answer.trace["standings"])
     lost = ask(ScriptedGenerator(spoken("x", "y")), found("p0", "p1"), labels=["A", "B"])
-    assert lost.text == "x" and lost.trace is not None and lost.trace["flags"] == ["no_label"]
+    assert lost.text == "x"
+    assert lost.trace is not None
+    assert lost.trace["flags"] == ["no_label"]
 
 
 FLUENT = said(("f", -0.02), rel=(0.97, 0.02), sup=(0.05, 0.35, 0.60), use=(0.001, 0.002, 0.05, 0.15, 0.79))
@@ -262,10 +270,13 @@ def test_missing_marks_follow_the_policy_and_are_flagged() -> None:
     answer = ask(ScriptedGenerator(script, exact=False), hits)
     assert answer.trace is not None
     half, none = answer.trace["candidates"]
-    assert (half["rel"], half["sup"]) == pytest.approx((1.0, 1.0)) and half["flags"] == ["rel:partial", "sup:partial"]
-    assert (none["rel"], none["sup"]) == pytest.approx((0.5, 0.65)) and "rel:no_evidence" in none["flags"]
+    assert (half["rel"], half["sup"]) == pytest.approx((1.0, 1.0))
+    assert half["flags"] == ["rel:partial", "sup:partial"]
+    assert (none["rel"], none["sup"]) == pytest.approx((0.5, 0.65))
+    assert "rel:no_evidence" in none["flags"]
     neutral = ask(ScriptedGenerator(script, exact=False), hits, missing="neutral").trace
-    assert neutral is not None and neutral["candidates"][0]["rel"] == neutral["candidates"][0]["sup"] == 0.5
+    assert neutral is not None
+    assert neutral["candidates"][0]["rel"] == neutral["candidates"][0]["sup"] == 0.5
     with pytest.raises(GeneratorError, match="no log-probability of"):
         ask(ScriptedGenerator(script), hits)
 
@@ -281,9 +292,8 @@ def test_passages_do_not_see_each_other(capitals: ScriptedGenerator) -> None:
     for order in itertools.permutations(hits):
         other = ask(capitals, order)
         assert (other.text, other.logprob, finals(other)) == (first.text, first.logprob, pytest.approx(finals(first)))
-        assert other.trace is not None and [row["passage"] for row in other.trace["candidates"]] == [
-            h.passage.id for h in order
-        ]
+        assert other.trace is not None
+        assert [row["passage"] for row in other.trace["candidates"]] == [h.passage.id for h in order]
 
 
 def test_ties_go_to_the_better_rank() -> None:
@@ -291,7 +301,8 @@ def test_ties_go_to_the_better_rank() -> None:
     generator = ScriptedGenerator({(): decides(0.1, 0.9), ("p0",): same, ("p1",): same})
     hits = found("p0", "p1")
     for order in (hits, hits[::-1]):
-        assert ask(generator, order).citations == () and ask(generator, order).segments[0].hit == hits[0]
+        assert ask(generator, order).citations == ()
+        assert ask(generator, order).segments[0].hit == hits[0]
 
 
 def test_three_modes_give_one_type(capitals: ScriptedGenerator) -> None:
@@ -311,8 +322,10 @@ def test_three_modes_give_one_type(capitals: ScriptedGenerator) -> None:
         assert json.loads(json.dumps(answer.trace, allow_nan=False)) == answer.trace
         assert answer.closed_book == (not answer.trace["retrieved"])
     assert len(shapes) == 1
-    assert answers["no_hits"].trace is not None and answers["no_hits"].trace["decisions"][0]["fallback"] == "no_hits"
-    assert answers["never"].trace is not None and answers["never"].trace["decisions"][0]["fallback"] == ""
+    assert answers["no_hits"].trace is not None
+    assert answers["no_hits"].trace["decisions"][0]["fallback"] == "no_hits"
+    assert answers["never"].trace is not None
+    assert answers["never"].trace["decisions"][0]["fallback"] == ""
 
 
 def test_what_it_costs_is_counted(capitals: ScriptedGenerator) -> None:
@@ -320,7 +333,9 @@ def test_what_it_costs_is_counted(capitals: ScriptedGenerator) -> None:
     answer = ask(capitals, found("p0", "p1", "p2"))
     spent, told = capitals.cost - before, answer.trace["cost"] if answer.trace else {}
     assert (told["calls"], told["computed"], told["generated"]) == (spent.calls, spent.positions, spent.generated)
-    assert told["calls"] == 1 + 1 + 5 and told["reused"] == spent.reused and told["passages"] == 3
+    assert told["calls"] == 1 + 1 + 5
+    assert told["reused"] == spent.reused
+    assert told["passages"] == 3
 
 
 def test_pruning_by_relevance(capitals: ScriptedGenerator) -> None:
@@ -338,37 +353,42 @@ def test_all_passages_irrelevant(way: str, text: str, flags: list[str]) -> None:
     lines = {(f"p{n}",): said("x", rel=(0.2, 0.8), use=USE) for n in range(2)}
     generator = ScriptedGenerator({**CAPITALS, **lines})
     answer = ask(generator, found("p0", "p1"), all_irrelevant=way)
-    assert answer.text == text and answer.trace is not None
-    assert answer.trace["flags"] == flags and answer.trace["retrieved"]
+    assert answer.text == text
+    assert answer.trace is not None
+    assert answer.trace["flags"] == flags
+    assert answer.trace["retrieved"]
     kept = ask(generator, found("p0", "p1"), all_irrelevant=way, retrieve="never")
     assert kept.text == "Rome"
 
 
 def test_bound_gives_what_none_gives_on_random_candidates() -> None:
     draw = random.Random(0)
-    scripts, pieces = {}, ["a", "b", "c", "d"]
+    pieces = ["a", "b", "c", "d"]
 
-    def masses(count: int) -> list[float]:
-        values = [draw.expovariate(1.0) for _ in range(count)]
-        return [value / sum(values) for value in values]
+    def masses(count: int, best: int, share: float) -> list[float]:
+        return [share if place == best else (1 - share) / (count - 1) for place in range(count)]
 
-    for n in range(1000):
-        lines = {
-            (name,): said((f"w{name}", -draw.expovariate(1.0)), rel=masses(2), sup=masses(3) if draw.random() < 0.8 else None,
-                          use=masses(5))
-            for name in pieces
-        }  # fmt: skip
-        scripts[f"q{n:04d}"] = {(): decides(0.1, 0.9), **lines}
+    def line(name: str) -> Sequence[tiny.Step]:
+        good = draw.random() < 0.4
+        share = draw.uniform(0.6, 1.0)
+        judged = masses(3, draw.randrange(3) if draw.random() < 0.3 else 0, share) if good else None
+        useful = masses(5, 4 if good else draw.randrange(5), share)
+        return said(name, rel=masses(2, int(not good), share), sup=judged, use=useful)
+
+    scripts = {f"q{n:03d}": {(): decides(0.1, 0.9), **{(name,): line(name) for name in pieces}} for n in range(1000)}
+    generator = ScriptedGenerator(scripts)
     asked = Asked(list(scripts), [found(*pieces)] * 1000)
-    generated = {}
-    answers = {}
+    runs = []
     for kind in ("none", "bound"):
-        generator = ScriptedGenerator(scripts)
-        answers[kind] = self_rag(generator, asked, settings(prune={"kind": kind}))
-        generated[kind] = generator.cost.generated
-    assert [a.text for a in answers["bound"]] == [a.text for a in answers["none"]]
-    assert [a.logprob for a in answers["bound"]] == [a.logprob for a in answers["none"]]
-    assert generated["bound"] < 0.95 * generated["none"]
+        before = generator.cost.copy()
+        answers = self_rag(generator, asked, settings(prune={"kind": kind}))
+        runs.append(
+            ([(answer.text, answer.logprob, answer.candidates[0].score) for answer in answers], generator.cost - before)
+        )
+    (every, full), (chosen, less) = runs
+    assert chosen == every
+    assert less.generated < 0.8 * full.generated
+    assert less.logprobs < full.logprobs
 
 
 def test_a_quoted_token_is_text_and_a_generated_one_is_not() -> None:
@@ -380,7 +400,8 @@ def test_a_quoted_token_is_text_and_a_generated_one_is_not() -> None:
     }  # fmt: skip
     generator = ScriptedGenerator(script)
     answer = ask(generator, found("p0"))
-    assert answer.text == "say[Relevant]" and answer.trace is not None
+    assert answer.text == "say[Relevant]"
+    assert answer.trace is not None
     assert answer.trace["candidates"][0]["flags"] == []
     assert ask(generator, found("p1")).text == "a b c"
 
@@ -391,7 +412,9 @@ def test_a_segment_ends_where_new_evidence_would_begin(caplog: pytest.LogCapture
     generator = ScriptedGenerator({(): decides(0.1, 0.9), ("p0",): more, ("p1",): invented})
     for title, flags in (("p0", ["sup:absent", "use:absent"]), ("p1", ["sup:absent", "use:absent", "off_grammar"])):
         answer = ask(generator, found(title))
-        assert answer.text == "a" and answer.finished and answer.trace is not None
+        assert answer.text == "a"
+        assert answer.finished
+        assert answer.trace is not None
         assert answer.trace["candidates"][0]["flags"] == flags
         assert answer.trace["candidates"][0]["finish"] == "stop"
     assert ask(generator, found("p0"), released=["stop"]).text.replace(" ", "") == "ab"
@@ -403,10 +426,14 @@ def test_limits_and_empty_answers_are_flagged() -> None:
         {(): decides(0.1, 0.9), ("p0",): said("a", "b", "c", rel=(0.9, 0.1)), ("p1",): said(rel=(0.9, 0.1))}
     )
     cut = ask(generator, found("p0"), max_new_tokens=3)
-    assert cut.text == "ab" and not cut.finished and cut.trace is not None
+    assert cut.text == "ab"
+    assert not cut.finished
+    assert cut.trace is not None
     assert "length" in cut.trace["candidates"][0]["flags"]
     empty = ask(generator, found("p1"), seq_tokens="text")
-    assert empty.text == "" and empty.trace is not None and empty.trace["candidates"][0]["seq"] == 0.0
+    assert empty.text == ""
+    assert empty.trace is not None
+    assert empty.trace["candidates"][0]["seq"] == 0.0
     assert {"empty", "no_text"} <= set(empty.trace["candidates"][0]["flags"])
 
 
@@ -417,8 +444,10 @@ def test_is_rel_may_be_forced_and_the_score_stays() -> None:
         ("[No Retrieval]",): said("y", use=USE),
     })  # fmt: skip
     free, forced = (ask(generator, found("p0"), force_isrel=force).trace for force in (False, True))
-    assert free is not None and forced is not None
-    assert "off_grammar" in free["candidates"][0]["flags"] and "off_grammar" not in forced["candidates"][0]["flags"]
+    assert free is not None
+    assert forced is not None
+    assert "off_grammar" in free["candidates"][0]["flags"]
+    assert "off_grammar" not in forced["candidates"][0]["flags"]
     assert free["candidates"][0]["rel"] == forced["candidates"][0]["rel"] == pytest.approx(0.75)
     assert ask(generator, found("p0"), force_isrel=True, retrieve="never").text == "y"
 
@@ -430,7 +459,8 @@ def test_passages_that_do_not_fit_are_left_out_and_told() -> None:
     prompt = generator.marked_prompt
     generator.positions = len(prompt.question("why")) + len(prompt.passage(hits[0].passage)) + 20  # type: ignore[attr-defined]
     answer = ask(generator, [hits[0], long])
-    assert answer.trace is not None and answer.trace["flags"] == ["too_long:1"]
+    assert answer.trace is not None
+    assert answer.trace["flags"] == ["too_long:1"]
     assert [row["pruned"] for row in answer.trace["candidates"]] == ["", "too_long"]
     assert [hit.passage.id for hit in answer.hits] == ["p0"]
     with pytest.raises(GeneratorError, match="none of its 1 passages fits"):
@@ -450,10 +480,12 @@ def test_options_are_scored_and_not_written(count: int) -> None:
     answer = ask(generator, found("p0", "p1"), options=options)
     weights = np.exp([0.9, 0.3]) / np.exp([0.9, 0.3]).sum()
     expected = sum(weight * np.exp(logs[name]) for weight, name in zip(weights, logs, strict=True))
-    assert answer.trace is not None and answer.candidates[0].score is not None
+    assert answer.trace is not None
+    assert answer.candidates[0].score is not None
     assert dict(answer.trace["standings"]) == pytest.approx(dict(zip(options, expected, strict=True)), abs=1e-6)
     assert answer.text == options[int(np.argmax(expected))]
-    assert (generator.cost - before).generated == 0 and (generator.cost - before).calls == 3
+    assert (generator.cost - before).generated == 0
+    assert (generator.cost - before).calls == 3
     own = self_rag(generator, Asked(["why"], [found("p0", "p1")], choices=[options]), settings())[0]
     assert own.text == answer.text
 
@@ -462,7 +494,8 @@ def test_samples_are_drawn_and_the_best_is_taken() -> None:
     lines = [said("bad", rel=(0.9, 0.1), use=(0.6, 0.1, 0.1, 0.1, 0.1)), said("good", rel=(0.9, 0.1), use=USE)]
     generator = ScriptedGenerator({(): decides(0.1, 0.9), ("p0",): lines})
     answer = ask(generator, found("p0"), samples=2, temperature=0.7)
-    assert answer.text == "good" and answer.trace is not None
+    assert answer.text == "good"
+    assert answer.trace is not None
     assert {row["text"] for row in answer.trace["candidates"]} == {"bad", "good"}
     assert [row["chosen"] for row in answer.trace["candidates"]].count(True) == 1
 
