@@ -13,6 +13,7 @@ from raglan.recipe.data import (
     LsrMixData,
     MixSource,
     QuestionData,
+    SelfRagData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -99,6 +100,7 @@ __all__ = [
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagData",
     "SelfRagPromptSettings",
     "StageSettings",
     "StalenessSettings",
