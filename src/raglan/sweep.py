@@ -157,7 +157,8 @@ def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
         return float(known(text, example.answers))
 
     table = Table.of(cache, decode, lambda text, place: measure(text, examples[place]))
-    found = sweep(table, settings_of(how, decode, k=recipe.retriever.k, seed=recipe.seed), metric=how.metric)
+    settings = settings_of(how, decode, k=min(recipe.retriever.k, table.k), seed=recipe.seed)
+    found = sweep(table, settings, metric=how.metric)
     if confirm:
         system = parts.open(recipe)
         found = Sweep(**{**vars(found), "front": [_confirmed(system, decode, one, examples, measure) for one in found.front]})
@@ -172,7 +173,10 @@ def settings_of(how: SweepSettings, decode: SelfRagDecode, *, k: int, seed: int)
         RecipeError: more passages than were written to.
     """
     if too_many := [one for one in how.k if one > k]:
-        raise RecipeError(f"sweep.k holds {too_many[0]}, and retriever.k is {k}", hint="set retriever.k, and --cache again")
+        raise RecipeError(
+            f"sweep.k holds {too_many[0]}, and candidates were written for {k} passages",
+            hint="set retriever.k, and raglan evaluate --cache again",
+        )
     if how.aggregate and not decode.labels:
         raise RecipeError("sweep.aggregate is for a closed set, and decode.labels is empty", hint="give decode.labels")
     grid: list[Sequence[Any]] = [how.threshold, how.seq, how.rel, how.sup, how.use, how.k or (k,)]
