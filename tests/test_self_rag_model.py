@@ -1,4 +1,4 @@
-"""Self-RAG's short form on a tiny Llama: a twin by loops, batches that change nothing, and the whole way by the command line."""
+"""Self-RAG's short form on a tiny Llama: a twin by loops, batches that change nothing, the whole way by the command line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from raglan.decode import Asked, self_rag
 from raglan.errors import CheckpointError, RecipeError
 from raglan.generator import HFGenerator, open_generator
