@@ -190,7 +190,7 @@ def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Every question that was read: passages, answers before and after, gold; at most 500."""
     mode = "retrieved" if any(name.startswith("retrieved/") for name in after.figures) else "gold"
-    found = []
+    found: list[dict[str, Any]] = []
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
