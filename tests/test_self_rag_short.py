@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 import tiny
+from raglan.calibration import fitted
 from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.rules import calibrated, decide
 from raglan.errors import GeneratorError
@@ -171,6 +172,29 @@ def test_calibration_moves_r() -> None:
     low = {"kind": "isotonic", "x": (0.0, 1.0), "y": (0.0, 0.5)}
     assert ask(generator, found("p0")).text == "Paris"  # r = .2105
     assert ask(generator, found("p0"), calibration=low).text == "Rome"
+
+
+def test_fits_find_what_they_minimise() -> None:
+    draw = np.random.default_rng(0)
+    r = draw.uniform(0.02, 0.98, 400)
+    true = 1 / (1 + np.exp(-np.log(r / (1 - r)) / 2.5))
+    needed = draw.uniform(size=400) < true
+
+    def loss(found: CalibrationSettings) -> float:
+        p = np.clip(calibrated(r, found), 1e-9, 1 - 1e-9)
+        return float(-np.where(needed, np.log(p), np.log(1 - p)).sum())
+
+    heat = fitted(list(r), list(needed), "temperature")
+    grid = [CalibrationSettings(kind="temperature", temperature=t) for t in np.geomspace(0.1, 20, 200)]
+    assert loss(heat) <= min(map(loss, grid)) + 1e-9
+    assert heat.temperature == pytest.approx(2.5, rel=0.3)
+
+    few, judged = [0.1, 0.2, 0.3, 0.4, 0.5], [False, True, False, True, True]
+    steps = fitted(few, judged, "isotonic")
+    assert calibrated(few, steps) == pytest.approx([0.0, 0.5, 0.5, 1.0, 1.0])
+    heights = np.array(list(itertools.combinations_with_replacement(np.linspace(0, 1, 9), 5)))  # all rising tables, coarsely
+    squares = ((heights - np.array(judged)) ** 2).sum(1).min()
+    assert ((calibrated(few, steps) - np.array(judged)) ** 2).sum() <= squares + 1e-12
 
 
 @pytest.mark.parametrize(

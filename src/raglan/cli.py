@@ -195,6 +195,9 @@ def evaluate(
     fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
     confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
@@ -210,6 +213,9 @@ def evaluate(
         _evaluate_grid(loaded, with_report=with_report, fail_on=fail_on, as_json=as_json)
         return
     evaluations = evaluate_recipe(loaded, every_stage=every_stage)
+    if calibrate is not None:
+        _calibrate(loaded, evaluations[-1], calibrate)
+        return
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
@@ -233,6 +239,18 @@ def evaluate(
             told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
             console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+
+
+def _calibrate(recipe: Any, evaluation: Any, kind: str) -> None:
+    """Print the setting that maps r to P(retrieval is needed), as it is written in a recipe or on the command line."""
+    from raglan.calibration import calibration_data, fitted
+
+    if kind not in ("temperature", "isotonic"):
+        raise RecipeError(f"--calibrate is {kind!r}", hint="temperature, or isotonic")
+    r, needed = calibration_data(evaluation, recipe.evaluate.metrics[0])
+    found = fitted(r, needed, kind).model_dump(mode="json", exclude_defaults=True)
+    console.print(f"{len(r)} questions, of which {sum(needed)} are answered better with passages; for the recipe's decode:")
+    typer.echo(f"calibration: {json.dumps(found)}")
 
 
 @app.command()
