@@ -241,7 +241,7 @@ def evaluate(
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
 
 
-def _calibrate(recipe: Any, evaluation: Any, kind: str) -> None:
+def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:
     """Print the setting that maps r to P(retrieval is needed), as it is written in a recipe or on the command line."""
     from raglan.calibration import calibration_data, fitted
 
