@@ -149,6 +149,16 @@ def test_a_quoted_spelling_stays_and_a_generated_token_does_not() -> None:
     assert made.text([*made.foreign("是。"), schema.cont, *made.foreign("否。")]) == "是。否。"
 
 
+def test_an_end_token_that_is_registered_as_an_ordinary_one_is_no_way_out() -> None:
+    """Splitting special tokens does not reach it; a tokenizer without added tokens does."""
+    words = tiny.llama_tokenizer(special=False)
+    words.add_tokens(["<|end|>"])
+    end = words.convert_tokens_to_ids("<|end|>")
+    made = MarkedPrompt(read_schema(words, len(words)), words, SelfRagPromptSettings(), eos=end)
+    ids = made.foreign("the <|end|> in [Relevant]")
+    assert not made.forbidden & set(ids) and made.text(ids) == "the <|end|> in [Relevant]"
+
+
 def _word_level() -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", "<pad>", "the", *SPELLINGS]
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))

@@ -124,9 +124,13 @@ def answer(
         list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
     ] = None,
     with_trace: Annotated[bool, typer.Option("--trace", help="Tell how a self_rag answer came about.")] = False,
+    alce: Annotated[
+        Path | None, typer.Option(help="Also write the answers, with citations and the passages cited, as ALCE reads them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.decode.self_rag import cited_text
     from raglan.decode.self_rag.trace import told as told_trace
     from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
@@ -142,12 +146,19 @@ def answer(
     loaded = load_recipe(recipe, overrides)
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
     answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked), choices=[choice or []] * len(asked))
+    if alce is not None:
+        from raglan.exports import export_alce
+
+        console.print(str(export_alce(answers, alce)), soft_wrap=True)
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return
     console.print(f"[dim]system: {stage}; * marks passages that hold the answer[/dim]")
     for found in answers:
-        typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        text = cited_text(found) if found.citations else found.text
+        typer.echo(f"Q: {found.query}\nA: {text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for number, hit in enumerate(found.citations, 1):
+            typer.echo(f"  cites [{number}] {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
         for hit in found.hits:
             mark = "*" if _cited(found, hit) else " "
             shares = _shares(found, hit.rank - 1)
@@ -428,7 +439,18 @@ def _answer(found: Any) -> dict[str, Any]:
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
-        **({"trace": found.trace, "raw": found.raw} if found.trace is not None else {}),
+        **(_reflected(found) if found.trace is not None else {}),
+    }  # fmt: skip
+
+
+def _reflected(found: Any) -> dict[str, Any]:
+    """What a Self-RAG answer adds."""
+    from raglan.decode.self_rag import cited_text
+
+    return {
+        "cited": cited_text(found), "citations": [hit.passage.id for hit in found.citations],
+        "alternatives": [{"answer": other.text, "cited": cited_text(other)} for other in found.alternatives],
+        "raw": found.raw, "trace": found.trace,
     }  # fmt: skip
 
 

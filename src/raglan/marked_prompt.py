@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from raglan.errors import CheckpointError, CorpusError, GeneratorError
 from raglan.recipe import SelfRagPromptSettings
 from raglan.records import Passage
@@ -205,14 +207,19 @@ class MarkedPrompt:
         """Ids of a text as nothing but letters. Raises GeneratorError."""
         for tokenizer in (self._registered, self._bare):
             if tokenizer is not None:
-                anchor = self._anchor(tokenizer) if behind else ""
-                ids = self._ids(tokenizer, anchor + text, split=True)[len(self._ids(tokenizer, anchor, split=True)) :]
+                ids = self._letters(tokenizer, text, self._anchor(tokenizer) if behind else "")
                 if not self._says(ids):
                     return ids
         raise GeneratorError(
             f"text {shortened(text)!r} cannot be told from control tokens by this model's tokenizer",
             hint="its vocabulary spells a control token as one word: remove it from the text, or take another tokenizer",
         )
+
+    def _letters(self, tokenizer: Any, text: str, anchor: str) -> list[int]:
+        before, ids = self._ids(tokenizer, anchor, split=True), self._ids(tokenizer, anchor + text, split=True)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self._ids(tokenizer, text, split=True)  # the anchor has become one token with the text's beginning
 
     def _anchor(self, tokenizer: Any) -> str:
         """What must stand before a text for it to be encoded as behind a control token; empty where nothing must."""
@@ -236,8 +243,6 @@ class MarkedPrompt:
     @cached_property
     def _bare(self) -> Any:
         """The tokenizer without any added token; None where its kind cannot be taken apart."""
-        from tokenizers import Tokenizer
-
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST
+from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
@@ -203,7 +204,8 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
             ],
-            "trace": new["predictions"][mode].get("trace") if len(found) < TRACED else None,
+            "trace": (trace := new["predictions"][mode].get("trace") if len(found) < TRACED else None),
+            "tree": tree_lines(trace) if trace and trace["form"] == "long" else [],
         })  # fmt: skip
     return found
 

@@ -13,6 +13,7 @@ from raglan.recipe.data import (
     LsrMixData,
     MixSource,
     QuestionData,
+    SelfRagData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -111,6 +112,7 @@ __all__ = [
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagData",
     "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
