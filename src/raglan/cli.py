@@ -206,6 +206,9 @@ def evaluate(
     fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
     confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
@@ -215,12 +218,14 @@ def evaluate(
     if cache or rescore or sweep or fill or confirm:
         _candidates(loaded, cache=cache, rescore=rescore, fill=fill, sweep=sweep, confirm=confirm, as_json=as_json)
         return
-    if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
-        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+    _check_fail_on(fail_on, loaded)
     if loaded.grid is not None:
         _evaluate_grid(loaded, with_report=with_report, fail_on=fail_on, as_json=as_json)
         return
     evaluations = evaluate_recipe(loaded, every_stage=every_stage)
+    if calibrate is not None:
+        _calibrate(loaded, evaluations[-1], calibrate)
+        return
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
@@ -244,6 +249,18 @@ def evaluate(
             told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
             console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+
+
+def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:
+    """Print the setting that maps r to P(retrieval is needed), as it is written in a recipe or on the command line."""
+    from raglan.calibration import calibration_data, fitted
+
+    if kind not in ("temperature", "isotonic"):
+        raise RecipeError(f"--calibrate is {kind!r}", hint="temperature, or isotonic")
+    r, needed = calibration_data(evaluation, recipe.evaluate.metrics[0])
+    found = fitted(r, needed, kind).model_dump(mode="json", exclude_defaults=True)
+    console.print(f"{len(r)} questions, of which {sum(needed)} are answered better with passages; for the recipe's decode:")
+    typer.echo(f"calibration: {json.dumps(found)}")
 
 
 @app.command()
@@ -343,6 +360,11 @@ def _report(recipes: list[Recipe], output: Path) -> None:
 
     write_report(recipes, output)
     console.print(f"report: {output}", soft_wrap=True)
+
+
+def _check_fail_on(fail_on: str | None, recipe: Recipe) -> None:
+    if fail_on not in (None, "worse") or (fail_on is not None and recipe.grid is None):
+        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
 
 
 def _candidates(

@@ -57,6 +57,7 @@ from raglan.recipe.parts import (
     RewriteSettings,
     ScorerSettings,
     SelfRagPromptSettings,
+    Shot,
 )
 from raglan.recipe.self_rag import (
     CalibrationSettings,
@@ -114,6 +115,7 @@ __all__ = [
     "SelfRagData",
     "SelfRagDecode",
     "SelfRagPromptSettings",
+    "Shot",
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",
