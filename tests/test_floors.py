@@ -16,7 +16,7 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+    ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "grid"],  # fmt: skip
     ["grid_tables", "report", "interop", "exports", "bridges"],
     ["cli", "cli_feedback", "cli_synthesize", "__main__"],
