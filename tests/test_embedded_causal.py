@@ -72,9 +72,8 @@ def test_new_words_and_lora(generator: HFGenerator, tmp_path: Path) -> None:
     schema = extended.schema
     assert len(extended.tokenizer) == len(generator.tokenizer) + 15  # it has padding of its own
     objective = AnswerObjective(extended)
-    batch = objective.collate([
-        {"input_ids": extended.marked_prompt.question("who built the tower?"), "labels": [*sorted(schema.controls), extended.eos]}
-    ])
+    asked = extended.marked_prompt.question("who built the tower?")
+    batch = objective.collate([{"input_ids": asked, "labels": [*sorted(schema.controls), extended.eos]}])
     optimizer = torch.optim.Adam([p for p in extended.model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(6):

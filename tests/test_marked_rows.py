@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_every_segment_learns_and_no_evidence_does(generator: HFGenerator, marku
     assert "passage" not in learned
     assert ("markup" in learned) == (markups == "train" and bool(texts))
     starts = [place for place, group in enumerate(made.groups) if GROUPS[group] == "retrieve"] + [len(made.labels)]
-    assert all(any(made.learned[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+    assert all(any(made.learned[a:b]) for a, b in pairwise(starts))
     assert made.groups.count(GROUPS.index("passage")) == sum(len(generator.marked_prompt.foreign(text)) for text in texts)
 
 
@@ -180,7 +181,7 @@ def test_group_weights_multiply_and_figures_tell_each_group(generator: HFGenerat
     count = plain.items(batch)
     (loss, figures), (weighed, same) = (one.loss(dict(batch), items=count) for one in (plain, heavy))
     assert figures == same
-    groups, learned = torch.tensor(sum((r["groups"] for r in rows), [])), torch.tensor(sum((r["learned"] for r in rows), []))
+    groups, learned = (torch.tensor([value for one in rows for value in one[name]]) for name in ("groups", "learned"))
     logprobs = torch.cat([by_hand(generator, one) for one in rows]).detach()
     sums = {name: float(-logprobs[learned & (groups == place)].sum()) for place, name in enumerate(GROUPS)}
     assert float(loss) * count == pytest.approx(sum(sums.values()), abs=1e-3)
@@ -213,7 +214,8 @@ def test_no_gradient_comes_from_evidence(generator: HFGenerator) -> None:
     with torch.no_grad():
         logprobs = generator.forward(generator.collate([one]))[0]
     assert (logprobs != 0).tolist() == [bool(ok) for ok in one["learned"]]
-    other = {**one, "labels": [40 if GROUPS[group] == "passage" else token for token, group in zip(one["labels"], one["groups"])]}
+    told = zip(one["labels"], one["groups"], strict=True)
+    other = {**one, "labels": [40 if GROUPS[group] == "passage" else token for token, group in told]}
     losses = [float(objective.loss(objective.collate([made]))[0]) for made in (one, other)]
     assert losses[0] != pytest.approx(losses[1], abs=1e-5)
 

@@ -1,7 +1,7 @@
 """From a file of Self-RAG rows to training rows of ids (Asai et al. 2023, arXiv 2310.11511, §3.2).
 
 A line is {id, instruction, input?, segments: [{decision, passage: {id, title, text} | null, is_rel, text, is_sup, tail?}],
-lead?, is_use, metadata}, as `raglan critique` writes it and `raglan checkpoint self-rag` converts it. Learned is everything
+lead?, is_use, metadata}, as `raglan critique` writes it and `raglan rows import` converts it. Learned is everything
 behind the prompt but the passages, each between its own markups: of three passages the text behind the first is learned like
 the text behind the last. (The authors' code masks from the first markup to the last.)
 """
@@ -101,7 +101,8 @@ def _made(rows: Sequence[dict[str, Any]], data: SelfRagData, generator: HFGenera
     if left:
         log.warning("%d of %d rows are left out: %s", sum(left.values()), len(rows), left)
     if counts["rows_cut"]:
-        log.info("%d rows exceed %d tokens and lose their end, IsUse and end token with it", counts["rows_cut"], _room(data, generator))
+        room = _room(data, generator)
+        log.info("%d rows exceed %d tokens and lose their end, IsUse and end token with it", counts["rows_cut"], room)
     kept = {name: counts[name] for name in ("rows", "verbatim", "too_long", "rows_cut", "segments_lost", "passages_cut")}
     return made, {**kept, "learned": len(made), "tokens": dict(sorted(tokens.items()))}
 
@@ -136,6 +137,6 @@ def _checked(row: dict[str, Any], path: Path, line: int) -> dict[str, Any]:
     if not whole:
         raise CorpusError(
             f"{path}, line {line} is no row of a Self-RAG generator: it needs `instruction` and `segments`",
-            hint="raglan critique writes such rows; raglan checkpoint self-rag converts published ones",
+            hint="raglan critique writes such rows; raglan rows import converts published ones",
         )
     return {**row, "id": str(row.get("id", line))}
