@@ -129,8 +129,9 @@ def test_it_learns_from_imported_rows_through_the_command_line(tmp_path: Path) -
         "prompt": {"self_rag": {"template": "{instruction}"}},
         "data": {"kind": "self_rag", "path": "rows.jsonl", "dev": "rows.jsonl", "passage_max": 8, "max_length": 128},
         "objective": {"kind": "answer", "group_weights": {"retrieve": 2.0}},
-        "train": {"bf16": False, "save_strategy": "no", "logging_steps": 5, "weight_decay": 0.0, "max_steps": 60,
-                  "per_device_train_batch_size": 12, "learning_rate": 1e-2, "train_sampling_strategy": "random", "eval_strategy": "steps", "eval_steps": 20},
+        "train": {"bf16": False, "save_strategy": "no", "logging_steps": 5, "weight_decay": 0.0, "max_steps": 50,
+                  "per_device_train_batch_size": 12, "learning_rate": 1e-2, "train_sampling_strategy": "random",
+                  "eval_strategy": "steps", "eval_steps": 25},
     }  # fmt: skip
     path = tmp_path / "marked.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
