@@ -57,6 +57,7 @@ from raglan.recipe.parts import (
     RewriteSettings,
     ScorerSettings,
     SelfRagPromptSettings,
+    Shot,
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
@@ -102,6 +103,7 @@ __all__ = [
     "ScorerSettings",
     "SelfRagData",
     "SelfRagPromptSettings",
+    "Shot",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",
