@@ -125,9 +125,11 @@ def answer(
     choice: Annotated[
         list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
     ] = None,
+    with_trace: Annotated[bool, typer.Option("--trace", help="Tell how a self_rag answer came about.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.decode.self_rag.trace import told as told_trace
     from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
 
@@ -155,6 +157,8 @@ def answer(
             typer.echo(
                 f" {mark}[{hit.rank}] {hit.score:.4f}{told} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}"
             )
+        for line in told_trace(found.trace) if with_trace and found.trace is not None else ():
+            typer.echo(f"    {line}")
 
 
 @app.command()
@@ -188,12 +192,20 @@ def evaluate(
     fail_on: Annotated[
         str | None, typer.Option(help="`worse`: exit with 1 if a grid's cell is worse than the base on a task.")
     ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="Self-RAG: write candidates for --rescore and --sweep.")] = False,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Self-RAG: measure from candidates, no model call.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
-    from raglan.evaluate import compare, evaluate_recipe, interval_kinds
+    from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
 
     loaded = load_recipe(recipe, overrides or [])
+    if cache or rescore or sweep or fill or confirm:
+        _candidates(loaded, cache=cache, rescore=rescore, fill=fill, sweep=sweep, confirm=confirm, as_json=as_json)
+        return
     if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
         raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
     if loaded.grid is not None:
@@ -219,6 +231,9 @@ def evaluate(
     ):
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
+        for mode, cost in spent(evaluation.rows).items():
+            told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
+            console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
 
 
@@ -321,6 +336,24 @@ def _report(recipes: list[Recipe], output: Path) -> None:
     console.print(f"report: {output}", soft_wrap=True)
 
 
+def _candidates(
+    recipe: Recipe, *, cache: bool, rescore: bool, fill: bool, sweep: bool, confirm: bool, as_json: bool
+) -> None:  # fmt: skip
+    from raglan import cli_sweep
+
+    if cache + rescore + sweep != 1 or (fill and not rescore) or (confirm and not sweep):
+        raise RecipeError(
+            "--cache, --rescore and --sweep are three things to do",
+            hint="one at a time; --fill goes with --rescore, --confirm with --sweep",
+        )
+    if cache:
+        cli_sweep.cached(recipe, as_json=as_json)
+    elif rescore:
+        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
+    else:
+        cli_sweep.swept(recipe, confirm=confirm, as_json=as_json)
+
+
 def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:
     """Measure, print and judge a grid. Raises typer.Exit(1) where a cell is worse and that is to fail."""
     from rich.console import Console
@@ -379,6 +412,7 @@ def _answer(found: Any) -> dict[str, Any]:
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
+        **({"trace": found.trace, "raw": found.raw} if found.trace is not None else {}),
     }  # fmt: skip
 
 

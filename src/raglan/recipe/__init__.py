@@ -59,13 +59,22 @@ from raglan.recipe.parts import (
     SelfRagPromptSettings,
     Shot,
 )
+from raglan.recipe.self_rag import (
+    CalibrationSettings,
+    PruneSettings,
+    RequireSettings,
+    SelfRagDecode,
+    WeightSettings,
+)
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
+from raglan.recipe.sweep import SweepSettings
 
 __all__ = [
     "ABSTENTION",
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
     "ConcatDecode",
@@ -92,24 +101,29 @@ __all__ = [
     "MixSource",
     "PriorSettings",
     "PromptSettings",
+    "PruneSettings",
     "QuestionData",
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RequireSettings",
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
     "SelfRagData",
+    "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
     "StageSettings",
     "StalenessSettings",
+    "SweepSettings",
     "TargetSettings",
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "WeightSettings",
     "load_recipe",
     "recipe_schema",
 ]
