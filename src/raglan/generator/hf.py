@@ -510,7 +510,7 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give embedded, embedded_causal, a folder of config.json, weights and tokenizer, or a hub name and a network",
+            hint="give `embedded`, `embedded_causal`, a folder of config.json, weights and tokenizer, or a hub name and a network",
         ) from None
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:

@@ -39,7 +39,7 @@ class AnswerObjective(Objective):
         reduction: Literal["token", "example"] = "token",
         tokens: Literal["all", "first"] = "all",
         measure: Callable[[], dict[str, float]] | None = None,
-        group_weights: Mapping[str, float] | None = None,
+        group_weights: Mapping[Any, float] | None = None,
     ):
         self.measure = measure
         self.weights = torch.tensor([float((group_weights or {}).get(name, 1.0)) for name in GROUPS])
