@@ -476,7 +476,8 @@ def test_budgets_finish_what_is_live() -> None:
         generator = ScriptedGenerator(script)
         decode = settings(keep_passages=0, max_segments=3, stop="never", **{name: most})
         answer = ask(generator, found(*titles), decode)[0]
-        assert answer.trace is not None and answer.trace["cost"][told] <= most, name
+        assert answer.trace is not None
+        assert answer.trace["cost"][told] <= most, name
         assert answer.text, name
     cut = ask(ScriptedGenerator(long_script(titles, 3)), found(*titles), settings(max_new_tokens=5))[0]
     assert not cut.finished

@@ -1,4 +1,4 @@
-"""Self-RAG's short form on a tiny Llama: a twin by loops, batches that change nothing, and the whole way by the command line."""
+"""Self-RAG's short form on a tiny Llama: a twin by loops, batches that change nothing, the whole way by the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from raglan.decode import Asked, self_rag
-from raglan.errors import RecipeError
+from raglan.errors import CheckpointError, RecipeError
 from raglan.generator import HFGenerator, open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
@@ -162,9 +162,13 @@ def test_what_is_counted_is_what_was_computed(generator: HFGenerator) -> None:
     assert (told["calls"], told["computed"], told["generated"]) == (spent.calls, spent.positions, spent.generated)
 
 
-def test_a_generator_without_reflection_tokens_is_refused() -> None:
-    with pytest.raises(RecipeError, match="reads reflection tokens"):
-        self_rag(object(), ASKED, settings())
+def test_a_generator_without_reflection_tokens_is_refused(tmp_path: Path) -> None:
+    plain = open_generator(GeneratorSettings(model=str(tiny.llama(tmp_path / "llama")), dtype="float32"), PromptSettings())
+    with pytest.raises(CheckpointError, match="lacks reflection tokens"):
+        self_rag(plain, ASKED, settings())
+    folded = open_generator(GeneratorSettings(model=str(tiny.t5(tmp_path / "t5")), dtype="float32"), PromptSettings())
+    with pytest.raises(RecipeError, match="of a causal model"):
+        self_rag(folded, ASKED, settings())
 
 
 def test_by_the_command_line(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import tiny
 from raglan.decode import Asked, self_rag
@@ -197,6 +198,43 @@ def test_an_abstention_where_two_labels_are_close(letters: ScriptedGenerator) ->
     hits = found("p0", "p1", "p2", "p3")
     for margin, text in ((1.35, "B"), (1.36, "I don't know")):
         assert ask(letters, hits, labels=["A", "B", "C"], abstain_margin=margin).text == text
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"beam": 3}, "beam belongs to form long"),
+        ({"form": "long", "options": ["A", "B"]}, "options belongs to form short"),
+        ({"released": ["use"]}, "released: use is none of form short"),
+        ({"threshold": 0.3, "target_rate": 0.5}, "takes the place of threshold"),
+        ({"retrieve": "always", "target_rate": 0.5}, "takes the place of threshold"),
+        ({"samples": 2}, "without temperature they would be one"),
+        ({"prune": {"kind": "tau"}}, "needs tau"),
+        ({"prune": {"kind": "none", "m": 2}}, "has no m"),
+        ({"prune": {"kind": "bound"}, "labels": ["A", "B"]}, "need all of them"),
+        ({"form": "long", "prune": {"kind": "bound"}}, "belongs to form short"),
+        ({"labels": ["A", "B"], "options": ["A", "B"]}, "give either options"),
+        ({"options": ["A", "A"]}, "all different"),
+        ({"labels": [True, False]}, "put them in quotes"),
+        ({"weights": {"sup": -1}}, "greater than or equal to 0"),
+        ({"calibration": {"kind": "isotonic", "x": [0.5, 0.1], "y": [0, 1]}}, "x must rise"),
+        ({"calibration": {"kind": "temperature"}}, "needs temperature"),
+        ({"thresold": 0.1}, "Extra inputs"),
+    ],
+)
+def test_faults_of_settings_say_what_belongs_where(given: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        settings(**given)
+
+
+def test_settings_as_they_are_written_in_a_recipe() -> None:
+    assert settings().limit == 100
+    assert settings(labels=[1, 2]).limit == 50
+    assert settings(form="long").limit == 200
+    required = settings(form="long", require=["relevant", {"min_use": 3}]).require
+    assert (required.relevant, required.supported, required.min_use, required.any) == (True, False, 3, True)
+    assert settings(options=None).options == ()
+    assert settings(labels=[1, 2]).labels == ("1", "2")
 
 
 def spoken(*words: str) -> dict[Any, Any]:

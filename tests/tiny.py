@@ -105,7 +105,7 @@ def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> Llam
     pieces = ["<unk>", "<s>", "</s>", *bytes_, "▁", *string.printable[:94], "th", "in", "▁th", "▁the", "▁a", "▁in"]
     merges = [("t", "h"), ("i", "n"), ("▁", "th"), ("▁th", "e"), ("▁", "a"), ("▁", "in")]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy)
+    words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
     if special is None:
         return words
     names = list(Schema.numbered(0).spellings)

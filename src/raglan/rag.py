@@ -13,6 +13,7 @@ from threading import Lock
 
 from raglan.artifact import read_manifest
 from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn, self_rag
+from raglan.decode.self_rag import check_marked
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
@@ -77,6 +78,8 @@ class RAG:
         reads = open_generator(settings, recipe.prompt)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
+        if isinstance(recipe.decode, SelfRagDecode):
+            check_marked(reads)
         retriever = Retriever(base, encoder, index=recipe.index, prior=weights, history=asks.history)
         if asks.history == "rewrite":
             own = asks.rewrite.model

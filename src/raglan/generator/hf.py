@@ -36,6 +36,7 @@ from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.causal import causal_from_encoder
 from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
@@ -50,9 +51,10 @@ from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
 from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of
 
-__all__ = ["HFGenerator", "open_generator", "padded"]
+__all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
 
 log = logging.getLogger(__name__)
+EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
 UNSCORED = -100
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
@@ -185,28 +187,48 @@ class HFGenerator(Generator, MarkedGenerator):
         return [*answer_ids(self.tokenizer, answer, "" if self.is_seq2seq else space), self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
+        """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer.
+
+        Where a row has `learned`, the batch has it too, (B,T): False where a label is only read.
+        """
         inputs, mask = padded([row["input_ids"] for row in rows], self.pad)
         labels, _ = padded([row["labels"] for row in rows], UNSCORED)
-        return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+        return {"input_ids": inputs, "attention_mask": mask, "labels": labels, **learned(rows)}
 
     def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100.
+        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100, or only read.
 
-        `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
+        Labels may be read and not scored, as evidence inside an answer is: `learned` (B,T) is False there, and the head is not
+        applied. `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
         """
         model = model or self.model
         moved = {name: value.to(self.device) for name, value in batch.items()}
         if "at" in batch:
             return self._packed_logprobs(moved, model)
-        given, batch = moved["labels"] >= 0, _aligned(moved)
-        labels, real = batch["labels"], batch["labels"] >= 0
+        given, batch = scored(moved), _aligned(moved)
+        labels, real = batch["labels"], scored(batch)
+        batch.pop("learned", None)
         if self.reader is not None:
             values = self._reader_logprobs(batch, model)[real]
         else:
             hidden = self.answer_states(batch, model)
             values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return values.new_zeros(labels.shape).masked_scatter(given, values)
+
+    @torch.no_grad()
+    def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """token_logprobs (B,T) as `forward` gives them, and whether each label is the likeliest of all words, (B,T)."""
+        moved = {name: value.to(self.device) for name, value in batch.items()}
+        given, aligned = scored(moved), _aligned(moved)
+        labels, real = aligned["labels"], scored(aligned)
+        states = self.answer_states({name: value for name, value in aligned.items() if name != "learned"})[real]
+        logprobs, right = [], []
+        for rows, wanted in zip(*(part.split(self.settings.head_chunk) for part in (states, labels[real])), strict=True):
+            logits = self.head_logits(rows).float()
+            logprobs.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
+            right.append(logits.argmax(-1) == wanted)
+        none = torch.zeros(labels.shape, device=labels.device)
+        return none.masked_scatter(given, torch.cat(logprobs)), none.bool().masked_scatter(given, torch.cat(right))
 
     def answer_states(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """What the LM head reads to predict the answer's tokens, (B,T,D), with gradient.
@@ -257,8 +279,10 @@ class HFGenerator(Generator, MarkedGenerator):
 
     def save(self, folder: Path, **figures: Any) -> None:
         """Write weights (or the adapter) and tokenizer in the transformers (peft) layout, then the manifest."""
+        # An adapter holds the rows that it learned; peft would add both matrices whole, because they have grown.
+        own = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
         with without_bars():
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), **own)
         self.tokenizer.save_pretrained(str(folder))
         told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
         if self.settings.vocabulary == "self_rag":
@@ -381,7 +405,7 @@ class HFGenerator(Generator, MarkedGenerator):
     def _packed_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         """token_logprobs (R,T) of packed rows: see `raglan.packing`."""
         hidden = self.states_before_head(model, {name: batch[name] for name in ("input_ids", "position_ids")})
-        labels, real = batch["labels"], batch["labels"] >= 0
+        labels, real = batch["labels"], scored(batch)
         states = hidden.flatten(0, 1)[batch["at"][real]]
         values = chunked_token_logprobs(states, self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
@@ -470,9 +494,9 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
 
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    if name == "embedded":
+    if name in EMBEDDED:
         with quietly():
-            return reader_from_encoder(str(embedded_model()))
+            return EMBEDDED[name](str(embedded_model()))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(name, settings)
     try:
@@ -486,7 +510,7 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",
+            hint="give `embedded`, `embedded_causal`, a folder of config.json, weights and tokenizer, or a hub name and a network",
         ) from None
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
@@ -595,12 +619,26 @@ def _aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         "input_ids": _moved(batch["input_ids"], real), "attention_mask": _moved(batch["attention_mask"], real),
         "labels": _moved(labels, labels >= 0),
+        **({"learned": _moved(batch["learned"], labels >= 0)} if "learned" in batch else {}),
     }  # fmt: skip
+
+
+def scored(batch: dict[str, Tensor]) -> Tensor:
+    """Which labels of a batch have a log-probability that counts, (B,T): those that are there, and are not only read."""
+    there = batch["labels"] >= 0
+    return there & batch["learned"].bool() if "learned" in batch else there
 
 
 def _moved(values: Tensor, first: Tensor) -> Tensor:
     """Each row's values that are to come first, then its others, in their order. (B,L), (B,L) → (B,L)."""
     return values.gather(1, (~first).int().argsort(dim=1, stable=True))
+
+
+def learned(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """`learned` (B,T) of rows, where one of them has labels that are only read; else nothing."""
+    if not any("learned" in row for row in rows):
+        return {}
+    return {"learned": padded([row.get("learned", [1] * len(row["labels"])) for row in rows], 0)[0].bool()}
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

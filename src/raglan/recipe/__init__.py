@@ -13,6 +13,7 @@ from raglan.recipe.data import (
     LsrMixData,
     MixSource,
     QuestionData,
+    SelfRagData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -56,6 +57,7 @@ from raglan.recipe.parts import (
     RewriteSettings,
     ScorerSettings,
     SelfRagPromptSettings,
+    Shot,
 )
 from raglan.recipe.self_rag import (
     CalibrationSettings,
@@ -110,8 +112,10 @@ __all__ = [
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagData",
     "SelfRagDecode",
     "SelfRagPromptSettings",
+    "Shot",
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",

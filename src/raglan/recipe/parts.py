@@ -19,6 +19,7 @@ __all__ = [
     "RewriteSettings",
     "ScorerSettings",
     "SelfRagPromptSettings",
+    "Shot",
 ]
 
 QA_PROMPTS = {  # by name, because the two contradict each other
@@ -87,7 +88,8 @@ class SelfRagPromptSettings(Settings):
         description="Of training rows with an input of their own; must hold {instruction} and {input}.",
     )
     separator: str = Field(
-        "## Input:\n\n", description='Between a task\'s instruction and the question; the authors\' short form has "\\n\\n" before it.'
+        "## Input:\n\n",
+        description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
     )
     passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
 
@@ -98,6 +100,14 @@ class SelfRagPromptSettings(Settings):
                 if f"{{{part}}}" not in getattr(self, name):
                     raise ValueError(f"{name} must hold {{{part}}}")
         return self
+
+
+class Shot(Settings):
+    """A question with its answer, shown before the question that is asked."""
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    passages: tuple[str, ...] = Field((), description="What it was answered from, as text.")
 
 
 class PromptSettings(Settings):
@@ -128,6 +138,12 @@ class PromptSettings(Settings):
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
     self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
+    shots: tuple[Shot, ...] = Field(
+        (),
+        description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
+        "and all of them before a passage or a turn is touched.",
+    )
+    shot_separator: str = Field("\n\n", description="Behind each shot.")
 
     @field_validator("template")
     @classmethod
@@ -150,7 +166,9 @@ class PromptSettings(Settings):
 class GeneratorSettings(Settings):
     """A transformers seq2seq or causal model, or the embedded reader."""
 
-    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+    model: str = Field(
+        "embedded", description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."

@@ -18,7 +18,7 @@ from raglan.generator.base import MarkedGenerator
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit
 
-__all__ = ["Retrieve", "self_rag"]
+__all__ = ["Retrieve", "check_marked", "self_rag"]
 
 log = logging.getLogger(__name__)
 Retrieve = Callable[[str, int], list[Hit]]
@@ -33,14 +33,20 @@ def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve:
     Raises:
         RecipeError: it is none. CheckpointError: its vocabulary lacks them.
     """
-    if not isinstance(generator, MarkedGenerator):
-        raise RecipeError(
-            f"decode.kind self_rag reads reflection tokens, and {type(generator).__name__} gives none",
-            hint="generator.model: a causal checkpoint with the reflection tokens, or any causal model with "
-            "generator.vocabulary: self_rag, trained for them",
-        )
+    check_marked(generator)
     for name in settings.released:
         log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
     if settings.form == "long":
         return long(generator, asked, settings, retrieve=retrieve)
     return short(generator, asked, settings)
+
+
+def check_marked(generator: Any) -> None:
+    """Raises RecipeError if a generator gives no reflection tokens, CheckpointError if its vocabulary lacks them."""
+    if not isinstance(generator, MarkedGenerator) or getattr(generator, "is_seq2seq", False):
+        raise RecipeError(
+            f"decode.kind self_rag reads the reflection tokens of a causal model, and {type(generator).__name__} gives none",
+            hint="generator.model: a causal checkpoint with reflection tokens, or any causal model with "
+            "generator.vocabulary: self_rag, trained for them",
+        )
+    assert generator.schema is not None  # reads the vocabulary, and raises where it lacks them

@@ -29,7 +29,7 @@ from raglan.errors import GeneratorError
 from raglan.generator.base import Contexts, MarkedGenerator
 from raglan.progress import track
 from raglan.recipe import SelfRagDecode
-from raglan.records import Answer, AnswerSegment, Candidate, Hit, Marked
+from raglan.records import Answer, AnswerSegment, Candidate, Hit, Marked, Passage
 from raglan.reflection import Components, components, first, rel, step, step_bound, target_threshold
 from raglan.text import shortened
 
@@ -57,6 +57,7 @@ class _Short:
         self.scoring, self.weights = scoring(settings, exact=generator.exact_marks), weights(settings)
         self.positions: int | None = getattr(generator, "positions", None)
         self.threshold = settings.threshold
+        self.known: dict[Passage, list[int]] = {}  # questions share passages
 
     def answers(self, asked: Asked) -> list[Answer]:
         questions = [
@@ -152,10 +153,15 @@ class _Short:
             question.spare = self._branch(question, None)
 
     def _branch(self, question: Question, hit: Hit | None) -> Branch:
-        ids = self.prompt.no_retrieval() if hit is None else self.prompt.passage(hit.passage)
+        ids = self.prompt.no_retrieval() if hit is None else self._passage(hit.passage)
         limit, used = self.settings.limit, len(question.prompt) + len(ids)
         room = limit if self.positions is None else min(limit, self.positions - used)
         return Branch(hit, ids, room, pruned="too_long" if hit is not None and room < 1 else "")
+
+    def _passage(self, passage: Passage) -> list[int]:
+        if passage not in self.known:
+            self.known[passage] = self.prompt.passage(passage)
+        return self.known[passage]
 
     def _prune(self, question: Question) -> None:
         """Leave out passages by what is known before anything is written. `bound` waits for the first scores."""
