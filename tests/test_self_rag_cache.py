@@ -139,6 +139,66 @@ def test_a_replay_asks_no_model(recorded: Path) -> None:
     assert says.cost.calls == like.cost.calls == len(like.prompts) == 0
 
 
+# the long form
+
+
+USE = (0.1, 0.1, 0.1, 0.1, 0.6)
+BELOW = {"T0": ((0.6, 0.4), (0.3, 0.3, 0.4)), "T1": ((0.7, 0.3), (0.4, 0.3, 0.3)), "T2": ((0.5, 0.5), (0.1, 0.1, 0.8))}
+
+
+def _tree() -> ScriptedGenerator:
+    """T0 ends at level 1, T1 and T2 go on to each of the three."""
+    on = (0.05, 0.9, 0.05)
+    script: dict[Any, Any] = {
+        (): decides(0.05, 0.9),
+        ("T0",): said("zero", rel=(0.95, 0.05), sup=(0.9, 0.05, 0.05), use=USE),
+        ("T1",): said("one", rel=(0.9, 0.1), sup=(0.6, 0.3, 0.1), then=on),
+        ("T2",): said("two", rel=(0.8, 0.2), sup=(0.2, 0.6, 0.2), then=on),
+    }
+    for parent in ("T1", "T2"):
+        for title, (relevance, support) in BELOW.items():
+            script[parent, title] = said(f"{parent}{title}", rel=relevance, sup=support, use=USE)
+    return ScriptedGenerator(script)
+
+
+TREE = Asked(["who?"], [HITS[:3]], k=3)
+
+
+def _long(**changes: Any) -> SelfRagDecode:
+    given = {"passages": "static", "max_segments": 2, "weights": {"seq": 0.0}, "beam": 2, **changes}
+    return SelfRagDecode(kind="self_rag", form="long", **given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"combine": "product"}, {"combine": "sum", "n_best": 5}, {"combine": "by_component"}, {"beam": 1},
+        {"max_segments": 1}, {"weights": {"seq": 1.0, "rel": 0.1, "sup": 2.0, "use": 0.0}},
+        {"prune": {"kind": "top_m", "m": 2}}, {"absent": "neutral"}, {"require": ["supported"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rescored_tree_is_the_live_one_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    cache = CandidateCache(IDENTITY)
+    record(_tree(), TREE, _long(), cache=cache)
+    cache.save(tmp_path / "tree")
+    decode, live, kept = _long(**changes), _tree(), _tree()
+    found = replay(kept, TREE, decode, cache=CandidateCache.open(tmp_path / "tree", IDENTITY))
+    assert [_same(answer) for answer in found if answer] == [_same(answer) for answer in self_rag(live, TREE, decode)]
+    assert (kept.cost.calls, live.cost.calls > 0) == (0, True)
+
+
+def test_an_incomplete_tree_says_so_and_grows_on_demand() -> None:
+    cache, kept = CandidateCache(), _tree()
+    record(_tree(), TREE, _long(beam=1), cache=cache)
+    wider = _long(combine="sum", weights={"seq": 0.0, "rel": 0.0, "sup": 1.0, "use": 0.0})
+    assert replay(kept, TREE, wider, cache=cache) == [None]
+    assert kept.cost.calls == 0
+    filled = replay(kept, TREE, wider, cache=cache, fill=True)
+    assert [_same(answer) for answer in filled if answer] == [_same(answer) for answer in self_rag(_tree(), TREE, wider)]
+    assert kept.cost.calls > 0
+
+
 # sweeps
 
 

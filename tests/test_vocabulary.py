@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from raglan.errors import CheckpointError, GeneratorError
 from raglan.generator import HFGenerator, open_generator
 from raglan.objective import AnswerObjective
@@ -53,17 +53,20 @@ def test_extension_appends_rows_in_the_published_order(folders: dict[str, Path],
     before, _ = loaded(folders[kind])
     found = opened(folders[kind], vocabulary="self_rag")
     base = len(before.lm_head.weight)
-    assert found.schema == Schema.numbered(base) and found.tokenizer.convert_tokens_to_ids("<pad>") == base + 15
+    assert found.schema == Schema.numbered(base)
+    assert found.tokenizer.convert_tokens_to_ids("<pad>") == base + 15
     assert found.model.config.vocab_size == base + 16
     for name in ("get_input_embeddings", "get_output_embeddings"):
         old, new = getattr(before, name)().weight, getattr(found.model, name)().weight
-        assert len(new) == base + 16 and torch.equal(new[:base], old)
+        assert len(new) == base + 16
+        assert torch.equal(new[:base], old)
         assert torch.allclose(new[base:], old.mean(0).expand(16, -1), atol=1e-6)
     tied = found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight
     assert tied == (kind == "tied")
     found.save(tmp_path / "saved")
     again = opened(tmp_path / "saved")
-    assert again.schema == found.schema and again.fingerprint == found.fingerprint
+    assert again.schema == found.schema
+    assert again.fingerprint == found.fingerprint
 
 
 def test_words_and_random_rows(folders: dict[str, Path]) -> None:
@@ -74,7 +77,8 @@ def test_words_and_random_rows(folders: dict[str, Path]) -> None:
         assert torch.allclose(matrix[schema.relevant], matrix[ids].mean(0), atol=1e-6)
     drawn = [extend_vocabulary(*(pair := loaded(folders["plain"])), init="random") and pair[0] for _ in range(2)]
     rows = [model.lm_head.weight[schema.no :] for model in drawn]
-    assert torch.equal(*rows) and len(rows[0].unique(dim=0)) == 15 + 1
+    assert torch.equal(*rows)
+    assert len(rows[0].unique(dim=0)) == 15 + 1
     assert 0.5 < float(rows[0][:15].std() / drawn[0].config.initializer_range) < 2
 
 
@@ -129,7 +133,8 @@ def test_lora_trains_new_rows_of_both_matrices_and_no_old_one(folders: dict[str,
     loss.backward()
     for name, parameter in generator.model.named_parameters():
         if "trainable_tokens_delta" in name:
-            assert parameter.shape == (15, 32) and (parameter.grad.abs().sum(1) > 0).all(), name
+            assert parameter.shape == (15, 32), name
+            assert (parameter.grad.abs().sum(1) > 0).all(), name
         elif "embed_tokens" in name or "lm_head" in name:
             assert parameter.grad is None, name
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from raglan import __version__
 from raglan.cli_feedback import feedback, split
+from raglan.cli_rows import rows
 from raglan.cli_synthesize import synthesize
 from raglan.errors import RaglanError, RecipeError
 from raglan.metrics import answer_recall
@@ -36,6 +37,7 @@ checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG check
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
 app.add_typer(feedback, name="feedback")
+app.add_typer(rows, name="rows")
 app.command()(split)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]

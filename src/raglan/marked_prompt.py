@@ -30,10 +30,10 @@ from tokenizers import Tokenizer
 from raglan.errors import CheckpointError, CorpusError, GeneratorError
 from raglan.recipe import SelfRagPromptSettings
 from raglan.records import Passage
-from raglan.reflection import NAMES, Schema
+from raglan.reflection import NAMES, GrammarError, Schema, parse
 from raglan.text import shortened
 
-__all__ = ["GROUPS", "LABELS", "MarkedPrompt", "MarkedRow", "marked", "read_schema"]
+__all__ = ["GROUPS", "LABELS", "MarkedPrompt", "MarkedRow", "RowTooLong", "marked", "read_schema"]
 
 LABELS: dict[str, tuple[str | int, ...]] = {  # what a row of training data says, in the order of a schema's ids
     "retrieve": ("no", "yes", "continue"), "is_rel": ("irrelevant", "relevant"), "is_sup": ("fully", "partially", "no"),
@@ -41,6 +41,10 @@ LABELS: dict[str, tuple[str | int, ...]] = {  # what a row of training data says
 }  # fmt: skip
 GROUPS = ("retrieve", "is_rel", "is_sup", "is_use", "text", "markup", "eos", "passage")
 ANCHORS = ("\n", ".", "-", "0")  # what may stand before a text so that no blank is put there
+
+
+class RowTooLong(CorpusError):
+    """A row of which not one segment fits."""
 
 
 @dataclass(slots=True)
@@ -139,7 +143,7 @@ class MarkedPrompt:
         self, row: Mapping[str, Any], *, limit: int | None = None, passage_max: int | None = None, markups: str = "train",
         released: Sequence[str] = (),
     ) -> MarkedRow:  # fmt: skip
-        """A row of training data (see `raglan.interop_self_rag` for its fields) as ids with what is learned of them.
+        """A row of training data (see `raglan.marked_rows` for its fields) as ids with what is learned of them.
 
         Learned is all behind the prompt but passages, strictly between their own markups. A passage is cut to `passage_max`
         tokens; then, while the row exceeds `limit` tokens, its last segment is left out, and with it IsUse and the end.
@@ -150,7 +154,7 @@ class MarkedPrompt:
                 last token.
 
         Raises:
-            CorpusError: a label that is none, or a row in which not one segment is left.
+            CorpusError: a label that is none, a row off the grammar, or one of which no segment fits (`RowTooLong`).
         """
         made = MarkedRow(self.question(row["instruction"], given=row.get("input") or ""))
         made.add("text", self.foreign(row.get("lead") or ""))
@@ -164,6 +168,10 @@ class MarkedPrompt:
         made.ended = True
         if limit is not None and len(made) > limit:
             self._shorten(made, ends, limit, row)
+        try:
+            parse(made.labels, self.schema, eos=self.eos)
+        except GrammarError as fault:
+            raise _fault(row, f"its {fault.message}", "see docs/concepts/self_rag.md for what may follow what") from None
         if "mask" in released:
             _as_released(made, self.schema)
         return made
@@ -176,7 +184,7 @@ class MarkedPrompt:
         if (passage is None) == (segment["decision"] == "yes"):
             raise _fault(row, f"decision {segment['decision']!r} {'without' if passage is None else 'with'} a passage")
         if passage is not None:
-            ids = self.foreign(_evidence(passage.get("title"), passage["text"]))
+            ids = self.foreign(_evidence(passage.get("title") or None, passage["text"]))
             made.cut += most is not None and len(ids) > most
             made.add("markup", [self.schema.opens], learned=learned)
             made.add("passage", ids[:most], learned=False)
@@ -197,7 +205,7 @@ class MarkedPrompt:
     def _shorten(self, made: MarkedRow, ends: Sequence[int], limit: int, row: Mapping[str, Any]) -> None:
         kept = max((place for place, end in enumerate(ends) if end <= limit), default=0)
         if kept == 0:
-            raise _fault(row, f"no segment fits into {limit} tokens", "raise data.max_length, or lower data.passage_max")
+            raise RowTooLong(f"row {_named(row)}: no segment fits into {limit} tokens", hint="lower data.passage_max")
         behind = ends[kept] - len(made.input_ids)
         for values in (made.labels, made.learned, made.groups):
             del values[behind:]  # type: ignore[attr-defined]
@@ -241,7 +249,7 @@ class MarkedPrompt:
         return tokenizer if kept and len(tokenizer) == len(self.tokenizer) else None
 
     @cached_property
-    def _bare(self) -> Any:
+    def _bare(self) -> Tokenizer | None:
         """The tokenizer without any added token; None where its kind cannot be taken apart."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -250,7 +258,7 @@ class MarkedPrompt:
         return Tokenizer.from_str(json.dumps({**parts, "added_tokens": [], "post_processor": None}))
 
     def _ids(self, tokenizer: Any, text: str, *, special: bool = False, split: bool = False) -> list[int]:
-        if tokenizer is self.__dict__.get("_bare"):
+        if isinstance(tokenizer, Tokenizer):
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
         told = {"add_special_tokens": special, "split_special_tokens": split, "truncation": False, "verbose": False}
         return list(tokenizer(text, **told)["input_ids"])
@@ -324,4 +332,8 @@ def _joined(texts: Sequence[str]) -> str:
 
 
 def _fault(row: Mapping[str, Any], what: str, hint: str | None = None) -> CorpusError:
-    return CorpusError(f"row {row.get('id', shortened(str(row.get('instruction', ''))))!r}: {what}", hint=hint)
+    return CorpusError(f"row {_named(row)}: {what}", hint=hint)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return repr(row.get("id", shortened(str(row.get("instruction", "")))))

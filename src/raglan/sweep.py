@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,8 @@ def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
         return float(known(text, example.answers))
 
     table = Table.of(cache, decode, lambda text, place: measure(text, examples[place]))
-    found = sweep(table, settings_of(how, decode, k=recipe.retriever.k, seed=recipe.seed), metric=how.metric)
+    settings = settings_of(how, decode, k=min(recipe.retriever.k, table.k), seed=recipe.seed)
+    found = sweep(table, settings, metric=how.metric)
     if confirm:
         system = parts.open(recipe)
         found = Sweep(**{**vars(found), "front": [_confirmed(system, decode, one, examples, measure) for one in found.front]})
@@ -171,16 +173,20 @@ def settings_of(how: SweepSettings, decode: SelfRagDecode, *, k: int, seed: int)
         RecipeError: more passages than were written to.
     """
     if too_many := [one for one in how.k if one > k]:
-        raise RecipeError(f"sweep.k holds {too_many[0]}, and retriever.k is {k}", hint="set retriever.k, and --cache again")
+        raise RecipeError(
+            f"sweep.k holds {too_many[0]}, and candidates were written for {k} passages",
+            hint="set retriever.k, and raglan evaluate --cache again",
+        )
     if how.aggregate and not decode.labels:
         raise RecipeError("sweep.aggregate is for a closed set, and decode.labels is empty", hint="give decode.labels")
-    grid = (how.threshold, how.seq, how.rel, how.sup, how.use, how.k or (k,), how.aggregate or (decode.aggregate,))
-    size = int(np.prod([len(values) for values in grid]))
+    grid: list[Sequence[Any]] = [how.threshold, how.seq, how.rel, how.sup, how.use, how.k or (k,)]
+    grid.append(how.aggregate or (decode.aggregate,))
+    size = math.prod(map(len, grid))
     if how.draws is None or how.draws >= size:
         return [Setting(*values) for values in itertools.product(*grid)]
-    places = random.Random(seed).sample(range(size), how.draws)
-    shape = [len(values) for values in grid]
-    return [Setting(*(v[i] for v, i in zip(grid, np.unravel_index(at, shape), strict=True))) for at in sorted(places)]
+    places = sorted(random.Random(seed).sample(range(size), how.draws))
+    each = np.unravel_index(places, [len(values) for values in grid])
+    return [Setting(*(values[i] for values, i in zip(grid, row, strict=True))) for row in zip(*each, strict=True)]
 
 
 def sweep(table: Table, settings: Sequence[Setting], *, metric: str = "") -> Sweep:

@@ -30,7 +30,7 @@ Init = Literal["mean", "words", "random"]
 PHRASES = {  # in the order of a schema's ids
     "retrieve": ("answer without a search", "search for evidence", "go on with the same evidence"),
     "is_rel": ("this passage is irrelevant", "this passage is relevant"),
-    "is_sup": ("fully supported by the passage", "partially supported by the passage", "no support, contradicted by the passage"),
+    "is_sup": ("fully supported by the passage", "partially supported by the passage", "contradicted by the passage"),
     "is_use": ("not useful at all", "hardly useful", "somewhat useful", "useful", "very useful"),
     "markup": ("the passage begins", "the passage ends"),
 }  # fmt: skip

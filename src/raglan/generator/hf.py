@@ -36,6 +36,7 @@ from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.causal import causal_from_encoder
 from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
@@ -53,6 +54,7 @@ from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of
 __all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
 
 log = logging.getLogger(__name__)
+EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
 UNSCORED = -100
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
@@ -492,9 +494,9 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
 
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    if name == "embedded":
+    if name in EMBEDDED:
         with quietly():
-            return reader_from_encoder(str(embedded_model()))
+            return EMBEDDED[name](str(embedded_model()))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(name, settings)
     try:
@@ -508,7 +510,7 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",
+            hint="give embedded, embedded_causal, a folder of config.json, weights and tokenizer, or a hub name and a network",
         ) from None
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:

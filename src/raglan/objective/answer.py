@@ -28,8 +28,8 @@ class AnswerObjective(Objective):
     With `tokens` "first" an answer's first token alone is scored, without the end token. A row's `weight`, 1 if it has none,
     multiplies its loss; the division by tokens or rows stays as it is. `measure` adds figures of its own to the held-out loss.
 
-    Rows of Self-RAG have `learned`, which is False where a label is evidence that is only read, and `groups`, each label's place
-    in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each.
+    Rows of Self-RAG have `learned`, which is False where a label is evidence that is only read, and `groups`, each label's
+    place in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AnswerObjective(Objective):
         was_training = self.module.training
         self.module.eval()
         total, count = 0.0, 0
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        sums: dict[str, tuple[float, int]] = {}
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         for start in range(0, len(ordered), 32):
             batch = self.collate(ordered[start : start + 32])
@@ -99,10 +99,12 @@ class AnswerObjective(Objective):
             count += int(mask.sum())
             if right is not None:
                 found = _by_group(-logprobs, groups, mask, "loss") | _by_group(right.float(), groups, mask, "accuracy")
-                sums |= {name: tuple(map(sum, zip(sums.get(name, (0, 0)), own, strict=True))) for name, own in found.items()}
+                for name, (value, number) in found.items():
+                    before = sums.get(name, (0.0, 0))
+                    sums[name] = before[0] + float(value), before[1] + int(number)
         self.module.train(was_training)
         own = {} if self.measure is None else self.measure()
-        return {"loss": total / max(count, 1), **{name: float(s / n) for name, (s, n) in sums.items()}, **own}
+        return {"loss": total / max(count, 1), **{name: s / n for name, (s, n) in sums.items()}, **own}
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

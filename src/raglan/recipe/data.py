@@ -278,7 +278,7 @@ class FeedbackData(Settings):
 
 
 class SelfRagData(Settings):
-    """Rows of a Self-RAG generator: answers in segments, with passages inside and judgements of both, as `critique` writes them."""
+    """Rows of a Self-RAG generator, as `critique` writes them: segments with passages between, and judgements of both."""
 
     kind: Literal["self_rag"]
     path: Path = Field(description="Rows, .jsonl or .jsonl.gz.")
@@ -287,11 +287,13 @@ class SelfRagData(Settings):
     max_length: int = Field(2048, ge=8, description="Tokens of a row; longer ones lose segments at their end, and so IsUse.")
     markups: Literal["train", "mask"] = Field("train", description="Whether <paragraph> and </paragraph> are learned.")
     released: tuple[Literal["mask"], ...] = Field(
-        (), description="`mask` learns what the authors' code learns: of several passages only the text behind the last, and the "
-        "prompt's last token. For comparison only.",
+        (), description="`mask` learns what the authors' code learns: of several passages only the text behind the last, and "
+        "the prompt's last token. For comparison only.",
     )  # fmt: skip
     packing: Literal["none", "fit"] = Field("none", description="`fit`: rows are packed to max_length.")
     limit: int | None = Field(None, ge=1, description="Use so many rows, drawn with the seed.")
 
 
-Data = Annotated[QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData, Field(discriminator="kind")]
+Data = Annotated[
+    QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData, Field(discriminator="kind")
+]

@@ -51,7 +51,7 @@ class AnswerObjective(Settings):
     reduction: Literal["token", "example"] = Field("token", description="Divide by answer tokens, or average rows.")
     tokens: Tokens = "all"
     group_weights: dict[Group, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="Of `self_rag` rows: what the losses of a group of tokens are multiplied by; default 1."
+        default_factory=dict, description="Of `self_rag` rows: what the losses of a token group are multiplied by; default 1."
     )
 
 

@@ -88,7 +88,8 @@ class SelfRagPromptSettings(Settings):
         description="Of training rows with an input of their own; must hold {instruction} and {input}.",
     )
     separator: str = Field(
-        "## Input:\n\n", description='Between a task\'s instruction and the question; the authors\' short form has "\\n\\n" before it.'
+        "## Input:\n\n",
+        description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
     )
     passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
 
@@ -165,7 +166,9 @@ class PromptSettings(Settings):
 class GeneratorSettings(Settings):
     """A transformers seq2seq or causal model, or the embedded reader."""
 
-    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+    model: str = Field(
+        "embedded", description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."

@@ -73,7 +73,9 @@ class Schema:
     def numbered(cls, first: int, *, strings: Mapping[str, tuple[str, ...]] = NAMES) -> Schema:
         """The schema whose 15 tokens follow each other from `first`, in the published order. `numbered(32000)` is published."""
         names = [(role, name) for role in ORDER for name in strings[role]]
-        ids = {role: tuple(first + at for at, (own, _) in enumerate(names) if own == role) for role in ORDER}
+        ids: dict[str, tuple[int, ...]] = {
+            role: tuple(first + at for at, (own, _) in enumerate(names) if own == role) for role in ORDER
+        }
         return cls(ids, strings)
 
     @classmethod

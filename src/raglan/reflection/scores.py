@@ -322,8 +322,8 @@ def _valued(marks: ArrayLike, role: str, missing: Missing) -> Figures:
 def _masses(marks: ArrayLike, place: slice, role: str, missing: Missing) -> list[Figures]:
     """Probabilities of a group's tokens divided by its largest, one (…) array a token; all 0 where the largest is 0."""
     if missing == "error" and (gone := np.isnan(np.asarray(marks, np.float64)[..., place])).any():
-        lacks = gone.reshape(-1, gone.shape[-1]).any(0)
-        names = ", ".join(name for name, out in zip(NAMES[role], lacks, strict=False) if out)
+        rows = gone.reshape(-1, gone.shape[-1])
+        names = ", ".join(NAMES[role][at] for at in range(rows.shape[-1]) if rows[:, at].any())
         raise GeneratorError(
             f"the reply holds no log-probability of {names}",
             hint="decode.missing: floor, or neutral, if the server gives only its top-k; ask it for more of them",

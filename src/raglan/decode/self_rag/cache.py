@@ -73,7 +73,7 @@ class CandidateCache:
         """Write the artefact; one that is there is replaced."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        np.savez(folder / "rows.npz", **self._arrays())
+        np.savez(folder / "rows.npz", allow_pickle=False, **self._arrays())
         with open(folder / "questions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.questions)
         counts = {"contexts": len(self.states), "continuations": len(self.written), "questions": len(self.questions)}
@@ -228,6 +228,7 @@ class _Recorded(Contexts):
         temperature: float = 0.0, seed: int | None = None,
     ) -> list[Marked]:  # fmt: skip
         _greedy(temperature)
+        self._keep()  # pruning may want to know what this run did not ask
         written = self.inner.write(stop_ids=stop_ids, max_new_tokens=max_new_tokens, first=first, seed=seed)
         keys = _write_keys(self.ids, stop_ids, max_new_tokens, first)
         schema = self.generator.schema
@@ -310,7 +311,7 @@ def record(
     """Decode live, and keep in `cache` what later settings may need.
 
     The short form reads every passage to its end and also answers without any, so that every threshold and every smaller K
-    can be decided later; the long form keeps the tree that it grew.
+    can be decided later; the long form keeps the tree that it grew, to its last level.
 
     Returns:
         The answers of `settings` themselves, read from what was kept.
@@ -319,7 +320,8 @@ def record(
     cache.schema, cache.eos, cache.exact = generator.schema, generator.eos, generator.exact_marks
     keeps = Recording(generator, cache)
     if settings.form == "long":
-        return self_rag(keeps, asked, settings, retrieve=retrieve)
+        self_rag(keeps, asked, settings.model_copy(update={"stop": "never"}), retrieve=retrieve)
+        return self_rag(Replay(cache, generator, fill=True), asked, settings, retrieve=retrieve)
     thorough = {"retrieve": "always", "prune": PruneSettings(), "all_irrelevant": "best", "target_rate": None}
     every = self_rag(keeps, asked, settings.model_copy(update=thorough))
     none = self_rag(keeps, asked, settings.model_copy(update={**thorough, "retrieve": "never"}))

@@ -115,12 +115,17 @@ class Table:
             plain=np.array([quality(text, place) for place, text in enumerate(said)]),
         )  # fmt: skip
 
+    @property
+    def k(self) -> int:
+        """Passages that were written to."""
+        return self.present.shape[1]
+
     def outcome(self, threshold: float, weights: Weights, *, k: int, how: Aggregate = "sum") -> Outcome:
         """What a threshold, weights, the first `k` passages and an aggregation come to."""
-        k = min(k, self.present.shape[1])
+        k = min(k, self.k)
         here = self.present[:, :k]
         retrieved = retrieves(self.r, threshold) & here.any(-1)
-        parts = self.parts if k == self.present.shape[1] else _first(self.parts, k)
+        parts = self.parts if k == self.k else _first(self.parts, k)
         scores = np.where(here, step(parts, weights), -np.inf)
         chosen = scores.argmax(-1)
         rows = np.arange(len(chosen))
