@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from raglan.decode import Asked, self_rag
+from raglan.decode import Asked, self_rag, tree_lines
 from raglan.decode.self_rag.long import cited_text, long
-from raglan.errors import GeneratorError
+from raglan.errors import CorpusError, GeneratorError, RecipeError
+from raglan.exports import export_alce
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from tiny import ScriptedGenerator, decides, said
@@ -630,3 +633,34 @@ def test_a_question_of_control_tokens_searches_like_any_other() -> None:
     assert answer.text == "one"
     assert answer.trace is not None
     assert not set(answer.trace["prompt"]) & set(generator.schema.controls)
+
+
+def test_choices_are_for_the_short_form() -> None:
+    with pytest.raises(RecipeError, match="does not choose"):
+        long(example(), Asked(["who?"], [found("p0")], choices=[["a", "b"]]), settings())
+
+
+def test_the_alce_file_has_the_cited_passages_and_no_others(tmp_path: Path) -> None:
+    script = {
+        (): decides(0.05, 0.9), ("a",): said("A is b.", rel=(0.9, 0.1), sup=(0.9, 0.1, 0), then=ON),
+        ("a", "b"): said("Why?", rel=(0.9, 0.1), sup=(0, 0.1, 0.9), then=ON),
+        ("a", "b", "c"): said("C is d.", rel=(0.9, 0.1), sup=(1, 0, 0)),
+    }  # fmt: skip
+    order = iter("abc")
+    generator = ScriptedGenerator(script)
+    answer = ask(generator, [], settings(passages="dynamic", beam=1), retrieve=lambda _, k: found(next(order)))[0]
+    row = json.loads(export_alce([answer], tmp_path / "alce.json").read_text())["data"][0]
+    assert row["output"] == "A is b [1]. Why? C is d [2]."
+    assert [doc["title"] for doc in row["docs"]] == ["a", "c"]
+    with pytest.raises(CorpusError, match="do not ask"):
+        export_alce([answer], tmp_path / "other.json", rows=[{"question": "what?"}])
+
+
+def test_the_tree_is_drawn_with_its_answer() -> None:
+    answer = ask(example(), found("p0", "p1", "p2"), settings(combine="sum", max_segments=2))[0]
+    assert answer.trace is not None
+    lines = tree_lines(answer.trace)
+    assert [line.depth for line in lines] == [0, 0, 1, 1, 1, 0, 1, 1, 1]
+    best = [line.text.partition(":")[0] for line in lines if line.best]
+    assert best == ["[2] p1", "[2] p1"]
+    assert "final 3.1500" in "".join(line.text for line in lines if line.best)

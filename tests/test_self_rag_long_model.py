@@ -93,7 +93,13 @@ def test_questions_together_and_alone_are_one(generator: HFGenerator) -> None:
     asked = Asked(QUESTIONS, [HITS, HITS[:2], []])
     together = self_rag(generator, asked, settings())
     for place, answer in enumerate(together):
+        before = generator.cost.copy()
         alone = self_rag(generator, asked.only([place]), settings())[0]
+        spent = generator.cost - before
+        for each in (alone, answer):  # told as if it had been alone
+            assert each.trace is not None
+            told = each.trace["cost"]
+            assert (told["calls"], told["computed"], told["generated"]) == (spent.calls, spent.positions, spent.generated)
         assert (alone.text, alone.ids) == (answer.text, answer.ids)
         figures = [[one["ids"] for one in candidates(each)] for each in (alone, answer)]
         assert figures[0] == figures[1]

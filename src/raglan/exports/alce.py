@@ -18,13 +18,13 @@ from raglan.records import Answer
 __all__ = ["alce_row", "export_alce"]
 
 
-def alce_row(answer: Answer, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def alce_row(answer: Answer, row: Mapping[str, Any]) -> dict[str, Any]:
     """One answer; the fields of `row`, its line of the benchmark, stay, but for its docs and output."""
     docs = [
         {"id": hit.passage.id, "title": hit.passage.title, "text": hit.passage.text, "score": hit.score}
         for hit in answer.citations
     ]
-    return {"question": answer.query, **(row or {}), "output": cited_text(answer), "docs": docs}
+    return {"question": answer.query, **row, "output": cited_text(answer), "docs": docs}
 
 
 def export_alce(answers: Sequence[Answer], path: Path, *, rows: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -38,7 +38,7 @@ def export_alce(answers: Sequence[Answer], path: Path, *, rows: Sequence[Mapping
         raise CorpusError(
             f"{len(rows)} rows do not ask the {len(asked)} questions that were answered", hint="give them in the same order"
         )
-    data = [alce_row(answer, row) for answer, row in zip(answers, rows or [None] * len(answers), strict=True)]
+    data = [alce_row(answer, row) for answer, row in zip(answers, rows or [{}] * len(answers), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"data": data}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Hypothesis:
     key: tuple[float, float] = (0.0, 0.0)
     finish: str = ""
 
-    @property
+    @cached_property
     def text(self) -> str:
         """What a reader sees, without citations; an exactly repeated sentence stands once."""
         return cite([(step.text, ()) for step in self.steps])[0]

@@ -21,6 +21,7 @@ from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, chu
 from raglan.decode.self_rag.pool import Pool
 from raglan.decode.self_rag.trace import finite, raw_text
 from raglan.decode.self_rag.tree import Passages, Tree
+from raglan.errors import RecipeError
 from raglan.generator.base import MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
 from raglan.recipe import SelfRagDecode
@@ -44,7 +45,10 @@ def long(
 
     Raises:
         CheckpointError: a model without reflection tokens. GeneratorError: a prompt with more positions than it has.
+        RecipeError: questions with choices, which are for the short form.
     """
+    if any(asked.choices):
+        raise RecipeError("decode.form is 'long', which does not choose among given answers", hint="decode.form: short")
     prompt, said = generator.marked_prompt, asked.said()
     questions = [
         tuple(prompt.question(text, instruction=settings.instruction, history=list(turns)))

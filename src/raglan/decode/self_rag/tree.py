@@ -190,7 +190,7 @@ class Tree:
             kept.update(enough or order[:1])
         for place, branch in enumerate(branches):
             if place not in kept:
-                self._tell(self._number(), branch, why="rel", rel=relevances[place])
+                self._tell(self._number(), branch, why=rule.kind, rel=relevances[place])
         return sorted(kept)
 
     # --- what was written
@@ -216,6 +216,8 @@ class Tree:
         Args:
             cut: what a row that reached its limit is finished by.
         """
+        if "stop" in self.settings.released:
+            written = [cut_at_retrieval(one, self.schema.yes) for one in written]
         grown = [self._child(branch, one, cut) for branch, one in zip(branches, written, strict=True)]
         self._children += grown
         self._parents.update((child.number, branch.parent) for child, branch in zip(grown, branches, strict=True))
@@ -233,8 +235,6 @@ class Tree:
             self.live, self.stopped = [], "bound"
 
     def _child(self, branch: Branch, one: Marked, cut: str) -> Hypothesis:
-        if "stop" in self.settings.released:
-            one = cut_at_retrieval(one, self.schema.yes)
         made = self._step(branch, one)
         steps = (*branch.parent.steps, made)
         finish = {"eos": "eos", "length": cut, "stop": ""}[one.finish]
