@@ -247,10 +247,15 @@ def evaluate(
     ):
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
-        for mode, cost in spent(evaluation.rows).items():
-            told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
-            console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
+        _tell_spent(evaluation.system, spent(evaluation.rows))
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+
+
+def _tell_spent(system: str, costs: dict[str, dict[str, float]]) -> None:
+    """What a question took in each mode, where answers have a trace."""
+    for mode, cost in costs.items():
+        told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
+        console.print(f"{system}, {mode}, a question: {told}", soft_wrap=True)
 
 
 def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:

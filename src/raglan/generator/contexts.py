@@ -308,10 +308,9 @@ def _chosen(
         among = logits if allowed is None else logits[:, allowed]
         at = among.argmax(-1) if draws is None else _drawn(among, temperature, draws[rows])
         ids = at if allowed is None else allowed[at]
-        total = logits.logsumexp(-1, keepdim=True)
-        found.append((ids, logits.gather(1, ids[:, None])[:, 0] - total[:, 0], logits[:, read] - total))
-    chosen, logprobs, marked = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-    return _Choice(chosen, logprobs, marked)
+        logprobs = logits.log_softmax(-1)
+        found.append((ids, logprobs.gather(1, ids[:, None])[:, 0], logprobs[:, read]))
+    return _Choice(*(torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)))
 
 
 def _drawn(logits: Tensor, temperature: float, draws: np.ndarray) -> Tensor:
