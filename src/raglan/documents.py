@@ -33,7 +33,16 @@ from raglan.progress import track
 from raglan.records import Document, Example
 from raglan.text import SPACELESS, check_history, check_query, half_character
 
-__all__ = ["DocumentStream", "Reading", "example_row", "read_documents", "read_examples", "read_texts", "write_examples"]
+__all__ = [
+    "DocumentStream",
+    "Reading",
+    "example_row",
+    "read_documents",
+    "read_examples",
+    "read_objects",
+    "read_texts",
+    "write_examples",
+]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
@@ -219,6 +228,13 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
             raise CorpusError(f"{path}: question id {example.id!r} occurs twice", hint="give each question its own id")
         seen.add(example.id)
     return examples
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a .jsonl(.gz) file. Raises CorpusError: a missing file, or a line that is no JSON object."""
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}", hint="give a .jsonl or .jsonl.gz file")
+    return _json_lines(path, "utf-8")
 
 
 def read_texts(path: Path) -> list[tuple[str, str]]:

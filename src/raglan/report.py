@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST
+from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
@@ -22,9 +23,10 @@ NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
-    "truncated": "prompts cut", "unfinished": "answers cut off",
+    "retrieval_rate": "questions that retrieved", "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
+TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
@@ -189,7 +191,7 @@ def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Every question that was read: passages, answers before and after, gold; at most 500."""
     mode = "retrieved" if any(name.startswith("retrieved/") for name in after.figures) else "gold"
-    found = []
+    found: list[dict[str, Any]] = []
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
@@ -202,6 +204,8 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
             ],
+            "trace": (trace := new["predictions"][mode].get("trace") if len(found) < TRACED else None),
+            "tree": tree_lines(trace) if trace and trace["form"] == "long" else [],
         })  # fmt: skip
     return found
 

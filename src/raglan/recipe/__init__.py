@@ -14,6 +14,7 @@ from raglan.recipe.data import (
     LsrMixData,
     MixSource,
     QuestionData,
+    SelfRagData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -56,15 +57,25 @@ from raglan.recipe.parts import (
     RetrieverSettings,
     RewriteSettings,
     ScorerSettings,
+    SelfRagPromptSettings,
     Shot,
 )
+from raglan.recipe.self_rag import (
+    CalibrationSettings,
+    PruneSettings,
+    RequireSettings,
+    SelfRagDecode,
+    WeightSettings,
+)
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
+from raglan.recipe.sweep import SweepSettings
 
 __all__ = [
     "ABSTENTION",
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
     "ConcatDecode",
@@ -94,22 +105,29 @@ __all__ = [
     "PriceSettings",
     "PriorSettings",
     "PromptSettings",
+    "PruneSettings",
     "QuestionData",
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RequireSettings",
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagData",
+    "SelfRagDecode",
+    "SelfRagPromptSettings",
     "Shot",
     "StageSettings",
     "StalenessSettings",
+    "SweepSettings",
     "TargetSettings",
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "WeightSettings",
     "load_recipe",
     "recipe_schema",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "RetrieverSettings",
     "RewriteSettings",
     "ScorerSettings",
+    "SelfRagPromptSettings",
     "Shot",
 ]
 
@@ -78,6 +79,29 @@ class RetrieverSettings(Settings):
     retrieve_again: RetrieveAgain | None = Field(None, description="Search a second time, with a drafted answer.")
 
 
+class SelfRagPromptSettings(Settings):
+    """How a model with reflection tokens is asked (Self-RAG)."""
+
+    template: str = Field("### Instruction:\n{instruction}\n\n### Response:\n", description="Must hold {instruction}.")
+    with_input: str = Field(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        description="Of training rows with an input of their own; must hold {instruction} and {input}.",
+    )
+    separator: str = Field(
+        "## Input:\n\n",
+        description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
+    )
+    passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> SelfRagPromptSettings:
+        for name, parts in (("template", ("instruction",)), ("with_input", ("instruction", "input"))):
+            for part in parts:
+                if f"{{{part}}}" not in getattr(self, name):
+                    raise ValueError(f"{name} must hold {{{part}}}")
+        return self
+
+
 class Shot(Settings):
     """A question with its answer, shown before the question that is asked."""
 
@@ -113,6 +137,7 @@ class PromptSettings(Settings):
         16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
+    self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
     shots: tuple[Shot, ...] = Field(
         (),
         description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
@@ -141,10 +166,18 @@ class PromptSettings(Settings):
 class GeneratorSettings(Settings):
     """A transformers seq2seq or causal model, or the embedded reader."""
 
-    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+    model: str = Field(
+        "embedded", description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
+    )
+    vocabulary: Literal["own", "self_rag"] = Field(
+        "own", description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none."
+    )
+    vocabulary_init: Literal["mean", "words", "random"] = Field(
+        "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
