@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
+from raglan.artifact import MANIFEST, fingerprint, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
@@ -50,6 +50,7 @@ from raglan.records import Completion
 from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
 from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of
+from raglan.weights import read_json
 
 __all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
 
@@ -510,7 +511,7 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give `embedded`, `embedded_causal`, a folder of config.json, weights and tokenizer, or a hub name and a network",
+            hint="give `embedded`, `embedded_causal`, a folder of config, weights and tokenizer, or a hub name and a network",
         ) from None
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
@@ -565,7 +566,7 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
 def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
     """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
     path = Path(folder) / MANIFEST
-    told = read_manifest(Path(folder), "generator") if path.is_file() else {}
+    told = read_json(path) if path.is_file() else {}
     if told.get("vocabulary") == "self_rag":
         return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
     return settings if settings.vocabulary == "self_rag" else None
