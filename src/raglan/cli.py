@@ -18,10 +18,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from raglan import __version__
+from raglan.cli_calls import calls
 from raglan.cli_feedback import feedback, split
 from raglan.cli_rows import rows
 from raglan.cli_synthesize import synthesize
-from raglan.errors import RaglanError, RecipeError
+from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.metrics import answer_recall
 from raglan.progress import console
 from raglan.recipe import Recipe, load_recipe, recipe_schema
@@ -36,6 +37,7 @@ app = typer.Typer(
 checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
+app.command()(calls)
 app.add_typer(feedback, name="feedback")
 app.add_typer(rows, name="rows")
 app.command()(split)
@@ -317,7 +319,7 @@ def main() -> None:
     except RaglanError as fault:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(fault, CallsStopped) else 2)
     except OSError as fault:
         if fault.filename is None:
             raise

@@ -5,6 +5,7 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
+from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings
 from raglan.recipe.data import (
     DevTask,
     FeedbackData,
@@ -82,6 +83,7 @@ __all__ = [
     "DenseIndex",
     "DevTask",
     "EncoderSettings",
+    "EndpointSettings",
     "EnsembleDecode",
     "EvaluateSettings",
     "FeedbackData",
@@ -99,6 +101,8 @@ __all__ = [
     "LsrObjective",
     "MarginalObjective",
     "MixSource",
+    "MoneySettings",
+    "PriceSettings",
     "PriorSettings",
     "PromptSettings",
     "PruneSettings",
