@@ -58,10 +58,11 @@ def small(folder: Path, *, annotator: str = "", more: str = "") -> Path:
     """Ten towns with a mill and a bridge each, 20 questions, four of them without an answer."""
     documents, questions = [], []
     for n, town in enumerate(TOWNS):
-        mill = f"The mill of {town} was built by Anna {town}sen in {1700 + n}. It has {n + 3} wheels of oak and stands on the quay."
+        mill = f"The mill of {town} was built by Anna {town}sen in {1700 + n}. It has {n + 3} wheels of oak, on the quay."
+        bridge = f"The bridge at {town} is {40 + n} metres long. It was closed for trade."
         documents += [
             {"id": f"mill-{n}", "title": f"{town} > Mill", "text": mill},
-            {"id": f"bridge-{n}", "title": f"{town} > Bridge", "text": f"The bridge at {town} is {40 + n} metres long. It was closed for trade."},
+            {"id": f"bridge-{n}", "title": f"{town} > Bridge", "text": bridge},
         ]  # fmt: skip
         questions.append(
             {
@@ -71,10 +72,9 @@ def small(folder: Path, *, annotator: str = "", more: str = "") -> Path:
                 "relevant": [f"mill-{n}"],
             }
         )
-        ask = {"id": f"u{n}", "query": f"Who painted the bridge at {town}?", "relevant": [f"bridge-{n}"]}
-        questions.append({**ask, "answers": [] if n < 4 else ["nobody"]} if n < 4 else {
-            "id": f"b{n}", "query": f"How long is the bridge at {town}?", "answers": [f"{40 + n} metres"], "relevant": [f"bridge-{n}"]
-        })  # fmt: skip
+        without = {"id": f"u{n}", "query": f"Who painted the bridge at {town}?", "answers": []}
+        long = {"id": f"b{n}", "query": f"How long is the bridge at {town}?", "answers": [f"{40 + n} metres"]}
+        questions.append({**(without if n < 4 else long), "relevant": [f"bridge-{n}"]})
     write_lines(folder / "corpus.jsonl", documents)
     write_lines(folder / "train.jsonl", questions)
     if not (folder / "encoder").is_dir():
@@ -162,8 +162,10 @@ def test_the_judge_sees_what_the_table_says_and_no_more() -> None:
         "j", "is_sup", "QUESTION", ("BEFORE one.", "BEFORE two."), Passage("p", "PASSAGE", "TITLE"), "SENTENCE", "OUTPUT",
         {"answers": ["SECRET"], "relevant": ["SECRET"]},
     )  # fmt: skip
-    words = {"instruction": "QUESTION", "preceding": "BEFORE one. BEFORE two.", "passage": "TITLE\nPASSAGE", "sentence": "SENTENCE",
-             "output": "OUTPUT"}  # fmt: skip
+    words = {
+        "instruction": "QUESTION", "preceding": "BEFORE one. BEFORE two.", "passage": "TITLE\nPASSAGE",
+        "sentence": "SENTENCE", "output": "OUTPUT",
+    }  # fmt: skip
     seen = {
         "retrieve": ["instruction"], "retrieve_segment": ["instruction", "preceding", "passage", "sentence"],
         "is_rel": ["instruction", "passage"], "is_sup": ["instruction", "preceding", "sentence", "passage"],
@@ -282,11 +284,12 @@ def test_critic_data_are_split_by_instruction_and_every_label_is_the_teachers(wo
     files = {name: read_lines(folder / f"{name}.jsonl") for name in ("train", "dev", "test")}
     seen = {name: {row["instruction"] for row in rows} for name, rows in files.items()}
     assert all(seen.values())
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["dev"] and not seen["dev"] & seen["test"]
+    assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
     for kind, labels in LABELS.items():
         figures = made["judgements"][kind]
         assert sum(figures["rows"].values()) + figures["balanced_out"] + sum(figures["rejected"].values()) == figures["asked"]
-        assert len(figures["kept"]) > 1 and set(figures["kept"]) <= set(labels)
+        assert len(figures["kept"]) > 1
+        assert set(figures["kept"]) <= set(labels)
         assert figures["second_pass"]["agreement"] == 1.0
     every = {one.id: one for one in candidates(work.rows, work.base.corpus, work.search, seed=1, abstention="I don't know")}
     rules = dict(work.teacher.label(list(every.values())))
@@ -762,9 +765,7 @@ def test_a_killed_run_pays_for_nothing_twice(
 
 
 def test_rows_come_from_known_answers_alone_where_asked(work: Critique) -> None:
-    row = next(row for row in work.rows if row.id == "questions/q5")
-    assert row == Row(
-        "questions/q5", "questions", "best", "When was the mill of Glenholt built?", "When was the mill of Glenholt built?", "1705",
-        {"origin": "answered", "answers": ["1705"], "relevant": ["mill-5"], "abstention": "I don't know"},
-    )  # fmt: skip
+    row, asked = next(row for row in work.rows if row.id == "questions/q5"), "When was the mill of Glenholt built?"
+    known = {"origin": "answered", "answers": ["1705"], "relevant": ["mill-5"], "abstention": "I don't know"}
+    assert row == Row("questions/q5", "questions", "best", asked, asked, "1705", known)
     assert isinstance(work.teacher, Rules)

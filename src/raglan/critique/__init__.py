@@ -104,8 +104,8 @@ class Critique:
     def _annotation(self, shard: tuple[int, int] | None) -> Annotation:
         name = "annotator" if shard is None else f"annotator-{shard[0] + 1}-of-{shard[1]}"
         return Annotation(
-            self.settings, self.base.corpus, self.search, self._annotator(name), self.templates, self._book(name), self.recipe.seed,
-            self.made_of, self.check, shard,
+            self.settings, self.base.corpus, self.search, self._annotator(name), self.templates, self._book(name),
+            self.recipe.seed, self.made_of, self.check, shard,
         )  # fmt: skip
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Rows of instruction and output become rows with reflection: eight resumable steps (Asai et al. 2023, algorithm 2, appendix D).
+"""Rows of instruction and output become rows with reflection, in eight resumable steps (Asai et al. 2023, §3.2.2, appendix D).
 
     1 rows             sources → rows                       5 sentences       outputs split; short ones stay untagged
-    2 retrieve         does the instruction need passages?  6 retrieve-segment  does each sentence?
-    3 is-use           how useful is the output?            7 judge-passages  K by instruction + sentence, IsRel and IsSup of each
+    2 retrieve         does the instruction need any?       6 retrieve-segment  does each sentence?
+    3 is-use           how useful is the output?            7 judge-passages  K by instruction + sentence: IsRel, IsSup
     4 search-output    K by instruction + output            8 select          the passage, the row, whether it parses
 
     rows in = rows out + Σ dropped, by reason                          asserted
@@ -103,7 +103,7 @@ def annotate(work: Annotation, rows: Sequence[Row]) -> dict[str, Any]:
         steps.run("retrieve-segment", [judged, settings.select], lambda: _segments(work, left, initial, first, cut))
     )
     left = [base[name] for name in decided]
-    pairs = _by_id(steps.run("judge-passages", judged, lambda: _pairs(work, left, cut, decided, first)))
+    pairs = _by_id(steps.run("judge-passages", judged, lambda: _pairs(work, left, cut, decided)))
     chosen = [settings.select, settings.shares, work.check is not None]
     left = [base[name] for name in pairs]
     done = steps.run("select", chosen, lambda: _selected(work, left, initial, useful, cut, decided, pairs))
@@ -196,7 +196,7 @@ def _asked_of_segments(
 
 
 def _pairs(
-    work: Annotation, rows: Sequence[Row], cut: Mapping[str, Any], decided: Mapping[str, Any], first: Mapping[str, Any]
+    work: Annotation, rows: Sequence[Row], cut: Mapping[str, Any], decided: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """For every sentence that retrieves, its passages by rank with what was said of each."""
     places = {row.id: _retrieving(cut[row.id], decided[row.id]) for row in rows}

@@ -124,9 +124,8 @@ def features(judgements: Sequence[Judgement], encoded: Vectors, words: Words) ->
 
 def _texts(judgement: Judgement) -> tuple[str, str, str]:
     passage = judgement.passage
-    return (
-        judgement.instruction, judgement.sentence or judgement.output, "" if passage is None else f"{passage.title}\n{passage.text}",
-    )  # fmt: skip
+    shown = "" if passage is None else f"{passage.title}\n{passage.text}"
+    return judgement.instruction, judgement.sentence or judgement.output, shown
 
 
 def _shares(judgement: Judgement, instruction: str, said: str, passage: str, words: Words) -> list[float]:

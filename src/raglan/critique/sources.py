@@ -113,7 +113,7 @@ def _kept(example: Example) -> dict[str, Any]:
     return {key: value for key, value in example.metadata.items() if key in ("split", "choices")}
 
 
-def _rows(name: str, source: RowSource, settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
+def _rows(name: str, source: RowSource, _settings: CritiqueSettings, _corpus: Corpus, seed: int) -> Iterator[Row]:
     if not source.path.is_file():
         raise CorpusError(f"there is no file {source.path}", hint="lines of {instruction, input, output}")
     lines = source.path.read_text(encoding="utf-8").split("\n")
@@ -146,7 +146,7 @@ def _told(line: str, path: Path, number: int) -> dict[str, Any]:
     return told
 
 
-def _told_of(name: str, source: TellSource, settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
+def _told_of(name: str, source: TellSource, _settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
     """ "Tell what is known of T.": the first sentences of one of T's passages, and by draw of the next passage too."""
     fit = [row for row in range(len(corpus)) if corpus[row].title.strip() and sentences(corpus[row].text)]
     fit.sort(key=lambda row: drawn(seed, corpus[row].id, "tell"))
@@ -165,7 +165,7 @@ def _told_of(name: str, source: TellSource, settings: CritiqueSettings, corpus: 
 TELL = ("Tell what is known of {title}.", "Write a short text about {title}.", "What can you say about {title}?")
 
 
-def _closed(name: str, source: ClosedSource, settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
+def _closed(name: str, source: ClosedSource, _settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
     """Copying, counting, comparing and reckoning, with numbers and with words that the corpus has too."""
     vocabulary = sorted(
         {word for row in range(0, len(corpus), max(1, len(corpus) // 500)) for word in _plain(corpus[row].text)}
@@ -182,12 +182,12 @@ def _plain(text: str) -> list[str]:
     return [word for word in text.split() if word.isalpha() and word.islower() and 3 <= len(word) <= 8]
 
 
-def _sum(chance: random.Random, vocabulary: Sequence[str]) -> tuple[str, str]:
+def _sum(chance: random.Random, _vocabulary: Sequence[str]) -> tuple[str, str]:
     a, b = chance.randint(1, 50), chance.randint(1, 50)
     return f"What is {a} plus {b}?", str(a + b)
 
 
-def _larger(chance: random.Random, vocabulary: Sequence[str]) -> tuple[str, str]:
+def _larger(chance: random.Random, _vocabulary: Sequence[str]) -> tuple[str, str]:
     a, b = chance.sample(range(1, 100), 2)
     return f"Which number is larger, {a} or {b}?", str(max(a, b))
 

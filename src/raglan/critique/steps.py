@@ -24,7 +24,7 @@ KIND = "annotation step"
 Lines = list[dict[str, Any]]
 
 
-class Dropped(Exception):  # noqa: N818 - no error: a row that leaves
+class Dropped(Exception):
     """A row leaves; `str()` is the reason, by which it is counted."""
 
 
