@@ -24,6 +24,7 @@ __all__ = [
     "pattern",
     "question_key",
     "restore_surface",
+    "sentences",
     "shortened",
     "terms",
     "words",
@@ -34,6 +35,13 @@ MAX_QUERY_CHARACTERS = 100_000
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_CLOSE = "\"'”’»)\\]」』）》"
+_SENTENCE_END = re.compile(
+    rf"[。！？]+[{_CLOSE}]*|(?:[!?…]+|(?P<stop>\.))[{_CLOSE}]*(?=\s+[^\sa-z]|\s*$)|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)"
+)
+_ABBREVIATED = re.compile(
+    r"(?:\b[A-Z]|\b(?:Dr|Mr|Mrs|Ms|St|Prof|Sr|Jr|Capt|Col|Gen|Lt|No|vol|pp?|cf|ca|c|ed|eds|vs|etc|e\.g|i\.e|al|Mt|Ft))\.$"
+)
 _TERM = re.compile(rf"[{SPACELESS}]+|(?:(?![{SPACELESS}])[^\W_])+")
 
 
@@ -129,6 +137,21 @@ def terms(text: str) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences, without the blanks around them; a line break ends one too, but not in the middle of a sentence.
+
+    English and other scripts with capitals, Chinese and Japanese. A full stop behind an initial or a usual abbreviation ends
+    nothing, and neither does one before a small letter.
+    """
+    found, start = [], 0
+    for mark in _SENTENCE_END.finditer(text):
+        if mark.group("stop") and _ABBREVIATED.search(text, start, mark.end("stop")):
+            continue
+        found.append(text[start : mark.end()].strip())
+        start = mark.end()
+    return [sentence for sentence in (*found, text[start:].strip()) if sentence]
 
 
 def restore_surface(answer: str, sources: list[str]) -> str:

@@ -41,8 +41,8 @@ class QuestionData(Settings):
     kind: Literal["questions"]
     path: Path = Field(description="Questions with answers, .jsonl or .jsonl.gz.")
     dev: Path | None = Field(None, description="Held-out questions for the validation loss or the validation search.")
-    source: Literal["gold", "mixed", "retrieved"] = Field(
-        "mixed", description="Which passages a row holds: relevant ones, relevant plus retrieved, or only retrieved."
+    source: Literal["gold", "mixed", "retrieved", "none"] = Field(
+        "mixed", description="Which passages a row holds: relevant ones, relevant plus retrieved, only retrieved, or none."
     )
     passages: int = Field(3, ge=1, description="Passages a question.")
     passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")

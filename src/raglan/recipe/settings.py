@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raglan.recipe.base import Arguments, Settings
+from raglan.recipe.critique import CritiqueSettings
 from raglan.recipe.data import AnswersAre, Data
 from raglan.recipe.decode import ConcatDecode, DecodeSettings
 from raglan.recipe.grid import GridSettings
@@ -90,6 +91,7 @@ class Recipe(Settings):
     )  # fmt: skip
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
+    critique: CritiqueSettings | None = Field(None, description="What `raglan critique` makes: Self-RAG's training data.")
     grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
     sweep: SweepSettings | None = Field(None, description="What `raglan evaluate --sweep` tries.")
 
