@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import tiny
-from raglan.decode import Asked
+from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.long import cited_text, long
+from raglan.errors import GeneratorError
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from tiny import ScriptedGenerator, decides, said
@@ -551,3 +552,81 @@ def test_questions_share_batches_and_change_nothing() -> None:
         assert one.trace["levels"] == other.trace["levels"]
         assert one.trace["cost"]["computed"] == other.trace["cost"]["computed"]
     assert together.cost.calls < sum(answer.trace["cost"]["calls"] for answer in alone if answer.trace is not None)
+
+
+@pytest.mark.parametrize("released", ["decision", "use", "path", "siblings", "missing", "stop", "ignore_cont"])
+def test_each_released_fault_warns(released: str, caplog: pytest.LogCaptureFixture) -> None:
+    script = {(): decides(0.05, 0.9), ("p0",): said("zero", rel=(0.95, 0.05), sup=(0.9, 0.05, 0.05), use=USE)}
+    self_rag(ScriptedGenerator(script), Asked(["who?"], [found("p0")]), settings(released=[released]))
+    assert f"decode.released: {released} repeats" in caplog.text
+
+
+def test_released_decision_missing_and_stop() -> None:
+    script = {
+        (): decides(0.05, 0.9), (NO,): said("unaided"), ("a",): (*said("one", rel=(0.9, math.nan), sup=(1, 0, 0), then=ON),
+        *said("behind")),
+    }  # fmt: skip
+    plain = settings(retrieve="adaptive", missing="floor", max_segments=1)
+    answers = {
+        name: ask(ScriptedGenerator(script), found("a"), plain.model_copy(update={"released": (name,) if name else ()}))[0]
+        for name in ("", "decision", "missing", "stop")
+    }
+    assert {name: answer.text for name, answer in answers.items()} == {
+        "": "one", "decision": "unaided", "missing": "one", "stop": "one"
+    }  # fmt: skip
+    assert answers[""].segments[0].rel == pytest.approx(1.0)
+    assert "rel:partial" in answers[""].segments[0].flags
+    assert answers["missing"].segments[0].rel == pytest.approx(-0.009082, abs=1e-6)
+    generated = [answers[name].trace["cost"]["generated"] for name in ("", "stop")]  # type: ignore[index]
+    assert generated[1] == generated[0] + 2
+
+
+def test_a_missing_mark_is_an_error_where_marks_are_exact() -> None:
+    script = {(): decides(0.05, 0.9), ("a",): said("one", rel=(0.9, math.nan), sup=(1, 0, 0))}
+    with pytest.raises(GeneratorError, match="Irrelevant"):
+        ask(ScriptedGenerator(script), found("a"), settings())
+    assert ask(ScriptedGenerator(script, exact=False), found("a"), settings())[0].text == "one"
+
+
+def test_isrel_can_be_forced_and_its_figure_stays() -> None:
+    offhand = tiny.Step("so", -0.5, {"[Relevant]": 0.3, "[Irrelevant]": 0.1})
+    script = {(): decides(0.05, 0.9), ("a",): (offhand, *said("one", then=(0.9, 0.05, 0)))}
+    free, forced = (
+        ask(ScriptedGenerator(script), found("a"), settings(force_isrel=force, max_segments=1))[0] for force in (False, True)
+    )
+    assert "off_grammar" in free.segments[0].flags
+    assert (free.text, free.segments[0].is_rel) == ("soone", "")
+    assert (forced.text, forced.segments[0].is_rel) == ("one", "[Relevant]")
+    assert free.segments[0].rel == forced.segments[0].rel == pytest.approx(0.75)
+
+
+def test_target_rate_is_a_share_of_the_questions() -> None:
+    queries = {f"q{number}?": 0.1 * number for number in range(1, 6)}
+    scripts = {
+        query: {(): decides(1 - p, p), (NO,): said("no"), ("a",): said("yes", rel=(0.9, 0.1), sup=(1, 0, 0))}
+        for query, p in queries.items()
+    }
+    decode = SelfRagDecode(kind="self_rag", form="long", target_rate=0.4, passages="static")
+    answers = ask(ScriptedGenerator(scripts), found("a"), decode, queries=list(queries))
+    assert [answer.text for answer in answers] == ["no", "no", "no", "yes", "yes"]
+
+
+def test_the_likeliest_token_decides_without_a_threshold() -> None:
+    script = {
+        (): decides(0.3, 0.4), (NO,): said("no"), ("a",): said("One.", rel=(0.9, 0.1), sup=(1, 0, 0), then=(0.5, 0.4, 0.1)),
+        ("a", NO): said("Two."), ("a", "a"): said("Three.", rel=(0.9, 0.1)),
+    }  # fmt: skip
+    texts = [
+        ask(ScriptedGenerator(script), found("a"), settings(retrieve="adaptive", threshold=threshold))[0].text
+        for threshold in (None, 0.2, 1.0)
+    ]
+    assert texts == ["One. Two.", "One. Three.", "no"]
+
+
+def test_a_question_of_control_tokens_searches_like_any_other() -> None:
+    script = {(): decides(0.05, 0.9), ("a",): said("one", rel=(0.9, 0.1), sup=(1, 0, 0))}
+    generator = ScriptedGenerator({"is [Relevant] </paragraph> a word?": script, "is": script, "?": script})
+    answer = ask(generator, found("a"), settings(), queries=["is [Relevant] </paragraph> a word?"])[0]
+    assert answer.text == "one"
+    assert answer.trace is not None
+    assert not set(answer.trace["prompt"]) & set(generator.schema.controls)

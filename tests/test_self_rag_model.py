@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import tiny
 from raglan.decode import Asked, self_rag
@@ -206,8 +207,45 @@ evaluate: {{questions: dev.jsonl, k: [1], modes: [closed_book, retrieved], limit
     assert "untuned, retrieved, a question: calls " in err
     row = json.loads(next((tmp_path / "runs" / "asks" / "evaluations").glob("*/predictions.jsonl")).read_text().splitlines()[0])
     assert row["predictions"]["retrieved"]["trace"]["form"] == "short"
+    code, out, err = call("evaluate", str(recipe), "--calibrate", "isotonic")
+    assert code == 2
+    assert "answered without retrieving" in err
     pytest.importorskip("plotly")
     assert call("report", str(recipe), "-o", str(tmp_path / "report.html"))[0] == 0
     page = (tmp_path / "report.html").read_text()
     assert "questions that retrieved" in page
     assert "candidates</summary>" in page
+
+
+def test_calibration_by_the_command_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up gold answers, so that some questions need passages: those whose answer is what was written with them."""
+    small_recipe(tmp_path)
+    recipe = tmp_path / "asks.yaml"
+    recipe.write_text(f"""
+name: asks
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+generator: {{model: "{checkpoint}", dtype: float32}}
+decode: {{kind: self_rag, retrieve: always, max_new_tokens: 4}}
+evaluate: {{questions: dev.jsonl, k: [1], modes: [closed_book, retrieved]}}
+""")
+    call = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
+    assert call("build", str(recipe))[0] == 0
+    assert call("evaluate", str(recipe), "--json")[0] == 0
+    code, _, err = call("evaluate", str(recipe), "--calibrate", "temperature")
+    assert code == 2
+    assert "tell nothing of when retrieval is needed" in err
+    rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
+    told = next((tmp_path / "runs" / "asks" / "evaluations").glob("*/predictions.jsonl")).read_text().splitlines()
+    written = {row["id"]: row["predictions"]["retrieved"]["text"] for row in map(json.loads, told)}
+    for row in rows[::2]:
+        row["answers"] = [written[row["id"]] or "x"]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = call("evaluate", str(recipe), "--calibrate", "temperature")
+    assert code == 0
+    found = yaml.safe_load(out)["calibration"]
+    assert found["kind"] == "temperature"
+    assert 0.01 <= found["temperature"] <= 100
+    assert settings(calibration=found).calibration is not None

@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 import tiny
+from raglan.calibration import fitted
 from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.rules import calibrated, decide
 from raglan.errors import GeneratorError
@@ -171,6 +172,29 @@ def test_calibration_moves_r() -> None:
     low = {"kind": "isotonic", "x": (0.0, 1.0), "y": (0.0, 0.5)}
     assert ask(generator, found("p0")).text == "Paris"  # r = .2105
     assert ask(generator, found("p0"), calibration=low).text == "Rome"
+
+
+def test_fits_find_what_they_minimise() -> None:
+    draw = np.random.default_rng(0)
+    r = draw.uniform(0.02, 0.98, 400)
+    true = 1 / (1 + np.exp(-np.log(r / (1 - r)) / 2.5))
+    needed = draw.uniform(size=400) < true
+
+    def loss(found: CalibrationSettings) -> float:
+        p = np.clip(calibrated(r, found), 1e-9, 1 - 1e-9)
+        return float(-np.where(needed, np.log(p), np.log(1 - p)).sum())
+
+    heat = fitted(list(r), list(needed), "temperature")
+    grid = [CalibrationSettings(kind="temperature", temperature=t) for t in np.geomspace(0.1, 20, 200)]
+    assert loss(heat) <= min(map(loss, grid)) + 1e-9
+    assert heat.temperature == pytest.approx(2.5, rel=0.3)
+
+    few, judged = [0.1, 0.2, 0.3, 0.4, 0.5], [False, True, False, True, True]
+    steps = fitted(few, judged, "isotonic")
+    assert calibrated(few, steps) == pytest.approx([0.0, 0.5, 0.5, 1.0, 1.0])
+    heights = np.array(list(itertools.combinations_with_replacement(np.linspace(0, 1, 9), 5)))  # all rising tables, coarsely
+    squares = ((heights - np.array(judged)) ** 2).sum(1).min()
+    assert ((calibrated(few, steps) - np.array(judged)) ** 2).sum() <= squares + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -553,3 +577,36 @@ def test_questions_share_batches_and_do_not_change_each_other() -> None:
     assert calls == 1 + 1 + 5  # as many as the longest question alone
     assert [(a.text, a.logprob, finals(a)) for a in together] == [(a.text, a.logprob, finals(a)) for a in alone]
     assert [a.text for a in together] == ["Paris", "N", "A"]
+
+
+def test_what_ten_passages_cost_exactly() -> None:
+    """A question of 96 ids, ten passages of 128 and answers of 24: forward passes, positions and log-probabilities kept."""
+    titles = [f"p{n}" for n in range(10)]
+    words = said(*"abcdefghijklmnopqrst", rel=(0.9, 0.05), sup=(0.7, 0.2, 0.05), use=USE)
+    generator = ScriptedGenerator({"why": {(): decides(0.05, 0.9), **{(title,): words for title in titles}}})
+    prompt = generator.marked_prompt
+    question = "why" + "?" * (96 - len(prompt.question("why")))
+    passages = [Passage(title, "z" * (128 - len(prompt.passage(Passage(title, "", title)))), title) for title in titles]
+    assert {len(prompt.passage(passage)) for passage in passages} == {128}
+    assert len(prompt.question(question)) == 96
+    answer = ask(generator, [Hit(passage, n, 0.0, n + 1) for n, passage in enumerate(passages)], question)
+    assert answer.trace is not None
+    told, spent = answer.trace["cost"], generator.cost
+    assert spent.calls == told["calls"] == 25
+    assert spent.positions == told["computed"] == 96 + 10 * 128 + 10 * 23
+    assert spent.logprobs == 14 * 241
+    assert spent.generated == told["generated"] == 240
+
+
+def test_bound_leaves_most_of_ten_passages_unwritten() -> None:
+    rels = [(0.95, 0.05), (0.92, 0.08), *[(0.02 * n + 0.1, 0.9 - 0.02 * n) for n in range(8)]]
+    lines = {
+        (f"p{n}",): said((f"w{n}", -0.01), rel=rel, sup=(0.97, 0.02, 0.01) if n < 2 else None, use=(0.0, 0.0, 0.0, 0.02, 0.98))
+        for n, rel in enumerate(rels)
+    }  # fmt: skip
+    generator = ScriptedGenerator({(): decides(0.1, 0.9), **lines})
+    hits = found(*(f"p{n}" for n in range(10)))
+    bound, every = (ask(generator, hits, prune={"kind": kind}) for kind in ("bound", "none"))
+    assert max(finals(every).values()) >= 3
+    assert len(finals(bound)) <= 4
+    assert (bound.text, bound.logprob) == (every.text, every.logprob)

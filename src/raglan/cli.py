@@ -126,9 +126,13 @@ def answer(
         list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
     ] = None,
     with_trace: Annotated[bool, typer.Option("--trace", help="Tell how a self_rag answer came about.")] = False,
+    alce: Annotated[
+        Path | None, typer.Option(help="Also write the answers, with citations and the passages cited, as ALCE reads them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.decode.self_rag import cited_text
     from raglan.decode.self_rag.trace import told as told_trace
     from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
@@ -144,12 +148,19 @@ def answer(
     loaded = load_recipe(recipe, overrides)
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
     answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked), choices=[choice or []] * len(asked))
+    if alce is not None:
+        from raglan.exports import export_alce
+
+        console.print(str(export_alce(answers, alce)), soft_wrap=True)
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return
     console.print(f"[dim]system: {stage}; * marks passages that hold the answer[/dim]")
     for found in answers:
-        typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        text = cited_text(found) if found.citations else found.text
+        typer.echo(f"Q: {found.query}\nA: {text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for number, hit in enumerate(found.citations, 1):
+            typer.echo(f"  cites [{number}] {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
         for hit in found.hits:
             mark = "*" if _cited(found, hit) else " "
             shares = _shares(found, hit.rank - 1)
@@ -197,6 +208,9 @@ def evaluate(
     fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
     confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
@@ -206,12 +220,14 @@ def evaluate(
     if cache or rescore or sweep or fill or confirm:
         _candidates(loaded, cache=cache, rescore=rescore, fill=fill, sweep=sweep, confirm=confirm, as_json=as_json)
         return
-    if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
-        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+    _check_fail_on(fail_on, loaded)
     if loaded.grid is not None:
         _evaluate_grid(loaded, with_report=with_report, fail_on=fail_on, as_json=as_json)
         return
     evaluations = evaluate_recipe(loaded, every_stage=every_stage)
+    if calibrate is not None:
+        _calibrate(loaded, evaluations[-1], calibrate)
+        return
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
@@ -235,6 +251,18 @@ def evaluate(
             told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
             console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+
+
+def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:
+    """Print the setting that maps r to P(retrieval is needed), as it is written in a recipe or on the command line."""
+    from raglan.calibration import calibration_data, fitted
+
+    if kind not in ("temperature", "isotonic"):
+        raise RecipeError(f"--calibrate is {kind!r}", hint="temperature, or isotonic")
+    r, needed = calibration_data(evaluation, recipe.evaluate.metrics[0])
+    found = fitted(r, needed, kind).model_dump(mode="json", exclude_defaults=True)
+    console.print(f"{len(r)} questions, of which {sum(needed)} are answered better with passages; for the recipe's decode:")
+    typer.echo(f"calibration: {json.dumps(found)}")
 
 
 @app.command()
@@ -336,6 +364,11 @@ def _report(recipes: list[Recipe], output: Path) -> None:
     console.print(f"report: {output}", soft_wrap=True)
 
 
+def _check_fail_on(fail_on: str | None, recipe: Recipe) -> None:
+    if fail_on not in (None, "worse") or (fail_on is not None and recipe.grid is None):
+        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+
+
 def _candidates(
     recipe: Recipe, *, cache: bool, rescore: bool, fill: bool, sweep: bool, confirm: bool, as_json: bool
 ) -> None:  # fmt: skip
@@ -412,7 +445,18 @@ def _answer(found: Any) -> dict[str, Any]:
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
-        **({"trace": found.trace, "raw": found.raw} if found.trace is not None else {}),
+        **(_reflected(found) if found.trace is not None else {}),
+    }  # fmt: skip
+
+
+def _reflected(found: Any) -> dict[str, Any]:
+    """What a Self-RAG answer adds."""
+    from raglan.decode.self_rag import cited_text
+
+    return {
+        "cited": cited_text(found), "citations": [hit.passage.id for hit in found.citations],
+        "alternatives": [{"answer": other.text, "cited": cited_text(other)} for other in found.alternatives],
+        "raw": found.raw, "trace": found.trace,
     }  # fmt: skip
 
 

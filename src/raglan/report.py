@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST
+from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
@@ -190,7 +191,7 @@ def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Every question that was read: passages, answers before and after, gold; at most 500."""
     mode = "retrieved" if any(name.startswith("retrieved/") for name in after.figures) else "gold"
-    found = []
+    found: list[dict[str, Any]] = []
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
@@ -203,7 +204,8 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
             ],
-            "trace": new["predictions"][mode].get("trace") if len(found) < TRACED else None,
+            "trace": (trace := new["predictions"][mode].get("trace") if len(found) < TRACED else None),
+            "tree": tree_lines(trace) if trace and trace["form"] == "long" else [],
         })  # fmt: skip
     return found
 

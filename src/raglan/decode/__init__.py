@@ -9,7 +9,7 @@ from raglan.decode.ensemble import ensemble, ensembles, normalised
 from raglan.decode.rag_sequence import rag_sequence
 from raglan.decode.rag_token import rag_token
 from raglan.decode.rag_turn import rag_turn
-from raglan.decode.self_rag import self_rag
+from raglan.decode.self_rag import self_rag, tree_lines
 from raglan.records import Answer
 
 KINDS: dict[str, Callable[..., list[Answer]]] = {
@@ -38,4 +38,5 @@ __all__ = [
     "rag_token",
     "rag_turn",
     "self_rag",
+    "tree_lines",
 ]

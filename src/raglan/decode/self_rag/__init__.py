@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from raglan.decode.base import Asked
-from raglan.decode.self_rag.long import long
+from raglan.decode.self_rag.drawing import tree_lines
+from raglan.decode.self_rag.long import cited_text, long
 from raglan.decode.self_rag.short import short
 from raglan.errors import RecipeError
 from raglan.generator.base import MarkedGenerator
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit
 
-__all__ = ["Retrieve", "check_marked", "self_rag"]
+__all__ = ["Retrieve", "check_marked", "cited_text", "self_rag", "tree_lines"]
 
 log = logging.getLogger(__name__)
 Retrieve = Callable[[str, int], list[Hit]]

@@ -5,6 +5,7 @@ decisions                  p_R, p_N, p_C, r, δ and the outcome, one a decision
 prompt                     the question as ids; a candidate's own ids behind it are its `context`
 candidates                 passage, rank, components, final score, flags, and why it was pruned
 standings                  labels or options with what they come to, best first
+levels                     long form: of each depth the candidates, which name their parent; `best` names the answers' ends
 cost                       calls, positions computed and reused, ids generated, retrievals, passages, seconds
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from raglan.decode.self_rag.drawing import tree_lines
 from raglan.decode.self_rag.rules import Decision
 from raglan.decode.self_rag.work import Branch, Question, Written
 from raglan.marked_prompt import MarkedPrompt
@@ -94,6 +96,8 @@ def told(trace: Mapping[str, Any]) -> list[str]:
     """A trace in lines for people: the decision, a line a candidate, labels or options, and the cost."""
     lines = [_decided(decision) for decision in trace["decisions"]]
     lines += [_candidate(candidate) for candidate in trace.get("candidates", ())]
+    if trace["form"] == "long":
+        lines += [f"{'*' if line.best else ' '} {'  ' * line.depth}{line.text}" for line in tree_lines(trace)]
     lines += [f"{label!r}: {_number(score)}" for label, score in trace.get("standings", ())]
     lines += [f"flags: {', '.join(trace['flags'])}"] if trace.get("flags") else []
     cost = trace["cost"]
