@@ -42,6 +42,7 @@ EXTRAS = {
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
     "sqlalchemy": "feedback",
+    "vllm": "vllm",
 }
 
 
