@@ -11,8 +11,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
+     "memory", "marked_prompt"],  # fmt: skip
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing"],
     ["decode"],
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],

@@ -14,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,20 +31,23 @@ from transformers import (
     PreTrainedModel,
 )
 
-from raglan.artifact import fingerprint, write_manifest
+from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Generator, answer_ids, end_of_turn, tokenizer_identity
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
+from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.memory import give_back, keep_freed
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly, without_bars
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
+from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
+from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of
 
 __all__ = ["HFGenerator", "open_generator", "padded"]
 
@@ -203,6 +207,16 @@ class HFGenerator(Generator):
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
 
+    @cached_property
+    def schema(self) -> Schema:
+        """The reflection tokens of this model's vocabulary. Raises CheckpointError where they are not there."""
+        return read_schema(self.tokenizer, rows_of(self.model))
+
+    @cached_property
+    def marked_prompt(self) -> MarkedPrompt:
+        """Prompts with reflection tokens. Raises CheckpointError where the vocabulary has none."""
+        return MarkedPrompt(self.schema, self.tokenizer, self.prompt.settings.self_rag, eos=self.eos)
+
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32 or next(self.model.parameters()).dtype == self.dtype:
             return nullcontext()
@@ -231,7 +245,10 @@ class HFGenerator(Generator):
         with without_bars():
             self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
+        told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
+        if self.settings.vocabulary == "self_rag":
+            told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
+        write_manifest(folder, "generator", {**told, **figures})
 
     def check_positions(self, prompt: int, answer: int, which: str = "") -> None:
         """Learned positions end somewhere; behind them lies an IndexError."""
@@ -427,8 +444,10 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
     """
     keep_freed()
     model, tokenizer = _load(settings.model, settings)
+    if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
+        prepare_vocabulary(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
-        model = _with_lora(model, settings)
+        model = _with_lora(model, tokenizer, settings)
     for name, parameter in model.named_parameters():
         if any(part in name for part in settings.freeze):
             parameter.requires_grad_(False)
@@ -484,6 +503,9 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
         raise CheckpointError(f"adapter {folder!r} has no weights: neither {' nor '.join(ADAPTER_WEIGHTS)}", hint=whole)
     model, tokenizer = _load(str(base), settings)
+    extended = _extended(folder, settings)
+    if extended is not None:
+        prepare_vocabulary(model, tokenizer, extended)
     try:
         with quietly():
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None)
@@ -501,6 +523,15 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     return adapted, tokenizer
 
 
+def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
+    """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
+    path = Path(folder) / MANIFEST
+    told = read_manifest(Path(folder), "generator") if path.is_file() else {}
+    if told.get("vocabulary") == "self_rag":
+        return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
+    return settings if settings.vocabulary == "self_rag" else None
+
+
 def _lacking_adapter(peft: Any, model: Any, file: Path) -> list[str]:
     """Weights that the adapter's config tells of and its file does not hold; peft leaves them as they were drawn."""
     if not file.is_file():
@@ -514,11 +545,19 @@ def _first_line(fault: BaseException) -> str:
     return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
-def _with_lora(model: PreTrainedModel, settings: GeneratorSettings) -> Any:
+def _with_new_rows(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> dict[str, Any]:
+    """LoRA's fields; an extended vocabulary's rows learn too, unless it is said which embeddings do."""
+    given = dict(settings.lora or {})
+    if settings.vocabulary != "self_rag" or {"trainable_token_indices", "modules_to_save"} & set(given):
+        return given
+    return {**given, "trainable_token_indices": new_rows(model, read_schema(tokenizer, rows_of(model)))}
+
+
+def _with_lora(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> Any:
     peft = require("peft", "for generator.lora")
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     try:
-        config = peft.LoraConfig(**{"task_type": kind, **(settings.lora or {})})
+        config = peft.LoraConfig(**{"task_type": kind, **_with_new_rows(model, tokenizer, settings)})
         config.base_model_name_or_path = settings.model
         wrapped = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as fault:

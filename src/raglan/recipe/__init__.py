@@ -55,6 +55,7 @@ from raglan.recipe.parts import (
     RetrieverSettings,
     RewriteSettings,
     ScorerSettings,
+    SelfRagPromptSettings,
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
@@ -98,6 +99,7 @@ __all__ = [
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagPromptSettings",
     "StageSettings",
     "StalenessSettings",
     "TargetSettings",

@@ -18,6 +18,7 @@ __all__ = [
     "RetrieverSettings",
     "RewriteSettings",
     "ScorerSettings",
+    "SelfRagPromptSettings",
 ]
 
 QA_PROMPTS = {  # by name, because the two contradict each other
@@ -77,6 +78,28 @@ class RetrieverSettings(Settings):
     retrieve_again: RetrieveAgain | None = Field(None, description="Search a second time, with a drafted answer.")
 
 
+class SelfRagPromptSettings(Settings):
+    """How a model with reflection tokens is asked (Self-RAG)."""
+
+    template: str = Field("### Instruction:\n{instruction}\n\n### Response:\n", description="Must hold {instruction}.")
+    with_input: str = Field(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        description="Of training rows with an input of their own; must hold {instruction} and {input}.",
+    )
+    separator: str = Field(
+        "## Input:\n\n", description='Between a task\'s instruction and the question; the authors\' short form has "\\n\\n" before it.'
+    )
+    passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> SelfRagPromptSettings:
+        for name, parts in (("template", ("instruction",)), ("with_input", ("instruction", "input"))):
+            for part in parts:
+                if f"{{{part}}}" not in getattr(self, name):
+                    raise ValueError(f"{name} must hold {{{part}}}")
+        return self
+
+
 class PromptSettings(Settings):
     """How a question and its passages become the generator's input."""
 
@@ -104,6 +127,7 @@ class PromptSettings(Settings):
         16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
+    self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
 
     @field_validator("template")
     @classmethod
@@ -141,6 +165,12 @@ class GeneratorSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
+    )
+    vocabulary: Literal["own", "self_rag"] = Field(
+        "own", description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none."
+    )
+    vocabulary_init: Literal["mean", "words", "random"] = Field(
+        "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
