@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Answer", "Candidate", "Completion", "Context", "DataPoint", "Document", "Example", "Hit", "Passage"]
+import numpy as np
+
+__all__ = ["Answer", "Candidate", "Completion", "Context", "DataPoint", "Document", "Example", "Hit", "Marked", "Passage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,23 @@ class Completion:
     ids: tuple[int, ...]
     logprob: float
     finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A generated continuation with its reflection log-probabilities.
+
+    Attributes:
+        ids: the generated ids, the stop or end token included.
+        logprobs: (T,) float32, log p of the chosen ids, raw: before any restriction or temperature.
+        mark_logprobs: (T,M) float32, log p of the marks where ids[t] was chosen; NaN where the backend returned none.
+        finish: the end token, a stop token, or the limit.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: np.ndarray
+    mark_logprobs: np.ndarray
+    finish: Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
