@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from raglan.artifact import fingerprint
 from raglan.errors import GeneratorError
 from raglan.generator.base import Contexts, Cost, MarkedGenerator, tokenizer_identity
 from raglan.marked_prompt import MarkedPrompt, read_schema
@@ -74,7 +75,7 @@ class AskedGenerator(MarkedGenerator):
     @property
     def marked_prompt(self) -> MarkedPrompt:
         if self._marked_prompt is None:
-            self._marked_prompt = MarkedPrompt(self.schema, self.tokenizer, eos=self.eos)
+            self._marked_prompt = MarkedPrompt(self.schema, self.tokenizer, self.prompt.settings.self_rag, eos=self.eos)
         return self._marked_prompt
 
     @property
@@ -84,8 +85,6 @@ class AskedGenerator(MarkedGenerator):
 
     @property
     def fingerprint(self) -> str:
-        from raglan.artifact import fingerprint
-
         return fingerprint([self.weights, self.settings.revision, tokenizer_identity(self.tokenizer), self.eos])
 
     def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> AskedContexts:

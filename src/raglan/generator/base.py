@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class Cost:
         reused: positions of prefixes that were taken from the cache, once for every branch that needed them.
         logprobs: log-probabilities kept: M + 1 for every context that was read and every further generated id.
         generated: ids written.
+        neutralised: spellings of control tokens that a server without ids was shown with look-alike brackets.
     """
 
     calls: int = 0
@@ -82,12 +83,13 @@ class Cost:
     reused: int = 0
     logprobs: int = 0
     generated: int = 0
+    neutralised: int = 0
 
     def copy(self) -> Cost:
         return replace(self)
 
     def __sub__(self, before: Cost) -> Cost:
-        names = ("calls", "positions", "reused", "logprobs", "generated")
+        names = [field.name for field in fields(self)]
         return Cost(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
