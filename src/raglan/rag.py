@@ -16,7 +16,7 @@ from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
-from raglan.generator import HFGenerator, open_generator
+from raglan.generator import HFGenerator, open_any, open_generator
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import (
     ClassifyDecode,
@@ -73,7 +73,7 @@ class RAG:
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        reads = open_generator(settings, recipe.prompt)
+        reads = open_any(settings, recipe.prompt)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
         retriever = Retriever(base, encoder, index=recipe.index, prior=weights, history=asks.history)

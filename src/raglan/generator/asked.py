@@ -61,7 +61,7 @@ class AskedGenerator(MarkedGenerator):
         self.tokenizer, self.settings = tokenizer, settings
         self.eos = int(tokenizer.eos_token_id)
         self.prompt = Prompt(prompt, tokenizer, layout="joined", end=self.eos)
-        self.exact_marks, self.cost = True, Cost()
+        self.cost = Cost()
         self._rows = len(tokenizer) if rows is None else rows
         self._schema: Schema | None = None
         self._marked_prompt: MarkedPrompt | None = None

@@ -40,6 +40,8 @@ class VLLMGenerator(AskedGenerator):
         CheckpointError: a folder that cannot be loaded, or an adapter.
     """
 
+    exact_marks = True
+
     def __init__(self, settings: GeneratorSettings, prompt: PromptSettings):
         self._vllm = _library()
         tokenizer, rows = _opened(settings.model)
@@ -114,6 +116,7 @@ class VLLMGenerator(AskedGenerator):
 def _library() -> Any:
     # the engine in this process, not in a child of it: it ends with the process and needs no main module that can be imported
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report each start to its makers
     return require("vllm", "for generator.kind vllm")
 
 

@@ -1,0 +1,148 @@
+"""vLLM's engine and transformers on the same tiny weights: the same ids, the same log-probabilities, nothing kept beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tiny
+from raglan.errors import CheckpointError, GeneratorError, RecipeError
+from raglan.generator import HFGenerator, VLLMGenerator, open_any
+from raglan.recipe import GeneratorSettings, PromptSettings
+from raglan.records import Passage
+
+ENGINE = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
+QUESTIONS = ("who built the tower?", "when was the light lit?", "what is a raglan sleeve?")
+PASSAGES = [
+    Passage("1", "The tower was built by Odo Marrack, a miller, in 1831.", "Tower"),
+    Passage("2", "A lighthouse of the year 1790, lit with oil.", "Light"),
+    Passage("3", "A sleeve cut in one piece with the shoulder.", "Raglan"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the smallest that vLLM's attention on a CPU takes."""
+    torch.manual_seed(0)
+    words = tiny.marked_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("marked")
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+    words.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> HFGenerator:
+    return open_any(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings())
+
+
+@pytest.fixture(scope="module")
+def there(folder: Path) -> Iterator[VLLMGenerator]:
+    settings = GeneratorSettings(kind="vllm", model=str(folder), dtype="float32", engine=ENGINE)
+    generator = open_any(settings, PromptSettings())
+    yield generator
+    generator.close()
+
+
+def prompts(generator: Any) -> list[list[int]]:
+    return [generator.marked_prompt.question(text) for text in QUESTIONS]
+
+
+def plain(model: Any, ids: list[int], most: int) -> list[int]:
+    for _ in range(most):
+        with torch.no_grad():
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids
+
+
+def test_the_engine_writes_what_the_model_would(here: HFGenerator, there: VLLMGenerator) -> None:
+    ids = prompts(there)[0]
+    contexts = there.contexts([ids], marks=there.schema.marks)
+    written = contexts.write(stop_ids=(), max_new_tokens=6)[0]
+    assert list(written.ids) == plain(here.model, ids, 6)[len(ids) :][: len(written.ids)]
+    with torch.no_grad():
+        row = here.model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+    assert contexts.mark_logprobs[0] == pytest.approx(row[list(there.schema.marks)].numpy(), abs=1e-4)
+
+
+def test_contexts_are_the_same(here: HFGenerator, there: VLLMGenerator) -> None:
+    schema, before = there.schema, there.cost.copy()
+    assert schema == here.schema
+    assert there.exact_marks
+    assert prompts(here) == prompts(there)
+    found = []
+    for generator in (here, there):
+        roots = generator.contexts(prompts(generator), marks=schema.marks)
+        places = [place for place in range(len(QUESTIONS)) for _ in PASSAGES]
+        branches = roots.branch(places, [generator.marked_prompt.passage(one) for _ in QUESTIONS for one in PASSAGES])
+        found.append((roots.mark_logprobs, branches.mark_logprobs, branches.best, branches.only([1, 4, 8])))
+    (root, branch, best, some), (root_, branch_, best_, some_) = found
+    assert root_ == pytest.approx(root, abs=1e-4)
+    assert branch_ == pytest.approx(branch, abs=1e-4)
+    assert best_.tolist() == best.tolist()
+    stops = {schema.yes, int(best[4])}
+    ours, theirs = (contexts.write(stop_ids=stops, max_new_tokens=[12, 12, 5]) for contexts in (some_, some))
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own.ids, own.finish) == (other.ids, other.finish)
+        assert own.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert own.mark_logprobs == pytest.approx(other.mark_logprobs, abs=1e-4)
+    assert ours[1].finish == "stop"
+    spent = there.cost - before
+    marked = len(root) + len(branch) + sum(len(row.ids) - 1 for row in ours)
+    assert spent.logprobs <= (len(schema.marks) + 1) * marked
+    assert spent.logprobs >= len(schema.marks) * marked
+    assert spent.reused > 0  # the prefixes of nine branches
+
+
+def test_one_request_where_nobody_read_first(there: VLLMGenerator) -> None:
+    contexts = there.contexts(prompts(there), marks=there.schema.marks)
+    before = there.cost.copy()
+    alone = contexts.write(stop_ids=(), max_new_tokens=4)
+    assert (there.cost - before).calls == len(QUESTIONS)
+    state = contexts.mark_logprobs
+    assert (there.cost - before).calls == len(QUESTIONS)
+    assert state.tolist() == [row.mark_logprobs[0].tolist() for row in alone]
+
+
+def test_given_continuations_are_scored_alike(here: HFGenerator, there: VLLMGenerator) -> None:
+    wanted = [there.marked_prompt.own("1831") + [there.eos], there.marked_prompt.own("no")]
+    ours, theirs = (g.contexts(prompts(g), marks=there.schema.marks).score([0, 2], wanted) for g in (there, here))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
+
+
+def test_draws_depend_on_seed_and_place(there: VLLMGenerator) -> None:
+    contexts = there.contexts(prompts(there)[:1] * 3, marks=there.schema.marks)
+    drawn = [[row.ids for row in contexts.write(stop_ids=(), max_new_tokens=8, temperature=2.0, seed=n)] for n in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) > 1
+
+
+def test_faults(folder: Path, there: VLLMGenerator, tmp_path: Path) -> None:
+    with pytest.raises(GeneratorError, match="the engine has 512"):
+        there.contexts([[1] * 510], marks=there.schema.marks).write(stop_ids=(), max_new_tokens=10)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        open_any(GeneratorSettings(kind="vllm", model=str(tmp_path)), PromptSettings())
+    with pytest.raises(RecipeError, match="engine holds dtype"):
+        open_any(GeneratorSettings(kind="vllm", model=str(folder), engine={"dtype": "half"}), PromptSettings())
+    with pytest.raises(RecipeError, match="vLLM refuses this engine"):
+        open_any(GeneratorSettings(kind="vllm", model=str(folder), engine={"no_such": 1}), PromptSettings())
+
+
+def test_probabilities_of_a_group_are_right(there: VLLMGenerator) -> None:
+    """All marks are of one distribution: no more than 1 together, each at most the likeliest token's."""
+    contexts = there.contexts(prompts(there), marks=there.schema.marks)
+    told = np.exp(contexts.mark_logprobs.astype(np.float64))
+    assert (told.sum(1) < 1).all()
+    assert (told > 0).all()
