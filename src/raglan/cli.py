@@ -123,9 +123,11 @@ def answer(
     choice: Annotated[
         list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
     ] = None,
+    with_trace: Annotated[bool, typer.Option("--trace", help="Tell how a self_rag answer came about.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.decode.self_rag.trace import told as told_trace
     from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
 
@@ -153,6 +155,8 @@ def answer(
             typer.echo(
                 f" {mark}[{hit.rank}] {hit.score:.4f}{told} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}"
             )
+        for line in told_trace(found.trace) if with_trace and found.trace is not None else ():
+            typer.echo(f"    {line}")
 
 
 @app.command()
@@ -189,7 +193,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
-    from raglan.evaluate import compare, evaluate_recipe, interval_kinds
+    from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
 
     loaded = load_recipe(recipe, overrides or [])
     if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
@@ -217,6 +221,9 @@ def evaluate(
     ):
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
+        for mode, cost in spent(evaluation.rows).items():
+            told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
+            console.print(f"{evaluation.system}, {mode}, a question: {told}", soft_wrap=True)
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
 
 
@@ -377,6 +384,7 @@ def _answer(found: Any) -> dict[str, Any]:
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
+        **({"trace": found.trace, "raw": found.raw} if found.trace is not None else {}),
     }  # fmt: skip
 
 

@@ -64,6 +64,7 @@ __all__ = [
     "evaluation_folder",
     "interval_kinds",
     "open_evaluation",
+    "spent",
 ]
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
             "source": str(settings.questions), "k": system.k, "index": recipe.index,
-            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()},
+            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()}, "spent": spent(rows),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
     return open_evaluation(folder)
@@ -155,7 +156,10 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
             answers = system.answer(queries, history=history)
             given = [list(answer.hits) for answer in answers]
         else:
-            answers = system.read(queries, given, history=history, texts=[texts[place] for place in places], choices=choices)
+            answers = system.read(
+                queries, given, history=history, texts=[texts[place] for place in places], choices=choices,
+                again=system.k if mode == "retrieved" else 0,
+            )  # fmt: skip
         for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
     return rows
@@ -172,6 +176,18 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
         wholes = {name: _whole(rows, name) for name in together}
         figures |= {name: jackknife(whole) for name, whole in wholes.items() if not math.isnan(whole.value)}
     return figures
+
+
+def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each mode whose answers have a trace, what one question took on average: calls, tokens, passages, seconds."""
+    costs: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        for mode, prediction in row["predictions"].items():
+            if "trace" in prediction:
+                costs.setdefault(mode, []).append(prediction["trace"]["cost"])
+    return {
+        mode: {name: round(sum(cost[name] for cost in own) / len(own), 4) for name in own[0]} for mode, own in costs.items()
+    }
 
 
 def interval_kinds(figures: Iterable[str]) -> str:
@@ -296,6 +312,9 @@ def _add_reading(
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures = {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
+    if answer.trace is not None:  # Self-RAG says itself what it read
+        row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
+        figures |= {"retrieval_rate": float(answer.trace["retrieved"])} if given else {}
     row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}
 
 

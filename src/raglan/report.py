@@ -22,9 +22,10 @@ NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
-    "truncated": "prompts cut", "unfinished": "answers cut off",
+    "retrieval_rate": "questions that retrieved", "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
+TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
@@ -202,6 +203,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
             ],
+            "trace": new["predictions"][mode].get("trace") if len(found) < TRACED else None,
         })  # fmt: skip
     return found
 

@@ -1,7 +1,7 @@
 """What every generator can do: write completions, and say how likely an answer is. A scorer does only the latter.
 
 A `MarkedGenerator` writes with reflection tokens (Self-RAG, Asai et al. 2023, arXiv 2310.11511): from contexts of token ids,
-computed once and branched as often as wanted, with the log-probabilities of the M marks beside every generated id, and no others.
+computed once and branched as often as wanted, with the log-probabilities of the M marks beside every id, and no others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from raglan.artifact import fingerprint
 from raglan.errors import GeneratorError
 from raglan.prompt import MARK, Prompt, Rendered
-from raglan.records import Completion, Marked
+from raglan.records import Completion
 
 if TYPE_CHECKING:
     from raglan.marked_prompt import MarkedPrompt
+    from raglan.records import Marked
     from raglan.reflection import Schema
 
 __all__ = ["Contexts", "Cost", "Generator", "MarkedGenerator", "Scorer", "answer_ids", "end_of_turn", "tokenizer_identity"]
@@ -112,7 +113,7 @@ class Contexts(ABC):
     def mark_logprobs(self) -> np.ndarray:
         """(n,M) float32: next-token log-probabilities of the marks behind each context; NaN where the backend gave none.
 
-        Asked for late, paid for late: contexts whose marks nobody reads (history that is only branched again) never see the head.
+        Computed when first asked for: contexts that are only branched again (history) never see the head.
         """
 
     @property

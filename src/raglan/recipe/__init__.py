@@ -57,6 +57,13 @@ from raglan.recipe.parts import (
     ScorerSettings,
     SelfRagPromptSettings,
 )
+from raglan.recipe.self_rag import (
+    CalibrationSettings,
+    PruneSettings,
+    RequireSettings,
+    SelfRagDecode,
+    WeightSettings,
+)
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 
 __all__ = [
@@ -64,6 +71,7 @@ __all__ = [
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
     "ConcatDecode",
@@ -90,15 +98,18 @@ __all__ = [
     "MixSource",
     "PriorSettings",
     "PromptSettings",
+    "PruneSettings",
     "QuestionData",
     "RagSequenceDecode",
     "RagTokenDecode",
     "Recipe",
+    "RequireSettings",
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
     "SampleSettings",
     "ScorerSettings",
+    "SelfRagDecode",
     "SelfRagPromptSettings",
     "StageSettings",
     "StalenessSettings",
@@ -106,6 +117,7 @@ __all__ = [
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "WeightSettings",
     "load_recipe",
     "recipe_schema",
 ]
