@@ -79,6 +79,11 @@ class AskedGenerator(MarkedGenerator):
         return self._marked_prompt
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of questions that are asked together."""
+        return self.settings.batch_tokens
+
+    @property
     @abstractmethod
     def weights(self) -> Any:
         """Names the weights, as far as they can be known."""

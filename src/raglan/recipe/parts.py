@@ -150,7 +150,7 @@ class PromptSettings(Settings):
 SERVED = ("endpoint", "tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout")
 OF_KIND = {  # what belongs to some kinds of generator only
     **dict.fromkeys(SERVED, ("endpoint",)), "engine": ("vllm",), "dtype": ("hf", "vllm"),
-    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "batch_tokens", "head_chunk"), ("hf",)),
+    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
 }  # fmt: skip
 
 
