@@ -7,7 +7,9 @@ import os
 
 import pytest
 
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING"}
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1",  # its sampler would call a compiler
+}  # fmt: skip
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 

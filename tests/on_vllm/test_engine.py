@@ -12,10 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
+from raglan.decode import Asked, self_rag
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import HFGenerator, VLLMGenerator, open_any
-from raglan.recipe import GeneratorSettings, PromptSettings
-from raglan.records import Passage
+from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
+from raglan.records import Answer, Hit, Passage
 
 ENGINE = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
 QUESTIONS = ("who built the tower?", "when was the light lit?", "what is a raglan sleeve?")
@@ -146,3 +147,44 @@ def test_probabilities_of_a_group_are_right(there: VLLMGenerator) -> None:
     told = np.exp(contexts.mark_logprobs.astype(np.float64))
     assert (told.sum(1) < 1).all()
     assert (told > 0).all()
+
+
+@pytest.mark.parametrize("settings", [{"retrieve": "adaptive", "threshold": 0.3}, {"retrieve": "always", "prune": {"kind": "bound"}}])
+def test_short_form_decides_and_answers_alike(settings: dict[str, Any], here: HFGenerator, there: VLLMGenerator) -> None:
+    decode = SelfRagDecode(kind="self_rag", max_new_tokens=16, **settings)
+    hits = tuple(Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(PASSAGES))
+    before = there.cost.copy()
+    ours, theirs = (self_rag(generator, Asked(QUESTIONS, [hits] * len(QUESTIONS)), decode) for generator in (there, here))
+    for own, other in zip(ours, theirs, strict=True):
+        same(own, other)
+    spent = there.cost - before
+    written = [one["ids"] for answer in ours for one in answer.trace["candidates"] if "ids" in one]
+    read = len(ours) + sum(len(answer.trace["candidates"]) for answer in ours)  # a question, then its branches
+    assert spent.logprobs <= (len(there.schema.marks) + 1) * (read + sum(len(ids) - 1 for ids in written))
+
+
+def test_long_form_finds_the_same_tree(here: HFGenerator, there: VLLMGenerator) -> None:
+    decode = SelfRagDecode(
+        kind="self_rag", form="long", retrieve="always", passages="static", max_new_tokens=12, max_segments=3, n_best=2
+    )
+    hits = tuple(Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(PASSAGES))
+    ours, theirs = (self_rag(generator, Asked(QUESTIONS, [hits] * len(QUESTIONS)), decode) for generator in (there, here))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.text == other.text
+        assert [segment.ids for segment in own.segments] == [segment.ids for segment in other.segments]
+        for one, two in zip(own.segments, other.segments, strict=True):
+            told = [[s.seq, s.rel, s.sup, s.use, s.score] for s in (one, two)]
+            assert told[0] == pytest.approx(told[1], abs=1e-3)
+
+
+def same(own: Answer, other: Answer) -> None:
+    """Two answers with the same decision, candidates and text, and scores within 1e-3."""
+    assert own.text == other.text
+    assert own.ids == other.ids
+    (first,), (second,) = own.trace["decisions"], other.trace["decisions"]
+    assert first["retrieve"] == second["retrieve"]
+    assert first["r"] == pytest.approx(second["r"], abs=1e-4)
+    for one, two in zip(own.trace["candidates"], other.trace["candidates"], strict=True):
+        assert (one["passage"], one.get("ids"), one["pruned"]) == (two["passage"], two.get("ids"), two["pruned"])
+        for name in ("seq", "rel", "sup", "use", "final"):
+            assert one.get(name) == (None if two.get(name) is None else pytest.approx(two[name], abs=1e-3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +76,6 @@ class Cost:
         reused: positions of prefixes that were taken from the cache, once for every branch that needed them.
         logprobs: log-probabilities kept: M + 1 for every context that was read and every further generated id.
         generated: ids written.
-        neutralised: spellings of control tokens that a server without ids was shown with look-alike brackets.
     """
 
     calls: int = 0
@@ -84,13 +83,12 @@ class Cost:
     reused: int = 0
     logprobs: int = 0
     generated: int = 0
-    neutralised: int = 0
 
     def copy(self) -> Cost:
         return replace(self)
 
     def __sub__(self, before: Cost) -> Cost:
-        names = [field.name for field in fields(self)]
+        names = ("calls", "positions", "reused", "logprobs", "generated")
         return Cost(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
@@ -201,6 +199,10 @@ class MarkedGenerator(ABC):
         Raises:
             GeneratorError: a prompt without an id, or with more positions than the model has.
         """
+
+    def neutralised(self, ids: Sequence[int]) -> int:
+        """Spellings of control tokens in others' text that the model is shown changed, because it is asked in text, not in ids."""
+        return 0
 
 
 def answer_ids(tokenizer: Any, answer: str, space: str = "") -> list[int]:

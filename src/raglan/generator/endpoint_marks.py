@@ -3,7 +3,7 @@
 What the server can do is found out by requests of one token, before anything else is asked:
 
     ids      prompts as ids. Where it takes text only, no id can protect a prompt: a passage that spells "[Relevant]" is shown
-             with look-alike brackets, ［Relevant］, and counted (`cost.neutralised`).
+             with look-alike brackets, ［Relevant］, and `neutralised` counts it.
     exact    `logprob_token_ids` (vLLM's): asked for one token and its likeliest, and for the M marks, it names M or it does not;
              older servers leave the field out silently. The names must spell the marks, which another tokenizer's would not.
     top k    else the largest k that it allows. Marks that it leaves out are NaN: `missing` and `partial` say what that means.
@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -204,30 +205,37 @@ class MarkedEndpoint(AskedGenerator):
             extra |= {"logprob_token_ids": list(request.marks)} if way.exact else {}
         drawn = {"seed": request.seed} if request.seed is not None else {}
         return await client.completions.create(
-            model=self.settings.model, prompt=list(request.ids) if way.ids else self._spelt(request.ids),
+            model=self.settings.model, prompt=list(request.ids) if way.ids else self._spelt(request.ids)[0],
             max_tokens=request.max_new_tokens, temperature=request.temperature, top_p=1.0, logprobs=way.top, extra_body=extra,
             **drawn,
         )  # fmt: skip
 
-    def _spelt(self, ids: Sequence[int]) -> str:
-        """A prompt as text for a server that takes no ids: its own control tokens spelt, those that a text spells disarmed."""
-        ids = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # the server puts its own there
-        parts, run = [], list[int]()
-        for token in [*ids, None]:
-            if token is None or token in self.schema.controls:
-                parts += [self._disarmed(str(self.tokenizer.decode(run, clean_up_tokenization_spaces=False)))] if run else []
-                parts += [] if token is None else [self.schema.spelling(token)]
-                run = []
-            else:
-                run.append(token)
-        return "".join(parts)
+    def neutralised(self, ids: Sequence[int]) -> int:
+        return 0 if self._way is None or self._way.ids else self._spelt(ids)[1]
 
-    def _disarmed(self, text: str) -> str:
-        spellings = {self.schema.spelling(token) for token in self.schema.controls} | set(self.tokenizer.all_special_tokens)
+    def _spelt(self, ids: Sequence[int]) -> tuple[str, int]:
+        """A prompt as text for a server that takes no ids, and how many control tokens that a text spells were disarmed in it.
+
+        Its own control tokens are spelt as they are.
+        """
+        ids = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # the server puts its own there
+        controls, parts, count = self.schema.controls, list[str](), 0
+        for control, run in groupby(ids, key=lambda token: token if token in controls else None):
+            if control is None:
+                text = str(self.tokenizer.decode(list(run), clean_up_tokenization_spaces=False))
+                text, found = self._disarmed(text)
+                parts.append(text)
+                count += found
+            else:
+                parts += [self.schema.spelling(control) for _ in run]
+        return "".join(parts), count
+
+    def _disarmed(self, text: str) -> tuple[str, int]:
+        spellings, count = {*map(self.schema.spelling, self.schema.controls), *self.tokenizer.all_special_tokens}, 0
         for spelling in sorted(spellings, key=len, reverse=True):
-            self.cost.neutralised += text.count(spelling)
+            count += text.count(spelling)
             text = text.replace(spelling, spelling.translate(ALIKE))
-        return text
+        return text, count
 
     def _positions(self, choice: Any) -> list[_Position]:
         """What a reply tells of each generated token. Raises GeneratorError where it tells nothing."""
