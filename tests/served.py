@@ -87,8 +87,8 @@ class ServedMarks(Served):
     """Writes greedily and tells log-probabilities of what it wrote.
 
     Attributes:
-        can: `ids` (prompts as ids), `extended` (fields beyond OpenAI's, else refused), `marks` (`logprob_token_ids`, else left
-            out silently), `told` (any log-probabilities at all), `named` (ids in the reply), and `content` for llama.cpp's form.
+        can: `ids` (prompts as ids), `extended` (fields beyond OpenAI's, else refused), `marks` (`logprob_token_ids`, else
+            left out silently), `told` (any log-probabilities at all), `named` (ids in the reply), and `content` for llama.cpp's form.
         most: the largest `logprobs`. `never`: ids whose probability is 0.
     """
 
@@ -151,6 +151,9 @@ class ServedMarks(Served):
     def content(self, token: int, own: float, tops: dict[int, float]) -> dict[str, Any]:
         every = [{"id": one, "token": self.piece(one), "logprob": self.number(value)} for one, value in tops.items()]
         return {"id": token, "token": self.piece(token), "logprob": self.number(own), "top_logprobs": every}
+
+    def piece(self, token: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens((token + self.shift) % len(self.tokenizer))).replace("▁", " ")
 
     @staticmethod
     def number(value: float) -> float:

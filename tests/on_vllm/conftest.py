@@ -8,7 +8,8 @@ import os
 import pytest
 
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1",  # its sampler would call a compiler
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "",
+    "VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1",  # its sampler would call a compiler
 }  # fmt: skip
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
@@ -18,4 +19,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("vllm") is None:
         for item in items:
             if "on_vllm" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed; `make test-vllm` runs this in an environment of its own"))
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: `make test-vllm`"))

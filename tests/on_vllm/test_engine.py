@@ -1,4 +1,4 @@
-"""vLLM's engine and transformers on the same tiny weights: the same ids, the same log-probabilities, nothing kept beside them."""
+"""vLLM's engine and transformers on the same tiny weights: the same ids and log-probabilities, nothing kept beside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from raglan.decode import Asked, self_rag
@@ -30,17 +29,7 @@ PASSAGES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads of 32, the smallest that vLLM's attention on a CPU takes."""
-    torch.manual_seed(0)
-    words = tiny.marked_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("marked")
-    LlamaForCausalLM(config).save_pretrained(str(folder))
-    words.save_pretrained(str(folder))
-    return folder
+    return tiny.marked_llama(tmp_path_factory.mktemp("marked"), width=64)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +106,7 @@ def test_one_request_where_nobody_read_first(there: VLLMGenerator) -> None:
 
 
 def test_given_continuations_are_scored_alike(here: HFGenerator, there: VLLMGenerator) -> None:
-    wanted = [there.marked_prompt.own("1831") + [there.eos], there.marked_prompt.own("no")]
+    wanted = [[*there.marked_prompt.own("1831"), there.eos], there.marked_prompt.own("no")]
     ours, theirs = (g.contexts(prompts(g), marks=there.schema.marks).score([0, 2], wanted) for g in (there, here))
     for own, other in zip(ours, theirs, strict=True):
         assert own == pytest.approx(other, abs=1e-4)
@@ -149,7 +138,7 @@ def test_probabilities_of_a_group_are_right(there: VLLMGenerator) -> None:
     assert (told > 0).all()
 
 
-@pytest.mark.parametrize("settings", [{"retrieve": "adaptive", "threshold": 0.3}, {"retrieve": "always", "prune": {"kind": "bound"}}])
+@pytest.mark.parametrize("settings", [{"threshold": 0.3}, {"retrieve": "always", "prune": {"kind": "bound"}}])
 def test_short_form_decides_and_answers_alike(settings: dict[str, Any], here: HFGenerator, there: VLLMGenerator) -> None:
     decode = SelfRagDecode(kind="self_rag", max_new_tokens=16, **settings)
     hits = tuple(Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(PASSAGES))

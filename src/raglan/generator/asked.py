@@ -1,6 +1,6 @@
 """Contexts of a model that answers requests, one a context: vLLM in this process, or a server.
 
-A context is no more than its ids: what was computed for a prefix stays with the backend, whose prefix cache a branch meets again.
+A context is no more than its ids: what was computed for a prefix stays with the backend, in whose cache a branch finds it.
 What stands behind a context is asked as one new token, and only when somebody reads it; then writing goes on behind that token
 (two requests on one prefix). Where nobody reads it first, one request writes and tells both.
 
@@ -99,7 +99,7 @@ class AskedGenerator(MarkedGenerator):
 
     @abstractmethod
     def ask(self, requests: Sequence[Request]) -> list[Marked]:
-        """What each request is answered with, in order; `max_new_tokens` is 1 or more. Counts its cost, `generated` excepted."""
+        """What each request is answered with, in order; `max_new_tokens` is 1 or more. Counts cost, but `generated`."""
 
     @abstractmethod
     def ask_scores(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[np.ndarray]:

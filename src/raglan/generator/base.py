@@ -201,7 +201,7 @@ class MarkedGenerator(ABC):
         """
 
     def neutralised(self, ids: Sequence[int]) -> int:
-        """Spellings of control tokens in others' text that the model is shown changed, because it is asked in text, not in ids."""
+        """Control tokens that others' text spells and that the model is shown changed, because it is asked in text, not in ids."""
         return 0
 
 

@@ -4,8 +4,8 @@ What the server can do is found out by requests of one token, before anything el
 
     ids      prompts as ids. Where it takes text only, no id can protect a prompt: a passage that spells "[Relevant]" is shown
              with look-alike brackets, ［Relevant］, and `neutralised` counts it.
-    exact    `logprob_token_ids` (vLLM's): asked for one token and its likeliest, and for the M marks, it names M or it does not;
-             older servers leave the field out silently. The names must spell the marks, which another tokenizer's would not.
+    exact    `logprob_token_ids` (vLLM's): asked for the likeliest and for the M marks, it names M or it does not; older servers
+             leave the field out silently. The names must spell the marks, which another tokenizer's would not.
     top k    else the largest k that it allows. Marks that it leaves out are NaN: `missing` and `partial` say what that means.
 
 Log-probabilities of −9999 stand for −∞ in the protocol. A server that cannot be told ids to stop at is cut here.
@@ -265,7 +265,7 @@ class MarkedEndpoint(AskedGenerator):
         """The id that a piece of text stands for; None if it is not one token."""
         if piece.startswith(NAMED):
             return int(piece.removeprefix(NAMED))
-        for spelling in (piece, piece.strip(), piece.replace(" ", "▁"), piece.replace(" ", "Ġ").replace("\n", "Ċ")):
+        for spelling in (piece, piece.replace(" ", "▁"), piece.replace(" ", "Ġ").replace("\n", "Ċ"), piece.strip()):
             token = self.tokenizer.convert_tokens_to_ids(spelling)
             if token is not None and token != self.tokenizer.unk_token_id:
                 return int(token)

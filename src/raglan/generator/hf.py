@@ -444,7 +444,7 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
     """
     if settings.kind != "hf":
         raise RecipeError(
-            f"generator.kind is {settings.kind!r}, and only kind hf learns, scores, and answers for other decodings than self_rag",
+            f"generator.kind is {settings.kind!r}, and only hf learns, scores, and answers for decodings other than self_rag",
             hint="generator.kind=hf here; the other kinds are for answer, evaluate and serve",
         )
     keep_freed()

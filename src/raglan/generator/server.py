@@ -1,7 +1,7 @@
 """What all who ask a server of OpenAI's protocol have in common: its client, its key, and its faults in our words.
 
-Repeated failures are the `openai` client's affair: it waits longer each time, or as long as Retry-After says, and gives up after
-`retries`. The key comes from a named variable and is in no message.
+Repeated failures are the `openai` client's affair: it waits longer each time, or as long as Retry-After says, and gives up
+after `retries`. The key comes from a named variable and is in no message.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = ["Server", "local_tokenizer"]
 
 R = TypeVar("R")
 T = TypeVar("T")
+First = Callable[[Any], Awaitable[None]]
 
 
 class Server:
@@ -43,9 +44,7 @@ class Server:
     def name(self) -> str:
         return f"{self.settings.endpoint} (model {self.settings.model!r})"
 
-    def together(
-        self, one: Callable[[Any, T], Awaitable[R]], items: Sequence[T], *, first: Callable[[Any], Awaitable[None]] | None = None
-    ) -> list[R]:
+    def together(self, one: Callable[[Any, T], Awaitable[R]], items: Sequence[T], *, first: First | None = None) -> list[R]:
         """What `one(client, item)` gives for each item, in order; `concurrency` of them run at a time, and `first` before all.
 
         Raises:
@@ -54,9 +53,7 @@ class Server:
         with ThreadPoolExecutor(1) as apart:  # notebooks have a loop of their own running in this thread
             return apart.submit(asyncio.run, self._all(one, items, first)).result()
 
-    async def _all(
-        self, one: Callable[[Any, T], Awaitable[R]], items: Sequence[T], first: Callable[[Any], Awaitable[None]] | None
-    ) -> list[R]:
+    async def _all(self, one: Callable[[Any, T], Awaitable[R]], items: Sequence[T], first: First | None) -> list[R]:
         openai = require("openai", self.purpose)
         places = asyncio.Semaphore(self.settings.concurrency)
 

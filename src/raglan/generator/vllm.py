@@ -4,8 +4,8 @@ Prompts go in as ids and ids come out; `logprob_token_ids` names the M marks, to
 generated position costs M + 1 numbers and never V. The stop token comes back with its marks. Prefix caching is on: a second
 request on the same context computes the prefix's last, partial block again and no more (`cost.reused` counts the rest).
 
-Log-probabilities are of the raw distribution, whatever the temperature. Given continuations are scored by `prompt_logprobs`, for
-which vLLM does not read its cache. An adapter has to be merged first: vLLM would leave out the rows that it added to the vocabulary.
+Log-probabilities are of the raw distribution, whatever the temperature. Given continuations are scored by `prompt_logprobs`,
+for which vLLM does not read its cache. An adapter has to be merged first: vLLM would leave out its new rows of the vocabulary.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class GeneratorSettings(Settings):
 
     kind: Literal["hf", "vllm", "endpoint"] = Field(
         "hf",
-        description="transformers; or, where `decode.kind` is `self_rag`: vLLM in this process, or an OpenAI-compatible server.",
+        description="transformers; or, where `decode.kind` is `self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
     )
     model: str = Field("embedded", description="`embedded`, a folder, or a hub name; on a server the name that it knows.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
@@ -190,7 +190,8 @@ class GeneratorSettings(Settings):
     @model_validator(mode="after")
     def _kind_has_its_settings(self) -> GeneratorSettings:
         fields = type(self).model_fields  # a recipe that was written out holds every default
-        said = [name for name in self.model_fields_set if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in self.model_fields_set}
+        said = [name for name, value in defaults.items() if getattr(self, name) != value]
         if wrong := sorted(name for name in said if self.kind not in OF_KIND.get(name, (self.kind,))):
             kinds = " or ".join(OF_KIND[wrong[0]])
             raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")

@@ -39,7 +39,7 @@ def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve:
 
 
 def _disarmed(generator: Any, answer: Answer) -> Answer:
-    """The answer, whose trace says how many control tokens were spelt by question and passages, where they had to be changed."""
+    """The answer, whose trace says how many control tokens were spelt by question and passages, where these were changed."""
     trace, prompt = answer.trace or {}, generator.marked_prompt
     shown = [trace.get("prompt") or [], *(prompt.passage(hit.passage) for hit in answer.hits)]
     changed = sum(generator.neutralised(ids) for ids in shown if ids)
