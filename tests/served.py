@@ -88,7 +88,7 @@ class ServedMarks(Served):
 
     Attributes:
         can: `ids` (prompts as ids), `extended` (fields beyond OpenAI's, else refused), `marks` (`logprob_token_ids`, else
-            left out silently), `told` (any log-probabilities at all), `named` (ids in the reply), and `content` for llama.cpp's form.
+            left out silently), `told` (any log-probabilities at all), `named` (ids in the reply), `content` (llama.cpp's form).
         most: the largest `logprobs`. `never`: ids whose probability is 0.
     """
 

@@ -201,7 +201,7 @@ class MarkedGenerator(ABC):
         """
 
     def neutralised(self, ids: Sequence[int]) -> int:
-        """Control tokens that others' text spells and that the model is shown changed, because it is asked in text, not in ids."""
+        """How many control tokens others' text spells that the model is shown changed, for want of prompts as ids."""
         return 0
 
 

@@ -159,7 +159,7 @@ class GeneratorSettings(Settings):
 
     kind: Literal["hf", "vllm", "endpoint"] = Field(
         "hf",
-        description="transformers; or, where `decode.kind` is `self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
+        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
     )
     model: str = Field("embedded", description="`embedded`, a folder, or a hub name; on a server the name that it knows.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
