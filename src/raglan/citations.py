@@ -35,16 +35,17 @@ def cite(segments: Sequence[tuple[str, Sequence[P]]]) -> tuple[str, list[P]]:
     order = list(dict.fromkeys(passage for passages in cited.values() for passage in passages))
     number = {passage: place for place, passage in enumerate(order, 1)}
     marked = [_marked(text, sorted({number[passage] for passage in passages})) for text, passages in cited.items()]
-    return joined(marked), order
+    return "".join(blank + text for blank, text in zip(_blanks(list(cited)), marked, strict=True)), order
 
 
 def joined(sentences: Sequence[str]) -> str:
     """Sentences as one text, a blank between two unless the next opens in a script that has none."""
-    text = ""
-    for sentence in sentences:
-        blank = " " if text and sentence and not NO_BLANK.match(sentence) else ""
-        text += blank + sentence
-    return text
+    return "".join(blank + sentence for blank, sentence in zip(_blanks(sentences), sentences, strict=True))
+
+
+def _blanks(sentences: Sequence[str]) -> list[str]:
+    """What stands before each sentence."""
+    return ["" if not place or NO_BLANK.match(sentence) else " " for place, sentence in enumerate(sentences)]
 
 
 def strip_citations(text: str) -> str:

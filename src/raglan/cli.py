@@ -190,12 +190,20 @@ def evaluate(
     fail_on: Annotated[
         str | None, typer.Option(help="`worse`: exit with 1 if a grid's cell is worse than the base on a task.")
     ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="Self-RAG: write candidates for --rescore and --sweep.")] = False,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Self-RAG: measure from candidates, no model call.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
     from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
 
     loaded = load_recipe(recipe, overrides or [])
+    if cache or rescore or sweep or fill or confirm:
+        _candidates(loaded, cache=cache, rescore=rescore, fill=fill, sweep=sweep, confirm=confirm, as_json=as_json)
+        return
     if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
         raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
     if loaded.grid is not None:
@@ -324,6 +332,24 @@ def _report(recipes: list[Recipe], output: Path) -> None:
 
     write_report(recipes, output)
     console.print(f"report: {output}", soft_wrap=True)
+
+
+def _candidates(
+    recipe: Recipe, *, cache: bool, rescore: bool, fill: bool, sweep: bool, confirm: bool, as_json: bool
+) -> None:  # fmt: skip
+    from raglan import cli_sweep
+
+    if cache + rescore + sweep != 1 or (fill and not rescore) or (confirm and not sweep):
+        raise RecipeError(
+            "--cache, --rescore and --sweep are three things to do",
+            hint="one at a time; --fill goes with --rescore, --confirm with --sweep",
+        )
+    if cache:
+        cli_sweep.cached(recipe, as_json=as_json)
+    elif rescore:
+        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
+    else:
+        cli_sweep.swept(recipe, confirm=confirm, as_json=as_json)
 
 
 def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:

@@ -35,7 +35,8 @@ from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
-from raglan.generator.base import Generator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
 from raglan.marked_prompt import MarkedPrompt, read_schema
@@ -60,7 +61,7 @@ MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 CPU_TOKENS = 2048  # scored in one pass on a CPU: more keeps its cores no busier, and leaves the cache
 
 
-class HFGenerator(Generator):
+class HFGenerator(Generator, MarkedGenerator):
     """A transformers model, its tokenizer and its prompt.
 
     Attributes:
@@ -95,6 +96,7 @@ class HFGenerator(Generator):
         self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit(), end=end)
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
+        self.cost, self.exact_marks = Cost(), True
         self._head_is_checked = False
         if self.reader is not None and self.device.type == "cpu":
             self.reader.use_plain_attention()
@@ -132,6 +134,19 @@ class HFGenerator(Generator):
             give_back()
         self.model.train(was_training)
         return [found[place] for place in range(len(prompts))]
+
+    def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> HFContexts:
+        if self.is_seq2seq:
+            raise GeneratorError(
+                f"{self.settings.model!r} reads a prompt apart from its answer: its prompts cannot be branched",
+                hint="decode.kind: self_rag takes a causal model",
+            )
+        made = prompt_contexts(self, prompts, marks)
+        if not self._head_is_checked and prompts:
+            ids = torch.tensor([list(prompts[0])], device=self.device)
+            with self.autocast():
+                self._check_head({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return made
 
     def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
         """One training row: prompt ids, and the answer's own ids with the end token, tokenised apart.

@@ -65,6 +65,7 @@ from raglan.recipe.self_rag import (
     WeightSettings,
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
+from raglan.recipe.sweep import SweepSettings
 
 __all__ = [
     "ABSTENTION",
@@ -113,6 +114,7 @@ __all__ = [
     "SelfRagPromptSettings",
     "StageSettings",
     "StalenessSettings",
+    "SweepSettings",
     "TargetSettings",
     "TurnSettings",
     "Unanswerable",

@@ -24,7 +24,7 @@ LIMITS = {"short": 100, "closed": 50, "long": 200}  # new tokens, of a segment i
 ONLY_SHORT = {"all_irrelevant", "options", "labels", "aggregate", "abstain_margin", "samples"}
 ONLY_LONG = {
     "passages", "query", "dedup", "beam", "max_segments", "combine", "keep_passages", "require", "require_by", "on_empty",
-    "on_length", "slots", "n_best", "absent_step", "max_total_tokens", "max_passages", "max_calls",
+    "on_length", "slots", "n_best", "absent_step", "max_total_tokens", "max_passages", "max_calls", "stop",
 }  # fmt: skip
 
 
@@ -195,7 +195,10 @@ class SelfRagDecode(Settings):
     cite: Literal["supported", "retrieved"] = "supported"
     max_total_tokens: int | None = Field(None, ge=1, description="Generated for a question, all together.")
     max_passages: int | None = Field(None, ge=1, description="Read for a question, all together.")
-    max_calls: int | None = Field(None, ge=1, description="Retrievals for a question.")
+    max_calls: int | None = Field(None, ge=1, description="Forward passes that a question takes part in.")
+    stop: Literal["bound", "never"] = Field(
+        "bound", description="Stop when nothing live can overtake the n-best finished, or search on to the last depth."
+    )
     released: tuple[Released, ...] = Field((), description="Faults of the authors' code that are repeated, for parity runs.")
 
     @property

@@ -14,6 +14,7 @@ from raglan.recipe.grid import GridSettings
 from raglan.recipe.knowledge import KnowledgeSettings
 from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
+from raglan.recipe.sweep import SweepSettings
 
 __all__ = [
     "EvaluateSettings",
@@ -90,6 +91,7 @@ class Recipe(Settings):
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
     grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
+    sweep: SweepSettings | None = Field(None, description="What `raglan evaluate --sweep` tries.")
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raglan.reflection.scores import Components, Figures, Weights, largest_step
+from raglan.reflection.scores import Components, Figures, Weights, exponential, largest_step
 
 __all__ = [
     "Aggregate",
@@ -129,11 +129,11 @@ def label_scores(places: ArrayLike, scores: ArrayLike, how: Aggregate, *, labels
     total = np.zeros(best.shape)
     for k in range(given.shape[-1]):  # one passage after the other: a reduction's order depends on the shape
         one = score[..., k, None]
-        term = np.exp(np.ascontiguousarray(one - shift)) if how == "logsumexp" else one
+        term = exponential(one - shift) if how == "logsumexp" else one
         total = np.where(mine[..., k], total + term, total)
     if how == "logsumexp":
         with np.errstate(divide="ignore"):
-            total = shift + np.log(np.ascontiguousarray(total))
+            total = shift + np.log(np.array(total, order="C"))
     if how == "mean":
         total = total / np.maximum(mine.sum(-1), 1)
     return np.where(some, total, -np.inf)

@@ -200,7 +200,7 @@ def seq(logprobs: ArrayLike, *, mode: SeqMode = "exp_mean", present: ArrayLike |
     n = counts.sum(-1)
     total = np.where(counts, logs, 0.0).cumsum(-1)[..., -1] if logs.shape[-1] else np.zeros(logs.shape[:-1])
     figure = total if mode == "prob" else total / np.maximum(n, 1)
-    figure = figure if mode == "mean_logprob" else np.exp(np.ascontiguousarray(figure))
+    figure = figure if mode == "mean_logprob" else exponential(figure)
     return _figures(np.where(n > 0, figure, 0.0))
 
 
@@ -226,7 +226,7 @@ def components(
     Raises:
         GeneratorError: an id of a group is not in the reply, and `missing` is `error`.
     """
-    marks = np.asarray(mark_logprobs, np.float64).reshape(len(ids), -1)
+    marks = np.asarray(mark_logprobs, np.float64)
     flags: list[str] = []
     hidden = schema.controls | ({eos} if eos is not None else set())
     present = [settings.seq_tokens == "all" or identity not in hidden for identity in ids]
@@ -293,6 +293,11 @@ def released_step(parts: Components) -> Any:
     return parts.rel + parts.sup
 
 
+def exponential(value: Any) -> Figures:
+    """exp over contiguous memory: numpy's loops over strided memory may round the last bit otherwise."""
+    return np.exp(np.array(value, np.float64, order="C"))  # type: ignore[no-any-return]
+
+
 def _read(marks: NDArray[np.float64], at: int | None, role: str, settings: ScoreSettings, flags: list[str]) -> float:
     """One component at a position; adds to `flags` what is wrong with it."""
     name = COMPONENT[role]
@@ -325,7 +330,7 @@ def _masses(marks: ArrayLike, place: slice, role: str, missing: Missing) -> list
         )
     logs = _floored(marks, place)
     top = logs.max(-1, keepdims=True)
-    shifted = np.exp(np.ascontiguousarray(logs - np.where(np.isneginf(top), 0.0, top)))
+    shifted = exponential(logs - np.where(np.isneginf(top), 0.0, top))
     return [shifted[..., at] for at in range(shifted.shape[-1])]
 
 

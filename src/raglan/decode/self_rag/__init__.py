@@ -14,6 +14,8 @@ from typing import Any
 from raglan.decode.base import Asked
 from raglan.decode.self_rag.long import long
 from raglan.decode.self_rag.short import short
+from raglan.errors import RecipeError
+from raglan.generator.base import MarkedGenerator
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit
 
@@ -28,7 +30,16 @@ def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve:
 
     Args:
         generator: a `MarkedGenerator`: its vocabulary holds the reflection tokens.
+
+    Raises:
+        RecipeError: it is none. CheckpointError: its vocabulary lacks them.
     """
+    if not isinstance(generator, MarkedGenerator):
+        raise RecipeError(
+            f"decode.kind self_rag reads reflection tokens, and {type(generator).__name__} gives none",
+            hint="generator.model: a causal checkpoint with the reflection tokens, or any causal model with "
+            "generator.vocabulary: self_rag, trained for them",
+        )
     for name in settings.released:
         log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
     if settings.form == "long":

@@ -104,11 +104,7 @@ class _Short:
         self._decide(group, roots)
         rows = [(place, branch) for place, question in enumerate(group) for branch in question.rows]
         branches = roots.branch([place for place, _ in rows], [branch.ids for _, branch in rows])
-        for number, ((_, branch), marks) in enumerate(zip(rows, branches.mark_logprobs, strict=True)):
-            branch.row = number
-            if branch.hit is not None:
-                branch.rel = float(rel(marks, missing=self.scoring.missing))
-                branch.bound = float(step_bound(branch.rel, self.weights))
+        self._judge([branch for _, branch in rows], branches.mark_logprobs)
         for question in group:
             question.spent.passed(
                 sum(len(branch.ids) for branch in question.rows), reused=len(question.prompt) * len(question.rows)
@@ -118,6 +114,15 @@ class _Short:
         self._write([question for question in group if not question.options], branches)
         for question in group:
             question.spent.seconds = (time.perf_counter() - began) / len(group)
+
+    def _judge(self, rows: Sequence[Branch], marks: NDArray[np.float32]) -> None:
+        """rel of every passage, from what stands behind it already."""
+        for number, branch in enumerate(rows):
+            branch.row = number
+        behind = [branch for branch in rows if branch.hit is not None]
+        values = rel(marks[[branch.row for branch in behind]], missing=self.scoring.missing) if behind else ()
+        for branch, value in zip(behind, values, strict=True):
+            branch.rel, branch.bound = float(value), float(step_bound(value, self.weights))
 
     def _decide(self, group: Sequence[Question], roots: Contexts) -> None:
         likeliest = [None] * len(group) if self.threshold is not None else [int(token) for token in roots.best]
@@ -229,8 +234,9 @@ class _Short:
 
     def _choose(self, group: Sequence[Question], branches: Contexts) -> None:
         """p of every option: nothing is written, one pass scores all options of all questions behind all passages."""
+        marks = branches.mark_logprobs
         rows = [
-            (question, branch, [*self._opening(branch, branches.mark_logprobs), *self.prompt.foreign(option)])
+            (question, branch, [*self._opening(branch, marks), *self.prompt.foreign(option)])
             for question in group for branch in question.alive for option in question.options
         ]  # fmt: skip
         if not rows:
