@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from raglan.generator import MarkedEndpoint, open_any, open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Marked, Passage
 from served import KEY, ServedMarks, serving
+from test_cli import run
+from test_kill import small_recipe
 
 QUESTIONS = ("who built the tower?", "when was the light lit?", "where is 北京大學?")
 
@@ -246,6 +249,42 @@ def test_faults(
     assert KEY not in str(fault.value)
 
 
+def test_by_the_command_line(
+    address: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One recipe, answered by transformers here and by the server."""
+    small_recipe(tmp_path)
+    told = {}
+    for name, generator in (
+        ("here", {"model": str(folder), "dtype": "float32"}),
+        (
+            "there",
+            {"kind": "endpoint", "model": "tiny", "endpoint": address, "tokenizer": str(folder), "api_key_env": "TINY_KEY"},
+        ),
+    ):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"""
+name: {name}
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+generator: {json.dumps(generator)}
+decode: {{kind: self_rag, retrieve: always, max_new_tokens: 5}}
+""")
+        if name == "here":
+            assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+        code, out, _ = run("answer", str(recipe), "who built the mill?", "--json", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0
+        told[name] = json.loads(out)[0]
+    assert told["there"]["answer"] == told["here"]["answer"]
+    ours, theirs = (told[name]["trace"]["candidates"] for name in ("there", "here"))
+    for own, other in zip(ours, theirs, strict=True):
+        assert own["ids"] == other["ids"]
+        assert [own[part] for part in ("seq", "rel", "sup", "use")] == pytest.approx(
+            [other[part] for part in ("seq", "rel", "sup", "use")], abs=1e-3
+        )
+    assert run("answer", str(recipe), "who?", "decode.kind=concat", capsys=capsys, monkeypatch=monkeypatch)[0] == 2
+
+
 def test_key_and_tokenizer(address: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GeneratorError, match="UNSET holds no key"):
         opened(address, folder, api_key_env="UNSET")
@@ -269,5 +308,5 @@ def test_settings_belong_to_their_kind() -> None:
             GeneratorSettings(**wrong)
     kept = GeneratorSettings(kind="vllm", model="x", engine={"max_model_len": 512})
     assert GeneratorSettings(**kept.model_dump()) == kept
-    with pytest.raises(RecipeError, match="only kind hf"):
+    with pytest.raises(RecipeError, match="only hf learns"):
         open_generator(kept, PromptSettings())

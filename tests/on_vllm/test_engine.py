@@ -1,7 +1,15 @@
-"""vLLM's engine and transformers on the same tiny weights: the same ids and log-probabilities, nothing kept beside."""
+"""vLLM's engine and transformers on the same tiny weights: the same ids and log-probabilities, nothing kept beside.
+
+`make test-vllm` makes an environment with vLLM, on a CPU. Elsewhere these tests skip and say why.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +24,16 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import HFGenerator, VLLMGenerator, open_any
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
+from test_cli import run
+from test_kill import small_recipe
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
+if importlib.util.find_spec("vllm") is not None:
+    for name, value in {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING",
+        "TORCHDYNAMO_DISABLE": "1",  # the engine's sampler would call a compiler, which takes longer than all else
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
 
 ENGINE = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
 QUESTIONS = ("who built the tower?", "when was the light lit?", "what is a raglan sleeve?")
@@ -40,6 +58,7 @@ def here(folder: Path) -> HFGenerator:
 @pytest.fixture(scope="module")
 def there(folder: Path) -> Iterator[VLLMGenerator]:
     settings = GeneratorSettings(kind="vllm", model=str(folder), dtype="float32", engine=ENGINE)
+    torch._dynamo.config.disable = True
     generator = open_any(settings, PromptSettings())
     yield generator
     generator.close()
@@ -138,7 +157,7 @@ def test_probabilities_of_a_group_are_right(there: VLLMGenerator) -> None:
     assert (told > 0).all()
 
 
-@pytest.mark.parametrize("settings", [{"threshold": 0.3}, {"retrieve": "always", "prune": {"kind": "bound"}}])
+@pytest.mark.parametrize("settings", [{"target_rate": 0.5}, {"retrieve": "always", "prune": {"kind": "bound"}}])
 def test_short_form_decides_and_answers_alike(settings: dict[str, Any], here: HFGenerator, there: VLLMGenerator) -> None:
     decode = SelfRagDecode(kind="self_rag", max_new_tokens=16, **settings)
     hits = tuple(Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(PASSAGES))
@@ -146,6 +165,8 @@ def test_short_form_decides_and_answers_alike(settings: dict[str, Any], here: HF
     ours, theirs = (self_rag(generator, Asked(QUESTIONS, [hits] * len(QUESTIONS)), decode) for generator in (there, here))
     for own, other in zip(ours, theirs, strict=True):
         same(own, other)
+    retrieved = {answer.trace["retrieved"] for answer in ours}
+    assert retrieved == ({True, False} if "target_rate" in settings else {True})
     spent = there.cost - before
     written = [one["ids"] for answer in ours for one in answer.trace["candidates"] if "ids" in one]
     read = len(ours) + sum(len(answer.trace["candidates"]) for answer in ours)  # a question, then its branches
@@ -164,6 +185,31 @@ def test_long_form_finds_the_same_tree(here: HFGenerator, there: VLLMGenerator) 
         for one, two in zip(own.segments, other.segments, strict=True):
             told = [[s.seq, s.rel, s.sup, s.use, s.score] for s in (one, two)]
             assert told[0] == pytest.approx(told[1], abs=1e-3)
+
+
+def test_by_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One recipe, answered by transformers here and by vLLM in a process of its own."""
+    small_recipe(tmp_path)
+    recipe = tmp_path / "asks.yaml"
+    recipe.write_text(f"""
+name: asks
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+generator: {{model: "{folder}", dtype: float32}}
+decode: {{kind: self_rag, retrieve: always, max_new_tokens: 6}}
+""")
+    question = "who built the mill?"
+    assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    code, out, _ = run("answer", str(recipe), question, "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    other = ["generator.kind=vllm", "generator.engine.max_model_len=512", "generator.engine.enforce_eager=true"]
+    words = [sys.executable, "-m", "raglan", "answer", str(recipe), question, *other, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=True)
+    ours, theirs = (json.loads(text[text.index("[\n") :])[0] for text in (done.stdout, out))
+    assert ours["answer"] == theirs["answer"]
+    assert ours["trace"]["decisions"][0]["r"] == pytest.approx(theirs["trace"]["decisions"][0]["r"], abs=1e-4)
 
 
 def same(own: Answer, other: Answer) -> None:
