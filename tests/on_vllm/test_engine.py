@@ -30,7 +30,8 @@ from test_kill import small_recipe
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 if importlib.util.find_spec("vllm") is not None:
     for name, value in {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "TORCHDYNAMO_DISABLE": "1",  # the engine's sampler would call a compiler, which takes longer than all else
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
