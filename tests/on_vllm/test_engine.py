@@ -35,6 +35,7 @@ if importlib.util.find_spec("vllm") is not None:
         "TORCHDYNAMO_DISABLE": "1",  # the engine's sampler would call a compiler, which takes longer than all else
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
+    importlib.import_module("torch._dynamo").config.disable = True  # it may have read its variable already
 
 ENGINE = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
 QUESTIONS = ("who built the tower?", "when was the light lit?", "what is a raglan sleeve?")
@@ -59,7 +60,6 @@ def here(folder: Path) -> HFGenerator:
 @pytest.fixture(scope="module")
 def there(folder: Path) -> Iterator[VLLMGenerator]:
     settings = GeneratorSettings(kind="vllm", model=str(folder), dtype="float32", engine=ENGINE)
-    torch._dynamo.config.disable = True
     generator = open_any(settings, PromptSettings())
     yield generator
     generator.close()
@@ -113,6 +113,14 @@ def test_contexts_are_the_same(here: HFGenerator, there: VLLMGenerator) -> None:
     assert spent.logprobs <= (len(schema.marks) + 1) * marked
     assert spent.logprobs >= len(schema.marks) * marked
     assert spent.reused > 0  # the prefixes of nine branches
+
+
+def test_the_end_token_ends_a_row(there: VLLMGenerator) -> None:
+    drawn = there.contexts(prompts(there) * 8, marks=there.schema.marks).write(stop_ids=(), max_new_tokens=64, temperature=1.5, seed=0)
+    ended = [row for row in drawn if row.finish == "eos"]
+    assert ended
+    assert all(row.ids.index(there.eos) == len(row.ids) - 1 for row in ended)
+    assert all(there.eos not in row.ids for row in drawn if row.finish == "length")
 
 
 def test_one_request_where_nobody_read_first(there: VLLMGenerator) -> None:

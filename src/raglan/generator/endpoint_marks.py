@@ -199,7 +199,7 @@ class MarkedEndpoint(AskedGenerator):
         extra: dict[str, Any] = {}
         if way.extended:
             named = not (way.exact and self._way is None)  # the probe for the marks reads their spelling
-            extra = {**OURS, "return_tokens_as_token_ids": named, "stop_token_ids": sorted(request.stop_ids)}
+            extra = {**OURS, "return_tokens_as_token_ids": named, "stop_token_ids": sorted({*request.stop_ids, self.eos})}
             extra |= {"add_special_tokens": True} if not way.ids else {}
             extra |= {"top_k": -1} if request.temperature else {}
             extra |= {"logprob_token_ids": list(request.marks)} if way.exact else {}

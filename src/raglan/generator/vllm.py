@@ -11,6 +11,7 @@ for which vLLM does not read its cache. An adapter has to be merged first: vLLM 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class VLLMGenerator(AskedGenerator):
         self._check_positions(len(request.ids) + request.max_new_tokens)
         return self._vllm.SamplingParams(
             temperature=request.temperature, seed=request.seed, max_tokens=request.max_new_tokens, detokenize=False,
-            stop_token_ids=sorted(request.stop_ids), logprob_token_ids=list(request.marks),
+            stop_token_ids=sorted({*request.stop_ids, self.eos}), logprob_token_ids=list(request.marks),
         )  # fmt: skip
 
     def _answered(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
@@ -140,6 +141,7 @@ def _opened(name: str) -> tuple[Any, int]:
 def _engine(vllm: Any, settings: GeneratorSettings) -> Any:
     if taken := sorted(OURS & set(settings.engine)):
         raise RecipeError(f"generator.engine holds {', '.join(taken)}, which raglan sets itself", hint="leave it out there")
+    _make_llvmlite_readable()
     try:
         return vllm.LLM(
             model=settings.model, dtype=settings.dtype, enable_prefix_caching=True, skip_tokenizer_init=True,
@@ -154,6 +156,17 @@ def _engine(vllm: Any, settings: GeneratorSettings) -> Any:
             f"vLLM cannot start {settings.model!r}: {_first_line(fault)}",
             hint="its own log above says why; on a CPU set VLLM_CPU_KVCACHE_SPACE (GB)",
         ) from None
+
+
+def _make_llvmlite_readable() -> None:
+    """vLLM's CPU build (0.32) reads the attributes of all that is loaded, and llvmlite's library gives it no mapping for them.
+
+    llvmlite is loaded wherever numba is, which BM25 uses where it finds it.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    known = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(known, dict):
+        known.setdefault("__dict__", {})
 
 
 def _first_line(fault: BaseException) -> str:
