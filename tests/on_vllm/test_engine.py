@@ -24,6 +24,7 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import HFGenerator, VLLMGenerator, open_any
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
+from raglan.reflection import retrieve_probability
 from test_cli import run
 from test_kill import small_recipe
 
@@ -116,7 +117,8 @@ def test_contexts_are_the_same(here: HFGenerator, there: VLLMGenerator) -> None:
 
 
 def test_the_end_token_ends_a_row(there: VLLMGenerator) -> None:
-    drawn = there.contexts(prompts(there) * 8, marks=there.schema.marks).write(stop_ids=(), max_new_tokens=64, temperature=1.5, seed=0)
+    contexts = there.contexts(prompts(there) * 8, marks=there.schema.marks)
+    drawn = contexts.write(stop_ids=(), max_new_tokens=64, temperature=1.5, seed=0)
     ended = [row for row in drawn if row.finish == "eos"]
     assert ended
     assert all(row.ids.index(there.eos) == len(row.ids) - 1 for row in ended)
@@ -166,16 +168,18 @@ def test_probabilities_of_a_group_are_right(there: VLLMGenerator) -> None:
     assert (told > 0).all()
 
 
-@pytest.mark.parametrize("settings", [{"target_rate": 0.5}, {"retrieve": "always", "prune": {"kind": "bound"}}])
+@pytest.mark.parametrize("settings", [{"retrieve": "adaptive"}, {"retrieve": "always", "prune": {"kind": "bound"}}])
 def test_short_form_decides_and_answers_alike(settings: dict[str, Any], here: HFGenerator, there: VLLMGenerator) -> None:
-    decode = SelfRagDecode(kind="self_rag", max_new_tokens=16, **settings)
+    marks = here.contexts(prompts(here), marks=here.schema.marks).mark_logprobs
+    lowest, middle, _ = sorted(float(retrieve_probability(row)) for row in marks)
+    decode = SelfRagDecode(kind="self_rag", max_new_tokens=16, threshold=(lowest + middle) / 2, **settings)
     hits = tuple(Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(PASSAGES))
     before = there.cost.copy()
     ours, theirs = (self_rag(generator, Asked(QUESTIONS, [hits] * len(QUESTIONS)), decode) for generator in (there, here))
     for own, other in zip(ours, theirs, strict=True):
         same(own, other)
     retrieved = {answer.trace["retrieved"] for answer in ours}
-    assert retrieved == ({True, False} if "target_rate" in settings else {True})
+    assert retrieved == ({True} if settings["retrieve"] == "always" else {True, False})
     spent = there.cost - before
     written = [one["ids"] for answer in ours for one in answer.trace["candidates"] if "ids" in one]
     read = len(ours) + sum(len(answer.trace["candidates"]) for answer in ours)  # a question, then its branches
