@@ -31,14 +31,16 @@ from marginal import HERE, _told, _trained_reader, split
 from raglan.candidates import lsr_rows
 from raglan.data import load_examples
 from raglan.knowledge import build_knowledge
-from raglan.metrics import bootstrap, mrr, paired_bootstrap, recall
+from raglan.metrics import answer_recall, bootstrap, mrr, paired_bootstrap, recall
 from raglan.recipe import LsrObjective, Recipe, load_recipe
-from raglan.records import Example
+from raglan.records import Example, Hit
 from raglan.train import Parts, _stages, train
 
 BUILD = HERE.parent / "build"
 FOLDS = 5
-FIGURES = {"R@1": (recall, 1), "R@5": (recall, 5), "MRR@10": (mrr, 10)}
+FIGURES = {"R@1": (recall, 1), "R@5": (recall, 5), "MRR@10": (mrr, 10)}  # of the named passage
+ANSWERS = {"answer@1": 1, "answer@5": 5}  # whether one of so many passages holds an answer, as DPR measures it
+COLUMNS = [*FIGURES, *ANSWERS, "answer MRR@10"]
 ARMS = ("tasks", "halves", "mixed", "shuffled")
 
 
@@ -95,7 +97,7 @@ def recipe_of(corpus: str, reader: Path, changes: Sequence[str], *, fold: str = 
 def table(corpus: str, reader: Path, arms: Sequence[str], changes: Sequence[str]) -> None:
     """Print what each arm finds of the questions it did not learn, beside the encoder as it was."""
     folds = [""] if corpus == "squad" else [str(fold) for fold in range(FOLDS)]
-    found: dict[str, list[list[tuple[str, ...]]]] = {name: [] for name in ("base", *arms)}
+    found: dict[str, list[list[Hit]]] = {name: [] for name in ("base", *arms)}
     asked: list[Example] = []
     for fold in folds:
         recipe = recipe_of(corpus, reader, changes, fold=fold)
@@ -103,25 +105,30 @@ def table(corpus: str, reader: Path, arms: Sequence[str], changes: Sequence[str]
         for name in found:
             rag = (Parts() if name == "base" else learned(recipe, name, fold)).open(recipe)
             examples = load_examples(test, rag.retriever.base.corpus)
-            hits = rag.retriever.retrieve([example.query for example in examples], 10)
-            found[name].append([tuple(hit.passage.id for hit in own) for own in hits])
+            found[name] += rag.retriever.retrieve([example.query for example in examples], 10)
         asked += examples
-    values = {name: _values(asked, [own for part in parts for own in part]) for name, parts in found.items()}
+    values = {name: _values(asked, hits) for name, hits in found.items()}
     print(f"\n{corpus}: {len(asked)} questions, R-ft by {', '.join(arms)}\n")
-    print("| query encoder |", " | ".join(FIGURES), "|\n|---|" + "---|" * len(FIGURES))
+    print("| query encoder |", " | ".join(COLUMNS), "|\n|---|" + "---|" * len(COLUMNS))
     for name in found:
-        print(f"| {name} |", " | ".join(_told(bootstrap(values[name][figure])) for figure in FIGURES), "|")
+        print(f"| {name} |", " | ".join(_told(bootstrap(values[name][figure])) for figure in COLUMNS), "|")
     for name in arms:
-        gains = [paired_bootstrap(values["base"][figure], values[name][figure]) for figure in FIGURES]
+        gains = [paired_bootstrap(values["base"][figure], values[name][figure]) for figure in COLUMNS]
         print(f"| {name} − base |", " | ".join(_told(gain, sign="+") for gain in gains), "|", flush=True)
 
 
-def _values(examples: Sequence[Example], rankings: Sequence[tuple[str, ...]]) -> dict[str, list[float]]:
-    pairs = list(zip(rankings, examples, strict=True))
-    return {
-        name: [float(measure(ranking, example.relevant, depth)) for ranking, example in pairs]
-        for name, (measure, depth) in FIGURES.items()
-    }
+def _values(examples: Sequence[Example], hits: Sequence[Sequence[Hit]]) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    for example, own in zip(examples, hits, strict=True):
+        ranking = [hit.passage.id for hit in own]
+        for name, (measure, depth) in FIGURES.items():
+            values[name].append(float(measure(ranking, example.relevant, depth)))
+        holders = [bool(answer_recall([f"{hit.passage.title}\n{hit.passage.text}"], example.answers)) for hit in own]
+        first = holders.index(True) + 1 if any(holders) else None
+        for name, depth in ANSWERS.items():
+            values[name].append(float(first is not None and first <= depth))
+        values["answer MRR@10"].append(1 / first if first else 0.0)
+    return values
 
 
 def learned(recipe: Recipe, arm: str, fold: str) -> Parts:
@@ -133,22 +140,22 @@ def learned(recipe: Recipe, arm: str, fold: str) -> Parts:
 
 
 def shuffled(recipe: Recipe, fold: str) -> Recipe:
-    """`tasks` with each question's scores dealt out anew over its candidates: as much to fit, and nothing to learn."""
+    """`tasks` with each question's log p(y|x,z) dealt out anew over its candidates: as much to fit, and nothing to learn."""
     tasks = recipe.stages["tasks"]
     assert isinstance(tasks.objective, LsrObjective)
     path = BUILD / "ra_dit" / recipe.name / f"shuffled{fold}.jsonl"
     system = Parts().open(recipe)
     corpus = system.retriever.base.corpus
-    examples = load_examples(tasks.data.path, corpus)  # type: ignore[union-attr,arg-type]
-    rows = {row.id: row for row in lsr_rows(examples, system, tasks.objective, recipe.run / "scores")}
+    examples = {example.id: example for example in load_examples(tasks.data.path, corpus)}  # type: ignore[union-attr,arg-type]
     chance, lines = np.random.default_rng(recipe.seed), []
-    for example in examples:
-        row = rows[example.id]
-        values = np.exp(row.answer_logprobs / row.answer_length)  # mean_prob
-        grades = dict(zip((corpus[int(c)].id for c in row.candidates), chance.permutation(values).tolist(), strict=True))
-        lines.append({"id": example.id, "query": example.query, "answers": list(example.answers), "grades": grades})
+    for row in lsr_rows(list(examples.values()), system, tasks.objective, recipe.run / "scores"):
+        values = chance.permutation(row.answer_logprobs)
+        grades = dict(zip((corpus[int(place)].id for place in row.candidates), values.tolist(), strict=True))
+        example = examples[row.id]
+        lines.append({"id": row.id, "query": row.query, "answers": list(example.answers), "grades": grades})
     _write(path, lines)
-    objective = tasks.objective.model_copy(update={"target": "given"})
+    changes = {"loss": "divergence", "direction": "target_first", "target": "given", "tau": 1.0}
+    objective = tasks.objective.model_copy(update=changes)
     data = tasks.data.model_copy(update={"path": path})
     stage = tasks.model_copy(update={"objective": objective, "data": data})
     return recipe.model_copy(update={"stages": {**recipe.stages, "shuffled": stage}})

@@ -2,8 +2,10 @@
 
     make bench-scores       (one thread; some minutes on a CPU)
 
-A causal language model of some 20 M parameters with random weights and a vocabulary of 32,000; B questions with K passages
-each, prompts of 60 to 220 tokens, answers of 3 to 30. Three ways to the same numbers, in turns, each some times:
+Causal language models with random weights: two layers of 128 with 32,000 words, the size that the other benchmarks decode with;
+six layers of 320 with 32,000 words, some 20 M parameters; and the same with the 128,256 words of Llama 3. B questions with K
+passages each, prompts of 60 to 220 tokens, answers as short as questions have them (`--answer 2 29`: long ones). Three ways to
+the same numbers, in turns, each some times:
 
     plain   one pair at a time, the model's own logits at every position, log_softmax, gather: what trainers do
     single  one pair at a time through raglan's generator, which applies the head at answer positions only
@@ -11,9 +13,9 @@ each, prompts of 60 to 220 tokens, answers of 3 to 30. Three ways to the same nu
 
 Printed are the medians, their ratios, and the largest difference between scores, which must stay below 1e-4.
 
-What can be gained on one core is the head that `plain` applies to prompts too: with V words it multiplies 320·V numbers a
-token where the layers multiply 9.8 million, so the ratio's bound is about 2 at V = 32,000 and 5 at 128,256 (`--words`).
-Batches fill more cores, or a GPU, and gain there what they cannot gain here.
+What can be gained on one core is the head that `plain` applies to prompts too. At six layers of 320 it multiplies 320·V numbers
+a token where the layers multiply 9.8 million, so the ratio's bound is about 2 at V = 32,000 and 5 at 128,256; at two layers of
+128 the head is nearly all. Batches fill more cores, or a GPU, and gain there what they cannot gain here.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ from raglan.records import Passage
 from raglan.scores import Pair, ScoreTable
 
 WORDS = 32_000
+MODELS = ((2, 128, WORDS), (6, 320, WORDS), (6, 320, 128_256))  # layers, width, vocabulary
 
 
 def main() -> None:
@@ -46,14 +49,16 @@ def main() -> None:
     words.add_argument("-b", type=int, default=16, help="questions")
     words.add_argument("-k", type=int, default=10, help="passages a question")
     words.add_argument("--times", type=int, default=5, help="measurements a way")
+    words.add_argument("--answer", type=int, nargs=2, default=(2, 6), help="least and most words of an answer")
     words.add_argument("--threads", type=int, default=1)
-    words.add_argument("--words", type=int, default=WORDS, help="vocabulary; Llama 3 has 128256")
     words.add_argument("--batch-tokens", type=int, default=16384, help="padded tokens a batch")
     asked = words.parse_args()
     torch.set_num_threads(asked.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        generator = model(Path(folder) / "model", asked.batch_tokens, asked.words)
-        compare(generator, pairs(asked.b, asked.k), Path(folder) / "scores", asked.times)
+    for layers, width, vocabulary in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            generator = model(Path(folder) / "model", asked.batch_tokens, vocabulary, layers=layers, width=width)
+            print(f"\n{layers} layers, {width} wide, {vocabulary} words: ", end="")
+            compare(generator, pairs(asked.b, asked.k, asked.answer), Path(folder) / "scores", asked.times)
 
 
 def compare(generator: HFGenerator, asked: list[Pair], folder: Path, times: int) -> None:
@@ -83,7 +88,7 @@ def compare(generator: HFGenerator, asked: list[Pair], folder: Path, times: int)
     )
     for name, seconds in middle.items():
         print(f"| {name} | {seconds:.2f} | {len(asked) / seconds:.1f} | {seconds / middle['table']:.2f} |")
-    print(f"\nscores agree to {apart:.1e}")
+    print(f"\nscores agree to {apart:.1e}", flush=True)
 
 
 def plain(generator: HFGenerator, pair: Pair) -> np.ndarray:
@@ -113,7 +118,7 @@ def rendered(generator: HFGenerator, pair: Pair) -> tuple[Rendered, dict[str, li
     return prompt, generator.row(prompt, pair.answer)
 
 
-def pairs(questions: int, passages: int) -> list[Pair]:
+def pairs(questions: int, passages: int, answer: Sequence[int]) -> list[Pair]:
     chance = random.Random(0)
 
     def text(least: int, most: int) -> str:
@@ -121,12 +126,12 @@ def pairs(questions: int, passages: int) -> list[Pair]:
 
     made = []
     for _ in range(questions):
-        query, answer = text(8, 24), text(2, 29)
-        made += [Pair(query, (Passage(str(n), text(40, 190)),), answer) for n in range(passages)]
+        query, wanted = text(8, 24), text(*answer)
+        made += [Pair(query, (Passage(str(n), text(40, 190)),), wanted) for n in range(passages)]
     return made
 
 
-def model(folder: Path, batch_tokens: int, words: int = WORDS) -> HFGenerator:
+def model(folder: Path, batch_tokens: int, words: int = WORDS, *, layers: int = 6, width: int = 320) -> HFGenerator:
     """Random weights and a tokenizer of whole words, saved and opened as any model is."""
     torch.manual_seed(0)
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "Question:", "Answer:"])}
@@ -137,9 +142,9 @@ def model(folder: Path, batch_tokens: int, words: int = WORDS) -> HFGenerator:
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(str(folder))
     config = LlamaConfig(
-        vocab_size=words, hidden_size=320, intermediate_size=1280, num_hidden_layers=6, num_attention_heads=5,
-        num_key_value_heads=5, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
+        vocab_size=words, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=512,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(str(folder))
     settings = GeneratorSettings(model=str(folder), dtype="float32", batch_tokens=batch_tokens)

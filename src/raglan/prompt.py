@@ -1,9 +1,10 @@
 """From a question and its passages to the generator's input ids, within a budget that is kept to the token.
 
-The order of what gives way: the question is never cut; if it cannot fit, that is an error which names the limit. History
-loses whole turns, the oldest first, until every passage has its least tokens. Passages are cut at their ends, the longest
-first, so that all of them stay; the template's own words stay whole. Text of a passage, a turn or a question never becomes a
-control token: special tokens are added by id, and their spellings in text stay text.
+The order of what gives way: the question is never cut; if it cannot fit, that is an error which names the limit. Few-shot
+examples go first, whole, the last of them first. Then history loses whole turns, the oldest first, until every passage has its
+least tokens. Passages are cut at their ends, the longest first, so that all of them stay; the template's own words stay
+whole. Text of a passage, a turn or a question never becomes a control token: special tokens are added by id, and their
+spellings in text stay text.
 
 Layouts: `joined` is one text for any model; `chat` puts the same text into the model's chat template; `fused` gives every
 passage a block of its own with the question, `[CLS] history question [SEP] passage [SEP]`, as the embedded reader wants it.
@@ -19,11 +20,11 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raglan.errors import RecipeError
-from raglan.recipe import PromptSettings
+from raglan.recipe import PromptSettings, Shot
 from raglan.records import Passage
 from raglan.text import shortened
 
@@ -48,6 +49,7 @@ class Rendered:
     cut_tokens: int = 0
     starved: bool = False
     dropped_turns: int = 0
+    dropped_shots: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -64,6 +66,9 @@ class Prompt:
         self, settings: PromptSettings, tokenizer: Any, *, layout: str, limit: int | None = None, end: int | None = None
     ):
         self.settings, self.tokenizer, self.layout, self.end = settings, tokenizer, layout, end
+        self.lead = ""  # the shots that this prompt begins with
+        if settings.shots and layout == "fused":
+            raise RecipeError("this generator reads passage by passage and no prompt.shots", hint="leave out prompt.shots")
         self.question_tokenizer: Any = None  # the query encoder's, where there is one
         self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
@@ -74,7 +79,14 @@ class Prompt:
             RecipeError: the question alone does not fit, or has no query encoder to be decoded by.
         """
         query = self._decoded(query) if self._as_fed else query
-        return self._fused(query, passages, history) if self.layout == "fused" else self._joined(query, passages, history)
+        if self.layout == "fused":
+            return self._fused(query, passages, history)
+        shots = [self._shot(shot) for shot in self.settings.shots]
+        for kept in range(len(shots), 0, -1):
+            found = self._led("".join(shots[:kept]))._whole_or_none(query, passages, history)
+            if found is not None:
+                return replace(found, dropped_shots=len(shots) - kept)
+        return replace(self._joined(query, passages, history), dropped_shots=len(shots))
 
     def within(self, tokens: int) -> Prompt:
         """This prompt with another budget."""
@@ -87,6 +99,24 @@ class Prompt:
         other = copy.copy(self)
         other.settings = self.settings.model_copy(update=settings)
         return other
+
+    def _led(self, lead: str) -> Prompt:
+        other = copy.copy(self)
+        other.lead = lead
+        return other
+
+    def _shot(self, shot: Shot) -> str:
+        """A shot as its own prompt has it, with its answer behind."""
+        texts = [self.passage_text(Passage("", text), number) for number, text in enumerate(shot.passages, 1)]
+        return f"{self._text(shot.question, texts, ())}{self.answer_space or ' '}{shot.answer}{self.settings.shot_separator}"
+
+    def _whole_or_none(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered | None:
+        """The prompt where nothing of it has to give way."""
+        texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
+        if len(self._newest(history, self.budget)) < len(history) or len(self._whole(query, texts, history)) > self.budget:
+            return None
+        found = self._joined(query, passages, history)
+        return None if found.cut_tokens or found.dropped_turns else found
 
     @property
     def answer_space(self) -> str:
@@ -206,7 +236,8 @@ class Prompt:
         }  # fmt: skip
         text = re.sub(r"\{question\}|\{history\}|\{passages\}", lambda found: parts[found.group()], template)
         text = text.replace("  ", " ") if self._as_fed else text
-        return text.rstrip()  # what a question or a passage ends with is no part of the answer, what the template does is
+        text = text.rstrip()  # what a question or a passage ends with is no part of the answer, what the template does is
+        return self.lead + text
 
     @property
     def _as_fed(self) -> bool:

@@ -56,6 +56,7 @@ from raglan.recipe.parts import (
     RewriteSettings,
     ScorerSettings,
     SelfRagPromptSettings,
+    Shot,
 )
 from raglan.recipe.self_rag import (
     CalibrationSettings,
@@ -112,6 +113,7 @@ __all__ = [
     "ScorerSettings",
     "SelfRagDecode",
     "SelfRagPromptSettings",
+    "Shot",
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",

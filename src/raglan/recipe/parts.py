@@ -19,6 +19,7 @@ __all__ = [
     "RewriteSettings",
     "ScorerSettings",
     "SelfRagPromptSettings",
+    "Shot",
 ]
 
 QA_PROMPTS = {  # by name, because the two contradict each other
@@ -100,6 +101,14 @@ class SelfRagPromptSettings(Settings):
         return self
 
 
+class Shot(Settings):
+    """A question with its answer, shown before the question that is asked."""
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    passages: tuple[str, ...] = Field((), description="What it was answered from, as text.")
+
+
 class PromptSettings(Settings):
     """How a question and its passages become the generator's input."""
 
@@ -128,6 +137,12 @@ class PromptSettings(Settings):
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
     self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
+    shots: tuple[Shot, ...] = Field(
+        (),
+        description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
+        "and all of them before a passage or a turn is touched.",
+    )
+    shot_separator: str = Field("\n\n", description="Behind each shot.")
 
     @field_validator("template")
     @classmethod
