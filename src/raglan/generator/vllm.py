@@ -117,6 +117,7 @@ class VLLMGenerator(AskedGenerator):
 def _library() -> Any:
     # the engine in this process, not in a child of it: it ends with the process and needs no main module that can be imported
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for data
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report each start to its makers
     return require("vllm", "for generator.kind vllm")
 
