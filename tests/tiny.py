@@ -129,6 +129,18 @@ def self_rag(folder: Path, *, seed: int = 0, special: bool = True, tied: bool = 
     return _saved(LlamaForCausalLM(config), words, folder)
 
 
+def marked_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """A Llama with the reflection tokens that is sure of what it writes: no two tokens are nearly as likely."""
+    torch.manual_seed(seed)
+    words = marked_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return _saved(LlamaForCausalLM(config), words, folder)
+
+
 def gpt2(folder: Path, *, seed: int = 0) -> Path:
     """Learned positions, and a tokenizer that begins no row."""
     torch.manual_seed(seed)

@@ -45,6 +45,7 @@ EXTRAS = {
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
     "sqlalchemy": "feedback",
+    "vllm": "vllm",
 }
 
 

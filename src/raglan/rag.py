@@ -17,7 +17,7 @@ from raglan.decode.self_rag import check_marked
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
-from raglan.generator import HFGenerator, open_generator
+from raglan.generator import HFGenerator, open_any, open_generator
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import (
     ClassifyDecode,
@@ -75,7 +75,7 @@ class RAG:
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        reads = open_generator(settings, recipe.prompt)
+        reads = open_any(settings, recipe.prompt)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
         if isinstance(recipe.decode, SelfRagDecode):

@@ -200,6 +200,10 @@ class MarkedGenerator(ABC):
             GeneratorError: a prompt without an id, or with more positions than the model has.
         """
 
+    def neutralised(self, ids: Sequence[int]) -> int:
+        """How many control tokens others' text spells that the model is shown changed, for want of prompts as ids."""
+        return 0
+
 
 def answer_ids(tokenizer: Any, answer: str, space: str = "") -> list[int]:
     """An answer's own ids, tokenised apart from any prompt, behind the white space that the prompt left, without an end token.

@@ -480,8 +480,13 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
     Raises:
         CheckpointError: a folder without config or weights.
-        RecipeError: LoRA settings that peft refuses.
+        RecipeError: LoRA settings that peft refuses; another kind than hf.
     """
+    if settings.kind != "hf":
+        raise RecipeError(
+            f"generator.kind is {settings.kind!r}, and only hf learns, scores, and answers for decodings other than self_rag",
+            hint="generator.kind=hf here; the other kinds are for answer, evaluate and serve",
+        )
     keep_freed()
     model, tokenizer = _load(settings.model, settings)
     if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):

@@ -163,11 +163,23 @@ class PromptSettings(Settings):
         return self
 
 
-class GeneratorSettings(Settings):
-    """A transformers seq2seq or causal model, or the embedded reader."""
+SERVED = ("endpoint", "tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout")
+OF_KIND = {  # what belongs to some kinds of generator only
+    **dict.fromkeys(SERVED, ("endpoint",)), "engine": ("vllm",), "dtype": ("hf", "vllm"),
+    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
+}  # fmt: skip
 
+
+class GeneratorSettings(Settings):
+    """A transformers seq2seq or causal model, or the embedded reader; for Self-RAG also one in vLLM or on a server."""
+
+    kind: Literal["hf", "vllm", "endpoint"] = Field(
+        "hf",
+        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
+    )
     model: str = Field(
-        "embedded", description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name."
+        "embedded",
+        description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name; on a server the name that it knows.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
@@ -183,6 +195,30 @@ class GeneratorSettings(Settings):
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="endpoint: the server, as http://localhost:8000/v1."
+    )
+    tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
+    revision: str | None = Field(None, description="endpoint: any name; another one stands for other weights there.")
+    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, description="endpoint: requests at a time.")
+    retries: int = Field(5, ge=0, description="endpoint: further tries of a request that fails, each after a longer wait.")
+    timeout: float = Field(120.0, gt=0, description="endpoint: seconds a request may take.")
+
+    @model_validator(mode="after")
+    def _kind_has_its_settings(self) -> GeneratorSettings:
+        fields = type(self).model_fields  # a recipe that was written out holds every default
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in self.model_fields_set}
+        said = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if wrong := sorted(name for name in said if self.kind not in OF_KIND.get(name, (self.kind,))):
+            kinds = " or ".join(OF_KIND[wrong[0]])
+            raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")
+        if self.kind == "endpoint" and self.endpoint is None:
+            raise ValueError("kind endpoint needs endpoint, the server's address")
+        if self.kind != "hf" and self.model == "embedded":
+            raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
+        return self
 
 
 class ScorerSettings(Settings):

@@ -106,6 +106,10 @@ class Recipe(Settings):
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
         if self.retriever.retrieve_again is not None and getattr(self.decode, "turns", None) is not None:
             raise ValueError("give either retriever.retrieve_again or decode.turns")
+        if self.generator.kind != "hf" and self.decode.kind != "self_rag":
+            raise ValueError(f"generator.kind {self.generator.kind} is for decode.kind self_rag, not {self.decode.kind}")
+        if self.generator.kind != "hf" and self.retriever.history == "rewrite" and self.retriever.rewrite.model is None:
+            raise ValueError(f"generator.kind {self.generator.kind} rewrites no questions: name retriever.rewrite.model")
         self._stages_are_named()
         self.trainings()
         return self

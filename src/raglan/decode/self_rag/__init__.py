@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from raglan.decode.base import Asked
@@ -38,8 +39,18 @@ def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve:
     for name in settings.released:
         log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
     if settings.form == "long":
-        return long(generator, asked, settings, retrieve=retrieve)
-    return short(generator, asked, settings)
+        answers = long(generator, asked, settings, retrieve=retrieve)
+    else:
+        answers = short(generator, asked, settings)
+    return [_disarmed(generator, answer) for answer in answers]
+
+
+def _disarmed(generator: Any, answer: Answer) -> Answer:
+    """The answer, whose trace says how many control tokens were spelt by question and passages, where these were changed."""
+    trace, prompt = answer.trace or {}, generator.marked_prompt
+    shown = [trace.get("prompt") or [], *(prompt.passage(hit.passage) for hit in answer.hits)]
+    changed = sum(generator.neutralised(ids) for ids in shown if ids)
+    return replace(answer, trace={**trace, "neutralised": changed}) if changed else answer
 
 
 def check_marked(generator: Any) -> None:
