@@ -1,42 +1,172 @@
 """The embedded causal model: a small left-to-right language model that grows out of a sentence encoder, without a download.
 
-The six layers of all-MiniLM-L6-v2 with a causal mask and a head tied to the word embeddings: transformers' BertLMHeadModel,
-so it is saved, loaded, cached and extended as any causal model is. What it knows before training is what words mean, and
-nothing of which word comes next. Rows are `[CLS] prompt answer [SEP]`, 512 positions in all, text in lower case.
+Claim. Started from the six layers of all-MiniLM-L6-v2, it learns on two CPU cores to answer from passages in its prompt,
+because what it has to learn is small: *where to look*. Beside the head tied to the word embeddings stands a copying attention
+over the row's own tokens whose values are those tokens' embeddings, so that what it looks at is what it says:
 
-    h = LayerNorm(gelu(W h_L)),  W = 1 at first        logits = s·E h + b,  s folded into LayerNorm's weight
+    a_t = softmax_{j ≤ t}( q(h_t)·k(h_j)/√D + β ê_t·ê_{j−1} )       ê: word embeddings, centred, of length one
+    logits_t = E ( f(h_t) + g(h_t) Σ_j a_tj ê_j / s )                 f: BERT's head transform, 1 at first; s: E's mean length
 
-Deviation from BERT's masked-LM head: the encoder was published without one, so it starts from the identity, and from a scale
-at which the logits spread by about one.
+β (learned, starts at 8) says beforehand that what began to be copied goes on; `generator.reader` has the same. The mixture is
+one of logits, not of probabilities (as in pointer-generators, See et al. 2017, arXiv 1704.04368), which leaves the head an
+ordinary tied one. Keys and values of the copying attention lie in the cache as those of one more layer, so it is saved, loaded,
+cached, branched and extended by new words as any causal model of transformers is. Rows are `[CLS] prompt answer [SEP]`, 512
+positions in all, text in lower case. What it knows before training is what words mean, and nothing of which word comes next.
+
+Deviation from BERT's masked-LM head: the encoder was published without one, so f starts from the identity, at a scale at which
+logits spread by about one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-__all__ = ["causal_from_encoder"]
+__all__ = ["CopierConfig", "CopierForCausalLM", "causal_from_encoder"]
+
+OPENS = 8.0  # g at first: logits of what is looked at, above the others
+GOES_ON = 8.0  # β at first
 
 
-def causal_from_encoder(folder: str) -> tuple[BertLMHeadModel, Any]:
+class CopierConfig(BertConfig):
+    """A BERT decoder's settings, and the mean length s of its word embeddings."""
+
+    model_type = "raglan_copier"
+
+    def __init__(self, word_length: float = 1.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.word_length = word_length
+
+
+class CopierForCausalLM(BertLMHeadModel):
+    """A causal BERT that can copy. Everything that `transformers` does with a causal model applies."""
+
+    config_class = CopierConfig
+
+    def __init__(self, config: CopierConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.copy_query, self.copy_key = nn.Linear(size, size), nn.Linear(size, size)
+        self.copy_gate = nn.Linear(size, 1)
+        self.goes_on = nn.Parameter(torch.tensor(GOES_ON))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits (B,n,V) of the last `logits_to_keep` of n ids, or of all; with `labels` (B,n) also their mean loss."""
+        told = {**kwargs, "return_dict": True}
+        outputs = self.bert(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            use_cache=use_cache, **told,
+        )  # fmt: skip
+        states, past = outputs.last_hidden_state, outputs.past_key_values
+        copied = self._copied(states, input_ids, past if use_cache is not False else None, attention_mask, position_ids)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        head = self.cls.predictions
+        logits = head.decoder(head.transform(states[:, kept]) + copied[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=past)
+
+    def _copied(
+        self, states: Tensor, ids: Tensor, past: Cache | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """g Σ_j a_tj ê_j / s, (B,n,D), over the ids in the cache and the n new ones."""
+        rows, new, size = states.shape
+        words = self._words(ids).to(states.dtype)
+        seen = self._layer(past).get_seq_length() if past is not None else 0
+        real = _real(mask, rows, seen + new, states.device)
+        earlier = self._layer(past).values[:, 0] if seen else words[:, :0]
+        before = _before(torch.cat([earlier, words], dim=1), real)[:, seen:]
+        keys = torch.cat([self.copy_key(states), before], dim=2)[:, None]
+        values = words[:, None]
+        if past is not None:
+            keys, values = self._layer(past).update(keys, values)
+        queries = torch.cat([self.copy_query(states) / math.sqrt(size), self.goes_on.to(states.dtype) * words], dim=2)
+        allowed = _earlier(real, new) & _together(positions if mask is None and not seen else None, rows, seen + new, new)
+        scores = (queries @ keys[:, 0].transpose(1, 2)).float().masked_fill(~allowed, torch.finfo(torch.float32).min)
+        looked = scores.softmax(-1).to(values.dtype) @ values[:, 0]
+        return nn.functional.softplus(self.copy_gate(states)) * looked / self.config.word_length
+
+    def _words(self, ids: Tensor) -> Tensor:
+        """ê of ids, (B,n,D)."""
+        table = self.get_input_embeddings().weight
+        return nn.functional.normalize(nn.functional.embedding(ids, table) - table.mean(0), dim=-1)
+
+    def _layer(self, past: Cache) -> Any:
+        """The cache's layer behind those of BERT's."""
+        while len(past.layers) <= self.config.num_hidden_layers:
+            past.layers.append(DynamicLayer())
+        return past.layers[self.config.num_hidden_layers]
+
+
+def _real(mask: Tensor | None, rows: int, width: int, device: torch.device) -> Tensor:
+    """Which columns hold a row's own ids, (B,W)."""
+    return torch.ones(rows, width, dtype=torch.bool, device=device) if mask is None else mask[:, -width:].bool()
+
+
+def _before(words: Tensor, real: Tensor) -> Tensor:
+    """The word before each column that is real, 0 before the first. (B,W,D), (B,W) → (B,W,D)."""
+    columns = torch.arange(words.shape[1], device=words.device).expand(real.shape)
+    latest = torch.where(real, columns, -1).cummax(dim=1).values
+    at = nn.functional.pad(latest[:, :-1], (1, 0), value=-1)[:, :, None]
+    return words.gather(1, at.clamp_min(0).expand(-1, -1, words.shape[2])) * (at >= 0)
+
+
+def _earlier(real: Tensor, new: int) -> Tensor:
+    """Which columns each of the last `new` ones may look at: real ones, up to itself. (B,W) → (B,new,W)."""
+    width = real.shape[1]
+    order = torch.arange(width, device=real.device)
+    return real[:, None, :] & (order[None, :] <= order[-new:, None])
+
+
+def _together(positions: Tensor | None, rows: int, width: int, new: int) -> Tensor:
+    """Where several rows lie packed in one, positions begin anew with each, and none looks into another. (B|1,new|1,W|1)."""
+    if positions is None or positions.shape[1] != width:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=None if positions is None else positions.device)
+    row = (positions == 0).cumsum(1).expand(rows, -1)
+    return row[:, -new:, None] == row[:, None, :]
+
+
+def causal_from_encoder(folder: str) -> tuple[CopierForCausalLM, Any]:
     """A causal model whose layers and embeddings start from the BERT weights in `folder`, with its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-    config = BertConfig(**{
-        **BertConfig.from_pretrained(folder).to_diff_dict(), **ends, "pad_token_id": tokenizer.pad_token_id, "is_decoder": True,
-        "tie_word_embeddings": True, "architectures": ["BertLMHeadModel"],
-    })  # fmt: skip
+    settings = {**BertConfig.from_pretrained(folder).to_diff_dict(), **ends, "pad_token_id": tokenizer.pad_token_id}
+    settings |= {"is_decoder": True, "tie_word_embeddings": True, "architectures": ["CopierForCausalLM"]}
+    config = CopierConfig(**{name: value for name, value in settings.items() if name != "model_type"})
     with torch.random.fork_rng():  # nothing that is drawn is kept
-        model = BertLMHeadModel.from_pretrained(folder, config=config)
-    transform = model.cls.predictions.transform
+        model = CopierForCausalLM.from_pretrained(folder, config=config)
+    head, words = model.cls.predictions, model.get_input_embeddings().weight
+    model.config.word_length = float((words - words.mean(0)).detach().norm(dim=1).mean())
     with torch.no_grad():
-        transform.dense.weight.copy_(torch.eye(config.hidden_size))
-        transform.dense.bias.zero_()
-        words = model.get_input_embeddings().weight
-        transform.LayerNorm.weight.fill_(1 / float((words - words.mean(0)).norm(dim=1).mean()))
-        transform.LayerNorm.bias.zero_()
-        model.cls.predictions.bias.zero_()
+        for layer in (head.transform.dense, model.copy_query, model.copy_key):
+            layer.weight.copy_(torch.eye(config.hidden_size))
+            layer.bias.zero_()
+        head.transform.LayerNorm.weight.fill_(1 / model.config.word_length)
+        head.transform.LayerNorm.bias.zero_()
+        head.bias.zero_()
+        model.copy_gate.weight.zero_()
+        model.copy_gate.bias.fill_(math.log(math.expm1(OPENS)))
     return model, tokenizer
+
+
+AutoConfig.register(CopierConfig.model_type, CopierConfig)
+AutoModelForCausalLM.register(CopierConfig, CopierForCausalLM)
