@@ -61,8 +61,9 @@ def read_audit(path: Path) -> dict[str, dict[str, Any]]:
             raise CorpusError(f"{path} has the columns {reader.fieldnames}", hint=f"they must be {', '.join(COLUMNS)}")
         rows = [row for row in reader if (row["person"] or "").strip()]
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    names: dict[str, tuple[str, ...]] = {**LABELS}
     for row in rows:
-        allowed, said = dict(LABELS).get(row["judgement"], ()), row["person"].strip().casefold()  # type: ignore[call-overload]
+        allowed, said = names.get(row["judgement"], ()), row["person"].strip().casefold()
         if said not in allowed:
             raise CorpusError(
                 f"{path}: {row.get('id')!r} has the person's label {row['person']!r} for {row['judgement']!r}",

@@ -137,8 +137,8 @@ def make_critic_data(
     wanted, folder = settings.critic, settings.path / "critic"
     assert wanted is not None
     identity = fingerprint([made_of, teacher.fingerprint, wanted.model_dump(mode="json"), list(settings.judgements)])
-    if (found := _there(folder, identity)) is not None:
-        return found
+    if (there := _there(folder, identity)) is not None:
+        return there
     every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
     asked = _fewer([one for one in every if one.kind in settings.judgements], wanted.most, seed)
     labels = book.label(teacher, asked, templates)

@@ -66,7 +66,8 @@ class CriticLabels(Teacher):
     def label(self, judgements: Sequence[Judgement], *, draw: int = 0) -> Iterator[Labelled]:
         for start in range(0, len(judgements), PIECE):
             part = judgements[start : start + PIECE]
-            prompts, answers = [], []
+            prompts: list[Any] = []
+            answers: list[str] = []
             for judgement in part:
                 rendered = self.generator.prompt.render(self.templates[judgement.kind].prompt(judgement), [])
                 labels = LABELS[judgement.kind]
