@@ -4,6 +4,7 @@ A `Row` is an instruction and an output. A question gives one row with its first
 that is to stand beside an irrelevant passage; a question without any answer gives only the latter, and says so. `tell` asks
 for what a title's passages say, in their own sentences, which makes rows of several segments; `closed` asks for what needs
 no passage. Every draw is by hash(seed, row id, step), so neither order nor sharding matters.
+`lessons` are questions that the corpus asks itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from raglan.artifact import file_fingerprint
 from raglan.corpus import Corpus
 from raglan.data import load_examples
 from raglan.errors import CorpusError
-from raglan.recipe import ClosedSource, CritiqueSettings, QuestionSource, RowSource, TellSource
+from raglan.lessons import lessons
+from raglan.recipe import ClosedSource, CritiqueSettings, LessonSource, QuestionSource, RowSource, TellSource
 from raglan.records import Example
 from raglan.text import half_character, sentences
 
@@ -92,6 +94,16 @@ def _questions(name: str, source: QuestionSource, settings: CritiqueSettings, co
             f"{source.path} holds {len(tests)} questions of the split `test`: {', '.join(tests[:10])}",
             hint="annotate another split's file, or set allow_test: true for this source",
         )
+    yield from _asked(name, examples, source, settings, seed)
+
+
+def _lessons(name: str, source: LessonSource, settings: CritiqueSettings, corpus: Corpus, seed: int) -> Iterator[Row]:
+    yield from _asked(name, lessons(corpus, source.count, seed=seed), source, settings, seed)
+
+
+def _asked(
+    name: str, examples: Sequence[Example], source: QuestionSource | LessonSource, settings: CritiqueSettings, seed: int
+) -> Iterator[Row]:
     for example in examples:
         asked = "\n".join([*example.history, example.query])
         instruction = f"{source.instruction}{source.separator}{asked}" if source.instruction else asked
@@ -213,4 +225,4 @@ def _word(chance: random.Random, vocabulary: Sequence[str]) -> str:
 
 Task = Callable[[random.Random, Sequence[str]], tuple[str, str]]
 TASKS: tuple[Task, ...] = (_sum, _larger, _repeat, _first, _letters)
-MAKERS: dict[str, Any] = {"questions": _questions, "rows": _rows, "tell": _told_of, "closed": _closed}
+MAKERS: dict[str, Any] = {"questions": _questions, "lessons": _lessons, "rows": _rows, "tell": _told_of, "closed": _closed}

@@ -17,6 +17,7 @@ __all__ = [
     "CritiqueSettings",
     "EncoderTeacher",
     "JudgementKind",
+    "LessonSource",
     "QuestionSource",
     "RowSource",
     "RulesTeacher",
@@ -69,12 +70,7 @@ class _Source(Settings):
     )
 
 
-class QuestionSource(_Source):
-    """Questions with short answers; those without any answer are answered by `abstention`."""
-
-    kind: Literal["questions"]
-    path: Path = Field(description="Questions, as everywhere.")
-    limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
+class _AskedSource(_Source):
     instruction: str = Field("", description="Stands before each question, joined by `separator`.")
     separator: str = Field("## Input:\n\n", description="Between instruction and question.")
     irrelevant: float = Field(
@@ -83,7 +79,22 @@ class QuestionSource(_Source):
     irrelevant_says: Literal["answer", "abstention"] = Field(
         "answer", description="What stands behind that passage: the answer, as in the paper's rows, or `abstention`."
     )
+
+
+class QuestionSource(_AskedSource):
+    """Questions with short answers; those without any answer are answered by `abstention`."""
+
+    kind: Literal["questions"]
+    path: Path = Field(description="Questions, as everywhere.")
+    limit: int | None = Field(None, ge=1, description="Use so many questions, drawn with the seed.")
     allow_test: bool = Field(False, description="Use even questions that `raglan split` put into the split `test`.")
+
+
+class LessonSource(_AskedSource):
+    """Reading lessons cut from the corpus, as `data.kind: lessons`: for a model that has never read."""
+
+    kind: Literal["lessons"]
+    count: int = Field(ge=1)
 
 
 class RowSource(_Source):
@@ -110,7 +121,7 @@ class ClosedSource(_Source):
     count: int = Field(ge=1)
 
 
-Source = Annotated[QuestionSource | RowSource | TellSource | ClosedSource, Field(discriminator="kind")]
+Source = Annotated[QuestionSource | LessonSource | RowSource | TellSource | ClosedSource, Field(discriminator="kind")]
 
 
 class CriticDataSettings(Settings):
