@@ -4,8 +4,8 @@ Claim. Started from the six layers of all-MiniLM-L6-v2, it learns on two CPU cor
 because what it has to learn is small: *where to look*. Beside the head tied to the word embeddings stands a copying attention
 over the row's own tokens whose values are those tokens' embeddings, so that what it looks at is what it says:
 
-    a_t = softmax_{j ≤ t}( q(h_t)·k(h_j)/√D + β ê_t·ê_{j−1} )       ê: word embeddings, centred, of length one
-    logits_t = E ( f(h_t) + g(h_t) Σ_j a_tj ê_j / s )                 f: BERT's head transform, 1 at first; s: E's mean length
+    a_t = softmax_{j ≤ t}( q(h_t)·k(h_j)/√D + β ê_t·ê_{j−1} )       ê: word embeddings, centred, over s
+    logits_t = E ( f(h_t) + g(h_t) Σ_j a_tj ê_j / s )                 f: BERT's head transform, 1 at first; s: their mean length
 
 β (learned, starts at 8) says beforehand that what began to be copied goes on; `generator.reader` has the same. The mixture is
 one of logits, not of probabilities (as in pointer-generators, See et al. 2017, arXiv 1704.04368), which leaves the head an
@@ -105,9 +105,9 @@ class CopierForCausalLM(BertLMHeadModel):
         return nn.functional.softplus(self.copy_gate(states)) * looked / self.config.word_length
 
     def _words(self, ids: Tensor) -> Tensor:
-        """ê of ids, (B,n,D)."""
+        """ê of ids, (B,n,D). Not each made of length one: a new word starts from the mean, whose direction is nothing."""
         table = self.get_input_embeddings().weight
-        return nn.functional.normalize(nn.functional.embedding(ids, table) - table.mean(0), dim=-1)
+        return (nn.functional.embedding(ids, table) - table.mean(0)) / self.config.word_length
 
     def _layer(self, past: Cache) -> Any:
         """The cache's layer behind those of BERT's."""
