@@ -87,7 +87,7 @@ class CopierForCausalLM(BertLMHeadModel):
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=past)
 
     def _seen(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: Cache | None) -> Tensor | None:
-        """What each new id looks at, (B,1,n,W) to be added, where it is more than what came before; else the mask as it is."""
+        """What each new id looks at, (B,1,n,W) as the attention wants it, where it is more than what came before; else `mask`."""
         passages = _passages(ids, self.config.passage_markup)
         if passages is None:
             return mask
@@ -97,9 +97,9 @@ class CopierForCausalLM(BertLMHeadModel):
         seen = _earlier(real, new) & _together(positions if mask is None and not earlier else None, rows, earlier + new, new)
         within = (passages[:, :, None] == passages[:, None, :]) & (passages > 0)[:, None, :] & real[:, None, earlier:]
         seen[:, :, earlier:] |= within
-        dtype = torch.get_autocast_dtype(ids.device.type) if torch.is_autocast_enabled(ids.device.type) else self.dtype
-        lowest = torch.finfo(dtype).min
-        return torch.where(seen, 0.0, lowest)[:, None].to(dtype)
+        if self.config._attn_implementation == "sdpa":
+            return seen[:, None]
+        return torch.where(seen, 0.0, torch.finfo(self.dtype).min)[:, None].to(self.dtype)
 
     def _copied(
         self, states: Tensor, ids: Tensor, past: Cache | None, mask: Tensor | None, positions: Tensor | None
