@@ -435,8 +435,9 @@ class HFGenerator(Generator, MarkedGenerator):
 
     def head_logits(self, rows: Tensor) -> Tensor:
         """The model's logits from the head's input, (n,D) → (n,V)."""
-        with self.autocast():  # a trainer's own ends with the model's forward pass, and its states may be bfloat16
-            return self._finished(self.model.get_output_embeddings()(rows))
+        head = self.model.get_output_embeddings()
+        kind = head.weight.dtype  # a trainer's autocast ends with the model's forward pass, and states may be bfloat16
+        return self._finished(head(rows.to(kind) if kind.is_floating_point else rows))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What architectures do to their logits behind the head: BART adds a bias, Cohere scales, Gemma caps."""
