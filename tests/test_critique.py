@@ -33,7 +33,7 @@ from raglan.critique.critic_data import balanced, candidates
 from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, reply_model, templates
 from raglan.critique.rules import Rules
 from raglan.critique.sources import Row, drawn
-from raglan.critique.teacher import Book, CriticLabels, Labelled, Teacher
+from raglan.critique.teacher import PIECE, Book, CriticLabels, Labelled, Teacher
 from raglan.data import answer_rows
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
@@ -350,6 +350,26 @@ def test_balance_caps_the_commonest_and_takes_no_more_than_it_must(labels: list[
         one_more = {label: min(count, max(counts.values()) + 1) for label, count in before.items()}
         assert one_more == dict(counts) or max(one_more.values()) > most * sum(one_more.values())
     assert kept == balanced(pairs[::-1], CriticDataSettings(balance=share), 3)
+
+
+@pytest.mark.parametrize("count", [PIECE - 1, PIECE, PIECE + 1])
+def test_no_judgement_is_lost_at_the_end_of_a_piece(folder: Path, work: Critique, count: int) -> None:
+    class ByWords:
+        """Likes the label whose place is that of the prompt's number."""
+
+        prompt, fingerprint = open_generator(work.recipe.generator, work.recipe.prompt).prompt, "words"
+
+        def token_logprobs(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[np.ndarray]:
+            numbers = [zlib.crc32(repr(prompt.ids).encode()) % 2 for prompt in prompts]
+            return [np.array([-1.0 if ("yes", "no")[n] == said else -3.0]) for n, said in zip(numbers, answers, strict=True)]
+
+    asked = [Judgement(f"j{n}", "retrieve", f"{n} mills?") for n in range(count)]
+    found = list(CriticLabels(ByWords(), work.templates).label(asked))  # type: ignore[arg-type]
+    assert [name for name, _ in found] == [one.id for one in asked]
+    ids = [ByWords.prompt.render(work.templates["retrieve"].prompt(one), []).ids for one in asked]
+    assert [verdict.label for _, verdict in found] == [  # type: ignore[union-attr]
+        ("yes", "no")[zlib.crc32(repr(one).encode()) % 2] for one in ids
+    ]
 
 
 def test_a_search_that_finds_one_passage_is_enough(work: Critique) -> None:
