@@ -99,7 +99,7 @@ def test_passages_are_read_in_both_directions_and_alike_in_every_way(generator: 
     assert not torch.allclose(whole[opens + 1], other[opens + 1], atol=1e-4)  # the passage's first word sees its last
     rows = [{"input_ids": asked[n], "labels": [*passages[n], 70 + n, made.eos]} for n in range(2)]
     objective = AnswerObjective(made)
-    packs, _ = pack_rows(rows, 64)
+    packs, _ = pack_rows(rows, 256)
     assert len(packs) == 1
     with torch.no_grad():
         apart, together = objective.loss(objective.collate(rows))[0], objective.loss(objective.collate(packs))[0]

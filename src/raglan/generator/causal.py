@@ -11,9 +11,10 @@ Between the markup of a passage, `<paragraph> … </paragraph>`, the layers look
 come from: a passage is given and never written, so nothing is foretold (prefix language models, Raffel et al. 2020, arXiv
 1910.10683). All else is causal. β (learned, starts at 8) says beforehand that what began to be copied goes on;
 `generator.reader` has the same. The mixture is one of logits, not of probabilities (as in pointer-generators, See et al. 2017,
-arXiv 1704.04368), which leaves the head an ordinary tied one. Keys and values of the copying attention lie in the cache as those of one more layer, so it is saved, loaded,
-cached, branched and extended by new words as any causal model of transformers is. Rows are `[CLS] prompt answer [SEP]`, 512
-positions in all, text in lower case. What it knows before training is what words mean, and nothing of which word comes next.
+arXiv 1704.04368), which leaves the head an ordinary tied one. Keys and values of the copying attention lie in the cache as
+those of one more layer, so it is saved, loaded, cached, branched and extended by new words as any causal model of transformers
+is. Rows are `[CLS] prompt answer [SEP]`, 512 positions in all, text in lower case. What it knows before training is what words
+mean, and nothing of which word comes next.
 
 Deviation from BERT's masked-LM head: the encoder was published without one, so f starts from the identity, at a scale at which
 logits spread by about one.
