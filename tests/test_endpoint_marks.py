@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import MarkedEndpoint, open_any, open_generator
+from raglan.generator.asked import finish_of
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Marked, Passage
 from served import KEY, ServedMarks, serving
@@ -294,6 +295,18 @@ def test_key_and_tokenizer(address: str, folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(GeneratorError, match="refuses the key") as fault:
         opened(address, folder).exact_marks  # noqa: B018
     assert "sk-another-secret" not in str(fault.value)
+
+
+def test_an_end_is_an_end_even_where_it_is_a_stop() -> None:
+    """As the model here says it: a tree would go on behind a `stop`."""
+
+    def row(*ids: int, finish: Any = "length") -> Marked:
+        return Marked(ids, np.zeros(len(ids), np.float32), np.zeros((len(ids), 1), np.float32), finish)
+
+    assert finish_of(row(5, 2), {2, 7}, 2) == "eos"
+    assert finish_of(row(5, 7), {2, 7}, 2) == "stop"
+    assert finish_of(row(5, 9, finish="eos"), {7}, 2) == "eos"
+    assert (finish_of(row(5), {7}, 2), finish_of(row(), {7}, 2)) == ("length", "length")
 
 
 def test_settings_belong_to_their_kind() -> None:
