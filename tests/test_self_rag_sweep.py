@@ -13,8 +13,10 @@ import torch
 import tiny
 from raglan.decode.self_rag.table import Table
 from raglan.errors import RecipeError
+from raglan.evaluate import gold
 from raglan.generator import open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, SweepSettings
+from raglan.records import Example
 from raglan.reflection import Components
 from raglan.sweep import Setting, settings_of, sweep
 from test_cli import run
@@ -122,3 +124,18 @@ def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], m
     code, _, err = call("evaluate", recipe, "--rescore", "--sweep")
     assert code == 2
     assert "one at a time" in err
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_gold_is_spelt_as_the_closed_set_is(size: int) -> None:
+    letters, digits = tuple("ABCDE"[:size]), tuple("12345"[:size])
+    for letter, digit in zip(letters, digits, strict=True):
+        for given in (letter, digit, f" {letter.lower()}.", f"{letter}: a text"):
+            example = Example("1", "q", (given,))
+            for name in ("labels", "options"):
+                assert gold(example, SelfRagDecode(kind="self_rag", **{name: letters})) == [letter]
+                assert gold(example, SelfRagDecode(kind="self_rag", **{name: digits})) == [digit]
+    named = Example("1", "q", ("SUPPORTS", "tin"))
+    assert gold(named, SelfRagDecode(kind="self_rag", labels=("true", "false"))) == ["true", "tin"]
+    own = Example("1", "q", ("2",), metadata={"choices": ["1", "2"]})
+    assert gold(own, SelfRagDecode(kind="self_rag", options=letters)) == gold(own, SHORT) == ("2",)

@@ -28,7 +28,7 @@ from raglan.decode import Asked
 from raglan.decode.self_rag.cache import CandidateCache, record, replay
 from raglan.decode.self_rag.table import Table
 from raglan.errors import CheckpointError, RecipeError
-from raglan.evaluate import OF_A_QUESTION
+from raglan.evaluate import OF_A_QUESTION, gold
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import regex_match
 from raglan.rag import RAG
@@ -136,7 +136,7 @@ def rescore(recipe: Recipe, *, fill: bool = False) -> Rescored:
     if calls:
         cache.save(candidates_folder(recipe, name))
     assert recipe.evaluate is not None
-    return _rescored(recipe.evaluate, examples, answers, calls, time.monotonic() - began)
+    return _rescored(recipe.evaluate, decode, examples, answers, calls, time.monotonic() - began)
 
 
 def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
@@ -154,7 +154,7 @@ def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
     known: Callable[..., float] = regex_match if _patterns(recipe) else OF_A_QUESTION[how.metric]
 
     def measure(text: str, example: Example) -> float:
-        return float(known(text, example.answers))
+        return float(known(text, example.answers if known is regex_match else gold(example, decode)))
 
     table = Table.of(cache, decode, lambda text, place: measure(text, examples[place]))
     settings = settings_of(how, decode, k=min(recipe.retriever.k, table.k), seed=recipe.seed)
@@ -228,13 +228,16 @@ def _confirmed(
 
 
 def _rescored(
-    settings: EvaluateSettings, examples: Sequence[Example], answers: Sequence[Answer | None], calls: int, seconds: float
-) -> Rescored:
+    settings: EvaluateSettings, decode: SelfRagDecode, examples: Sequence[Example], answers: Sequence[Answer | None],
+    calls: int, seconds: float,
+) -> Rescored:  # fmt: skip
     known = [(answer, example) for answer, example in zip(answers, examples, strict=True) if answer is not None]
     figures: dict[str, float] = {}
     for name in (name for name in settings.metrics if name in OF_A_QUESTION):
-        measure = regex_match if settings.answers_are == "regex" else OF_A_QUESTION[name]
-        values = [measure(answer.text, example.answers) for answer, example in known]
+        if settings.answers_are == "regex":
+            values = [regex_match(answer.text, example.answers) for answer, example in known]
+        else:
+            values = [OF_A_QUESTION[name](answer.text, gold(example, decode)) for answer, example in known]
         figures[name] = float(np.nanmean(values)) if values else float("nan")
     traces = [answer.trace or {} for answer, _ in known]
     retrieved = sum(bool(trace.get("retrieved")) for trace in traces)

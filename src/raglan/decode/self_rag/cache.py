@@ -17,9 +17,10 @@ last; the rest is NaN. Nothing is kept of draws (temperature > 0), which are new
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from raglan.artifact import MANIFEST, read_manifest, write_manifest
 from raglan.decode.base import Asked
 from raglan.decode.self_rag import Retrieve, self_rag
+from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
@@ -70,16 +72,19 @@ class CandidateCache:
     continued: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
     def save(self, folder: Path) -> None:
-        """Write the artefact; one that is there is replaced."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        np.savez(folder / "rows.npz", allow_pickle=False, **self._arrays())
-        with open(folder / "questions.jsonl", "w", encoding="utf-8") as file:
+        """Write the artefact; one that is there stays until the new one is whole."""
+        working = folder.with_name(folder.name + ".part")
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+        np.savez(working / "rows.npz", allow_pickle=False, **self._arrays())
+        with open(working / "questions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.questions)
         counts = {"contexts": len(self.states), "continuations": len(self.written), "questions": len(self.questions)}
         assert self.schema is not None
         about = {"identity": dict(self.identity), "schema": self.schema.to_dict(), "eos": self.eos, "exact": self.exact}
-        write_manifest(folder, KIND, about | counts)
+        write_manifest(working, KIND, about | counts)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(working, folder)
 
     @classmethod
     def open(cls, folder: Path, identity: Mapping[str, Any] | None = None) -> CandidateCache:
@@ -339,15 +344,19 @@ def replay(
         generator: for its prompt; it is asked only with `fill`, which keeps what it says.
     """
     says = Replay(cache, generator, fill=fill)
-    if settings.target_rate is not None:  # the threshold is drawn from all questions
-        return list(self_rag(says, asked, settings, retrieve=retrieve))
+    try:
+        threshold = threshold_of(says, prompts_of(says, asked, settings), settings)  # drawn from all questions, if it is
+    except Uncached:
+        return [None] * len(asked.queries)
+    own = settings.model_copy(update={"target_rate": None, "threshold": threshold})
     answers: list[Answer | None] = []
     for place in range(len(asked.queries)):
         try:
-            answers += self_rag(says, asked.only([place]), settings, retrieve=retrieve)
+            answers += self_rag(says, asked.only([place]), own, retrieve=retrieve)
         except Uncached:
             answers.append(None)
-    return answers
+    told = settings.model_dump(mode="json")
+    return [answer and replace(answer, settings=told) for answer in answers]
 
 
 def _thinned(marked: Marked, schema: Schema) -> Marked:
