@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,14 @@ sweep: {metric: f1, threshold: [0.0, 0.3, 0.5, 0.7, 1.0], k: [1, 3], rel: [1.0],
     return folder
 
 
+def rewritten(path: Path, content: bytes) -> bytes:
+    """What a file held until now. Its size and time stay, by which candidates know their model."""
+    before, stamp = path.read_bytes(), path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    return before
+
+
 def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = str(folder / "asks.yaml")
     call: Callable[..., tuple[int, str, str]] = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
@@ -107,6 +116,19 @@ def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], m
     told = json.loads(call("evaluate", recipe, "--rescore", "decode.threshold=0.3", "--json")[1])
     assert told["figures"]["f1"] == live["retrieved/f1"]["mean"]
     assert (told["calls"], told["incomplete"], told["questions"]) == (0, 0, 8)
+    weights = [*folder.glob("m/*.safetensors"), *folder.glob("encoder/encoder/**/*.safetensors")]
+    assert len(weights) == 2
+    kept = [rewritten(path, bytes(path.stat().st_size)) for path in weights]  # neither model nor encoder can be opened
+    again = json.loads(call("evaluate", recipe, "--rescore", "decode.threshold=0.3", "--json")[1])
+    assert again["figures"] == told["figures"]
+    for path, content in zip(weights, kept, strict=True):
+        rewritten(path, content)
+    code, _, err = call("evaluate", recipe, "--rescore", "retriever.k=4")
+    assert code == 2
+    assert "written for 3 passages" in err
+    filled = json.loads(call("evaluate", recipe, "--rescore", "retriever.k=4", "--fill", "--json")[1])
+    assert filled["calls"] > 0
+    assert json.loads(call("evaluate", recipe, "--rescore", "retriever.k=4", "--json")[1])["figures"] == filled["figures"]
 
     code, out, err = call("evaluate", recipe, "--sweep", "--confirm")
     assert code == 0
