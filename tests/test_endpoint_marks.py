@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import tiny
+from raglan.decode import Asked, self_rag
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import MarkedEndpoint, open_any, open_generator
 from raglan.generator.asked import finish_of
-from raglan.recipe import GeneratorSettings, PromptSettings
-from raglan.records import Marked, Passage
+from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
+from raglan.records import Hit, Marked, Passage
 from served import KEY, ServedMarks, serving
 from test_cli import run
 from test_kill import small_recipe
@@ -113,6 +114,23 @@ def test_read_first_then_written(served: ServedMarks, address: str, folder: Path
     assert grown.only([2, 1]).mark_logprobs[1].tolist() == state[0].tolist()
     told = plain(model, grown.ids[0], marks, set(), 1)
     assert grown.mark_logprobs[0] == pytest.approx(told.mark_logprobs[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("prune", "once"), [({"kind": "none"}, True), ({"kind": "tau", "tau": 0.0}, False)])
+def test_rel_is_asked_first_only_where_it_decides(
+    served: ServedMarks, address: str, folder: Path, prune: dict[str, Any], once: bool
+) -> None:
+    """A request for the decision and one a passage; where passages may be left out, two for each that is not."""
+    generator = opened(address, folder)
+    assert generator.exact_marks
+    before = len(served.asked)
+    hits = [Hit(Passage(str(n), text), n, 1.0, n + 1) for n, text in enumerate(("a tower", "an inn", "a mill"))]
+    settings = SelfRagDecode(kind="self_rag", retrieve="always", max_new_tokens=5, prune=prune)
+    answer = self_rag(generator, Asked([QUESTIONS[0]], [hits]), settings)[0]
+    limits = [request["max_tokens"] for request in served.asked[before:]]
+    assert limits == [1, *([5] * 3 if once else [1] * 3 + [4] * 3)]
+    assert answer.trace is not None
+    assert all(one["rel"] is not None and one["bound"] is not None for one in answer.trace["candidates"])
 
 
 def test_first_token_is_chosen_here(served: ServedMarks, address: str, folder: Path, model: Any) -> None:
