@@ -25,7 +25,7 @@ from raglan.wordings import wordings
 from test_kill import small_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("self_rag"))  # those say what else they need
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("self_rag"))  # they say themselves
 FIGURES = {
     "rag_open_qa": {"em", "f1"},
     "rag_nq": {"em", "f1"},
