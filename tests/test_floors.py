@@ -17,7 +17,7 @@ FLOORS = [
     ["knowledge", "retriever", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique"],  # fmt: skip
+     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "synthesis"],  # fmt: skip
     ["grid_tables", "report", "interop", "published_rows", "exports", "bridges"],
     ["cli", "cli_calls", "cli_critique", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "__main__"],
 ]
