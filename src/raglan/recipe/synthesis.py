@@ -45,8 +45,8 @@ class SynthesisSettings(Settings):
         {"en": 1}, min_length=1, description="Language → weight; `cross` asks in one language over passages in the other."
     )
     weights: dict[FactorName, dict[str, Share] | Literal["fit"]] = Field(
-        default_factory=dict, description="Factor → value → weight, in place of raglan's own; values not named are left out. Or "
-        "`fit`: a factor's shares follow from what was dealt before it.",
+        default_factory=dict, description="Factor → value → weight, in place of raglan's own; values not named are left out. "
+        "Or `fit`: a factor's shares follow from what was dealt before it.",
     )  # fmt: skip
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."

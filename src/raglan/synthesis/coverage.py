@@ -90,7 +90,7 @@ def _checked(plan: Plan, attempts: Iterable[Attempt]) -> list[Attempt]:
         if not 0 <= attempt.cell < len(plan.cells):
             raise RecipeError(f"there is no cell {attempt.cell}", hint=f"the plan has cells 0 to {len(plan.cells) - 1}")
         if (attempt.cell, attempt.ordinal) in seen:
-            raise RecipeError(f"cell {attempt.cell} has two attempts {attempt.ordinal}", hint="each attempt has its own ordinal")
+            raise RecipeError(f"cell {attempt.cell} has two attempts {attempt.ordinal}", hint="each has its own")
         seen.add((attempt.cell, attempt.ordinal))
     return tried
 
@@ -117,7 +117,8 @@ def _pairs(name: str, allowed: Iterable[tuple[str, str]], held: list[Cell]) -> d
     """How many of the pairs that may meet stand in some example."""
     first, second = name.split(" × ")
     there, wanted = {(str(getattr(cell, first)), str(getattr(cell, second))) for cell in held}, set(allowed)
-    return {"allowed": len(wanted), "covered": len(there & wanted), "share": len(there & wanted) / len(wanted) if wanted else None}
+    covered = len(there & wanted)
+    return {"allowed": len(wanted), "covered": covered, "share": covered / len(wanted) if wanted else None}
 
 
 def _entropy(topics: list[str], planned: int) -> float | None:

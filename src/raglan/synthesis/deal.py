@@ -28,7 +28,7 @@ Counts = npt.NDArray[np.int64]
 Allowed = npt.NDArray[np.bool_]
 Fitted = npt.NDArray[np.float64]
 ROUNDS, CLOSE = 5000, 1e-10
-SLACKS = (1e-7, 1e-4, 1e-2, 0.5)  # how far a fitted entry may be from the true one; the first is enough wherever fitting arrived
+SLACKS = (-1e-7, 1e-7, 1e-3, 0.5)  # the first takes entries as whole numbers that are nearly that; the others are for slow fits
 
 
 def deal_table(
@@ -96,9 +96,8 @@ def _spread(rest: Counts, units: Counts, total: int) -> Iterable[tuple[int, int]
 
 def _rounded(r: Counts, c: Counts, x: Fitted, most: Counts) -> Counts:
     for slack in SLACKS:
-        low = np.maximum(np.floor(x + slack) if slack < 0.01 else np.floor(x - slack), 0).astype(np.int64)
-        high = np.minimum(np.ceil(x - slack) if slack < 0.01 else np.ceil(x + slack), most).astype(np.int64)
-        low, high = np.minimum(low, most), np.maximum(np.minimum(low, most), high)
+        low = np.clip(np.floor(x - slack), 0, most).astype(np.int64)
+        high = np.clip(np.ceil(x + slack), low, most).astype(np.int64)
         order = np.argsort(-np.round(x - low, 9), axis=None, kind="stable")
         table, stuck = _transport(r, c, low, high, order=_pairs(order, low.shape))
         if stuck is None:
@@ -148,7 +147,8 @@ def _augment(
             fresh = np.flatnonzero((table[i] < high[i]) & (from_row < 0))
             from_row[fresh] = i
             if (ends := fresh[room[fresh] > 0]).size:
-                return _push(table, low, high, room, (start, int(ends[0]), need), from_row, from_column), (seen_rows, from_row >= 0)
+                pushed = _push(table, low, high, room, (start, int(ends[0]), need), from_row, from_column)
+                return pushed, (seen_rows, from_row >= 0)
             for j in fresh.tolist():
                 found = np.flatnonzero((table[:, j] > low[:, j]) & ~seen_rows)
                 seen_rows[found], from_column[found] = True, j

@@ -20,6 +20,7 @@ from raglan.synthesis.quotas import Weight, exact
 
 __all__ = ["Factor", "Factors", "Rule", "Value", "load_factors"]
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DATA = Path(__file__).parent / "data"
 FILES = ("factors.yaml", "topics.yaml", "compatibility.yaml")
 
@@ -153,7 +154,7 @@ def load_factors(folder: Path | None = None) -> Factors:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)  # noqa: S506 - both are safe loaders
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as fault:
         raise RecipeError(f"{path} cannot be read: {fault}", hint="it must be YAML in UTF-8") from None
 

@@ -31,8 +31,8 @@ from raglan.synthesis.quotas import Weight, exact, quotas
 __all__ = ["DEALT", "Cell", "Plan", "factors_of", "make_plan", "seed_of"]
 
 DEALT = (
-    "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source", "genre",
-    "length", "clarity", "difficulty", "tailness", "persona", "template", "passage_form", "passage_head",
+    "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source",
+    "genre", "length", "clarity", "difficulty", "tailness", "persona", "template", "passage_form", "passage_head",
 )  # fmt: skip
 CLAIMS = ("fact_verification", "claim_correction")
 ABSENT, PARTIAL, UNKNOWN = "R5", "partial", "not_enough_information"
@@ -201,7 +201,8 @@ class _Deal:
     def over(self, name: str, cells: Codes, counts: Sequence[int] | None = None) -> None:
         """Deal a factor over these cells, by its rules; without any, against tasks."""
         values = self.factors[name].values
-        given = list(dict.fromkeys(rule.given for rule in self.factors.of(name))) or [key for key in ("task",) if key in self.codes]
+        ruling = dict.fromkeys(rule.given for rule in self.factors.of(name))
+        given = list(ruling) or [key for key in ("task",) if key in self.codes]
         rows, of_cell, allowed = self._rows(name, given, cells)
         held = np.bincount(of_cell, minlength=len(rows))
         told = ["·".join(row) or "the cells" for row in rows]
@@ -267,7 +268,8 @@ class _Deal:
             cells = np.flatnonzero(self.depth == k)
             cells = cells[np.argsort(_mixed(cells, _hashed(self.seed, "deal", "position")), kind="stable")]
             counts = self.evidence[cells].tolist()
-            found = _spread_places(k, counts, _hashed(self.seed, "position", k)) if order == "uniform" else _at(order, k, counts)
+            seed = _hashed(self.seed, "position", k)
+            found = _spread_places(k, counts, seed) if order == "uniform" else _at(order, k, counts)
             for cell, places in zip(cells.tolist(), found, strict=True):
                 self.positions[cell] = places
             told = Counter(place for places in found for place in places)
@@ -278,7 +280,7 @@ class _Deal:
         kinds, free = self.factors["noise"], self.depth - self.evidence
         slot_cells = np.repeat(np.arange(self.n), free)
         absent = self.chosen("relation", ABSENT)[slot_cells]
-        columns = quotas(len(slot_cells), [kind.weight for kind in kinds.values]) if len(slot_cells) else [0] * len(kinds.values)
+        columns = quotas(len(slot_cells), [kind.weight for kind in kinds.values])
         allowed = np.array([[True] * len(columns), [kind.gold_absent for kind in kinds.values]])
         held = np.array([(~absent).sum(), absent.sum()])
         table = self._table("noise", held, columns, allowed, ["slots beside evidence", "slots without evidence"])
@@ -369,8 +371,8 @@ def _spread_places(k: int, counts: list[int], seed: int) -> list[tuple[int, ...]
 
 def _at(order: str, k: int, counts: list[int]) -> list[tuple[int, ...]]:
     """Evidence side by side at one end or in the middle."""
-    starts = {"first": lambda some: 1, "middle": lambda some: (k - some) // 2 + 1, "last": lambda some: k - some + 1}
-    return [tuple(range(starts[order](count), starts[order](count) + count)) for count in counts]
+    before = [{"first": 0, "middle": (k - count) // 2, "last": k - count}[order] for count in counts]
+    return [tuple(range(start + 1, start + count + 1)) for start, count in zip(before, counts, strict=True)]
 
 
 def _mixed(numbers: Codes, seed: int) -> npt.NDArray[np.uint64]:
