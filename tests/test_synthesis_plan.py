@@ -354,6 +354,8 @@ def test_weights_that_block_each_other_are_named(folder: Path) -> None:
         ({"passages": {"k": {0: 1}}}, "greater than or equal to 1"),
         ({"languages": {}}, "at least 1 item"),
         ({"retrievers": {"bm25": 0}}, "all 1 weights are 0"),
+        ({"weights": {"noise": {"garbled": 1}}}, "gold_absent is 0.2, and no task or kind of noise takes R5"),
+        ({"weights": {"noise": {"garbled": 1}}, "passages": {"gold_absent": 1}}, "takes R5"),
     ],
 )
 def test_settings_that_cannot_be(folder: Path, synthesis: dict[str, object], message: str) -> None:

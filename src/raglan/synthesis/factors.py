@@ -112,7 +112,8 @@ class Factors:
 
     def possible(self, fixed: Iterable[str]) -> tuple[Factors, dict[str, tuple[str, ...]]]:
         """Without the values that nothing takes or that take nothing; and which those are. Factors in `fixed` stay whole."""
-        here, left, held = self, {}, set(fixed)
+        here, held = self, set(fixed)
+        left: dict[str, list[str]] = {}
         while True:
             dead = {name: gone for name in here._ruled() - held if (gone := here._dead(name))}
             if not dead:

@@ -142,6 +142,9 @@ def factors_of(recipe: Recipe) -> tuple[Factors, dict[str, tuple[str, ...]]]:
     kinds = frozenset(value.name for value in factors["noise"].values if value.gold_absent)
     rules = (*factors.rules, Rule("k", "relation", deepest, {}), Rule("noise", "relation", {ABSENT: kinds}, {}))
     factors, left_out = Factors(_with_one_knob(factors, asked).factors, rules).possible(fixed)
+    if ABSENT in left_out.get("relation", ()):
+        told = f"passages.gold_absent is {asked.passages.gold_absent:g}, and no task or kind of noise takes {ABSENT}"
+        raise RecipeError(told, hint="set it to 0, or allow another task or kind")
     return _with_one_knob(factors, asked), left_out
 
 
