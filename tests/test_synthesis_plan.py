@@ -36,6 +36,7 @@ from raglan.synthesis import (
 )
 from raglan.synthesis.deal import deal_table, fitted
 from raglan.synthesis.factors import Factor
+from raglan.synthesis.plan import _spread_places
 
 RELATIONS = [0.28, 0.13, 0.18, 0.09, 0.20, 0.07, 0.05]
 PALETTE = [0.40, 0.10, 0.20, 0.10, 0.07, 0.05, 0.04, 0.04]
@@ -101,6 +102,15 @@ def test_gold_positions_of_23() -> None:
     assert quotas(23, [1] * 5) == [5, 5, 5, 4, 4]
 
 
+def test_evidence_of_23_examples_over_five_places() -> None:
+    found = _spread_places(5, [1] * 23, 7)
+    assert [sum(places == (place,) for places in found) for place in range(1, 6)] == [5, 5, 5, 4, 4]
+    mixed = _spread_places(5, [2, 1, 0, 5, 3] * 9, 7)
+    counted = Counter(place for places in mixed for place in places)
+    assert [counted[place] for place in range(1, 6)] == quotas(99, [1] * 5)
+    assert [len(set(places)) for places in mixed] == [2, 1, 0, 5, 3] * 9
+
+
 @given(n=st.integers(0, 10_000), weights=st.lists(st.integers(0, 50), min_size=1, max_size=9).filter(any))
 @settings(max_examples=200, deadline=None)
 def test_quotas_keep_sum_and_quota_rule(n: int, weights: list[int]) -> None:
@@ -163,6 +173,23 @@ def test_margins_are_exact_over_allowed_pairs(case: tuple[np.ndarray, np.ndarray
     assert (table.sum(0) == some.sum(0)).all()
     assert (table[~may] == 0).all()
     assert (table >= 0).all()
+
+
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_a_plan_of_weights_is_dealt_exactly_or_refused_by_halls_condition(n: int, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    rows, columns = quotas(n, chance.integers(1, 9, 4).tolist()), quotas(n, chance.integers(1, 9, 5).tolist())
+    may = chance.random((4, 5)) < 0.7
+    subsets = [[i for i in range(4) if mask >> i & 1] for mask in range(16)]
+    blocked = [some for some in subsets if sum(rows[i] for i in some) > sum(columns[j] for j in range(5) if may[some, j].any())]
+    try:
+        table = deal_table(rows, columns, may, row_names="abcd", column_names="vwxyz")
+    except RecipeError:
+        assert blocked
+    else:
+        assert not blocked
+        assert (table.sum(1).tolist(), table.sum(0).tolist(), int(table[~may].sum())) == (rows, columns, 0)
 
 
 @given(seed=st.integers(0, 2**32))
@@ -282,13 +309,13 @@ def test_controlled_positions(folder: Path, order: str, places: tuple[int, ...] 
     assert all(len(cell.slots) == 5 for cell in made.cells)
 
 
-def test_equal_recipes_plan_equally_and_seeds_do_not(folder: Path, plan: Plan) -> None:
+def test_equal_recipes_plan_equally_and_seeds_do_not(folder: Path) -> None:
     asked = recipe(folder, n=100)
-    assert make_plan(asked) == make_plan(asked)
-    other = make_plan(recipe(folder, "seed=14", n=100))
-    same = [name for name in other.margins if not name.startswith("position")]
-    assert [other.margins[name] for name in same] == [make_plan(asked).margins[name] for name in same]
-    assert other.cells != make_plan(asked).cells
+    once, other = make_plan(asked), make_plan(recipe(folder, "seed=14", n=100))
+    assert make_plan(asked) == once
+    same = [name for name in once.margins if not name.startswith("position")]
+    assert [other.margins[name] for name in same] == [once.margins[name] for name in same]
+    assert other.cells != once.cells
 
 
 def test_adding_a_cell_changes_no_other_cells_seed(folder: Path) -> None:
