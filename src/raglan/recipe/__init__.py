@@ -82,6 +82,7 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
+from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
 
 __all__ = [
     "ABSTENTION",
@@ -122,6 +123,7 @@ __all__ = [
     "MarginalObjective",
     "MixSource",
     "MoneySettings",
+    "PassageSettings",
     "PriceSettings",
     "PriorSettings",
     "PromptSettings",
@@ -146,6 +148,7 @@ __all__ = [
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",
+    "SynthesisSettings",
     "TargetSettings",
     "TellSource",
     "TurnSettings",
