@@ -107,7 +107,7 @@ def dedupe(
     keys, runs = _read(questions, allowed, texts)
     groups = _Groups(len(keys))
     first = _exact(keys, groups)
-    for left, right in _bands(runs, first):
+    for left, right in _bands(runs, first, groups.roots):
         groups.join(left, right, "near", lambda a, b: _alike(runs, a, b))
     if embed is not None and texts is not None:
         vectors = embed(texts)
@@ -175,8 +175,10 @@ def _exact(keys: Hashes, groups: _Groups) -> NDArray[np.bool_]:
     return stands
 
 
-def _bands(runs: Shingles, among: NDArray[np.bool_]) -> Iterator[tuple[Places, Places]]:
-    """Pairs that agree in all rows of a band, a band after another."""
+def _bands(
+    runs: Shingles, among: NDArray[np.bool_], roots: Callable[[Places], Places]
+) -> Iterator[tuple[Places, Places]]:
+    """Pairs that agree in all rows of a band, a band after another, but for those that `roots` tells to be in one group."""
     rows = np.flatnonzero(among & (runs.counts > 0))
     if not len(rows):
         return
@@ -185,7 +187,7 @@ def _bands(runs: Shingles, among: NDArray[np.bool_]) -> Iterator[tuple[Places, P
         key = np.zeros(len(rows), dtype=np.uint64)
         for scale, shift in band:
             key = mixed(key + _smallest(runs, scale * np.uint64(2) + np.uint64(1), shift)[rows])
-        yield from _equal_pairs(key, rows)
+        yield from _equal_pairs(key, rows, roots)
 
 
 def _smallest(runs: Shingles, scale: np.uint64, shift: np.uint64) -> Hashes:
@@ -203,17 +205,28 @@ def _smallest(runs: Shingles, scale: np.uint64, shift: np.uint64) -> Hashes:
     return found
 
 
-def _equal_pairs(key: Hashes, rows: Places) -> Iterator[tuple[Places, Places]]:
-    """All pairs of rows of one key: neighbours in the sorted order, then those two apart, and so on while there are any."""
+def _equal_pairs(key: Hashes, rows: Places, roots: Callable[[Places], Places]) -> Iterator[tuple[Places, Places]]:
+    """Pairs of rows of one key: neighbours first, which joins most of a group; then all that are still in different ones."""
     order = np.argsort(key, kind="stable")
     key, rows = key[order], rows[order]
-    at, apart = np.arange(len(key)), 0
-    while len(at):
-        apart += 1
-        at = at[at + apart < len(key)]
-        at = at[key[at] == key[at + apart]]
-        if len(at):
-            yield rows[at], rows[at + apart]
+    at = np.flatnonzero(key[1:] == key[:-1])
+    yield rows[at], rows[at + 1]
+    root = roots(rows)
+    order = np.lexsort((root, key))
+    key, rows, root = key[order], rows[order], root[order]
+    last = np.append(key[1:] != key[:-1], True)
+    beyond = _ends(last)
+    at, other = np.arange(len(key)), _ends(last | np.append(root[1:] != root[:-1], True))
+    while len(at := at[left := other < beyond]):
+        other, beyond = other[left], beyond[left]
+        yield rows[at], rows[other]
+        other = other + 1
+
+
+def _ends(last: NDArray[np.bool_]) -> Places:
+    """For each place the one behind its block, where blocks end with `last`."""
+    ends = np.flatnonzero(last) + 1
+    return np.repeat(ends, np.diff(ends, prepend=0))
 
 
 def _alike(runs: Shingles, left: Places, right: Places) -> NDArray[np.bool_]:
