@@ -1,4 +1,4 @@
-"""What training questions share with evaluation sets: the worked figures, planted rewrites, and every pair that a loop finds."""
+"""What training questions share with evaluation sets: the worked figures, planted rewrites, and all that a loop finds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_worked_figures() -> None:
     assert got["e", "source"] == {"D3": 0.667}  # 8/12; D2 is 4/7
     assert got["f", "source"]["D2"] == 0.714  # 5/7, another river: dropped, and listed
     lower = DecontaminateSettings(runs=0.3)
-    shares = {train: checks["D2"] for (train, _), checks in found(train, KRAKOW, SOURCE, settings=lower).items() if "D2" in checks}
+    shares = {
+        train: checks["D2"] for (train, _), checks in found(train, KRAKOW, SOURCE, settings=lower).items() if "D2" in checks
+    }
     assert shares == {"a": 0.833, "b": 0.5, "d": 0.333, "e": 0.571, "f": 0.714}
 
 
@@ -197,3 +199,63 @@ def test_the_file_lists_sets_checks_counts_and_pairs(tmp_path: Path) -> None:
             },
         }
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("leaks")
+    build_knowledge(load_recipe(small_recipe(path)).knowledge)
+    return path
+
+
+def test_through_the_command_line(folder: Path, capsys, monkeypatch) -> None:
+    """A recipe's sets and those of the command line; planted rewrites are left out, and the rest stays as it was."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        return run("check-leaks", *words, capsys=capsys, monkeypatch=monkeypatch)
+
+    write_examples(folder / "rivers.jsonl", [KRAKOW])
+    planted = [
+        Example("planted", "What river runs through Kraków?", ("Vistula",)),
+        Example("clean", "Is the moon made of cheese or of stone?", ("stone",), metadata={"note": "stays"}),
+    ]
+    write_examples(folder / "own.jsonl", planted)
+    files = [str(folder / "own.jsonl"), "--against", f"rivers={folder / 'rivers.jsonl'}"]
+    code, told, said = call(*files)
+    assert (code, told.splitlines()) == (1, ["planted = rivers:krakow  D3 0.300"])
+    assert "D4 not made, no encoder" in said
+    code, _, _ = call(*files, "-o", str(folder / "kept.jsonl"), "--leakage", str(folder / "leakage.json"))
+    assert code == 0
+    assert (folder / "kept.jsonl").read_text() == (folder / "own.jsonl").read_text().splitlines(keepends=True)[1]
+    assert json.loads((folder / "leakage.json").read_text())["dropped"] == 1
+    code, _, said = call(*files, "--against", f"gone={folder / 'gone.jsonl'}")
+    assert code == 2
+    assert "evaluation sets are missing" in said
+    code, _, said = call(*files, "--against", f"gone={folder / 'gone.jsonl'}", "--missing", "gone", "--encoder", "embedded")
+    assert code == 1
+    assert "gone: missing, as was said" in said
+    assert "D4 not made" not in said
+
+
+def test_a_recipe_registers_sets_with_their_passages(folder: Path, capsys, monkeypatch) -> None:
+    """The questions that a recipe evaluates on are registered too; a set's knowledge base gives the words of its passages."""
+    recipe = load_recipe(folder / "small.yaml")
+    assert recipe.evaluate is not None
+    text = (
+        folder / "small.yaml"
+    ).read_text() + "\ndecontaminate:\n  sets: {rivers: rivers.jsonl, own: {path: dev.jsonl, knowledge: KB}}\n"
+    (folder / "more.yaml").write_text(text.replace("KB", str(recipe.knowledge.path)))
+    loaded = load_recipe(folder / "more.yaml").decontaminate
+    assert loaded is not None
+    assert loaded.sets["rivers"] == EvaluationSet(path=folder / "rivers.jsonl")
+    write_examples(folder / "rivers.jsonl", [KRAKOW])
+    code, told, _ = run(
+        "check-leaks", str(folder / "dev.jsonl"), "--recipe", str(folder / "more.yaml"), "--kb",
+        str(recipe.knowledge.path), "--json", capsys=capsys, monkeypatch=monkeypatch,
+    )  # fmt: skip
+    counts, examples = json.loads(told)["counts"], len((folder / "dev.jsonl").read_text().splitlines())
+    assert code == 1
+    assert counts["own"]["D1"] == counts["own"]["D5"] == examples
+    assert counts["rivers"] == dict.fromkeys(("D1", "D2", "D3", "D4", "D5"), 0)
+    with pytest.raises(RecipeError, match="missing names 'x'"):
+        load_recipe(folder / "more.yaml", ["decontaminate.missing=[x]"])

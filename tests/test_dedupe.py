@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from raglan.records import Example
 from raglan.shingles import Shingles, shared, shingles
 from raglan.splits import jaccard
 from raglan.text import answer_words
+from test_cli import run
 
 SENTENCE = "in which year did the old stone bridge over the river by the northern mill of Aldermere open to carts and riders"
 
@@ -95,7 +98,7 @@ def test_turns_before_count() -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=9).map(" ".join), max_size=25))
 def test_groups_are_those_of_all_pairs(asked: list[str]) -> None:
-    """Against a loop over all pairs, with the chains that union-find makes; small sets of 0.8 or more are seen all but surely."""
+    """Against a loop over all pairs, with the chains that union-find makes: such small sets meet all but surely."""
     parent = list(range(len(asked)))
     for a, b in combinations(range(len(asked)), 2):
         if jaccard(runs(asked[a]), runs(asked[b])) >= 0.8:
@@ -134,7 +137,9 @@ def test_an_encoder_finds_what_has_other_words() -> None:
 def test_too_little_memory_is_refused_with_the_figure() -> None:
     asked = [(f"{SENTENCE} number {n}", ()) for n in range(50)]
     needed = needed_memory(50, 50 * 20)
-    with pytest.raises(RecipeError, match=rf"50 questions of [\d,]+ runs of words take {needed / 1e6:,.0f} MB .* 1 MB are free"):
+    with pytest.raises(
+        RecipeError, match=rf"50 questions of [\d,]+ runs of words take {needed / 1e6:,.0f} MB .* 1 MB are free"
+    ):
         dedupe(asked, memory=1_000_000)
     assert len(dedupe(asked, memory=needed).keeps) == 50
     assert 500e6 > needed_memory(1_000_000, 11_000_000) > 300e6
@@ -146,3 +151,20 @@ def test_many_of_one_pattern_are_compared_in_little_time() -> None:
     """Thousands of questions that differ in one word meet in every band; they are one group, and no band asks twice."""
     asked = [f"{SENTENCE} {n}" for n in range(3000)]
     assert found(*asked).kept.tolist() == [0]
+
+
+def test_through_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    rows = [
+        {"id": "first", "query": "Who built it?", "note": "kept as it is"},
+        {"id": "late", "query": SENTENCE, "synth": {"cell": 3, "ordinal": 1}},
+        {"id": "early", "query": SENTENCE.upper(), "synth": {"cell": 3, "ordinal": 0}},
+        {"id": "again", "query": "who built it"},
+    ]  # fmt: skip
+    file, out = tmp_path / "asked.jsonl", tmp_path / "out" / "kept.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, told, said = run("dedupe", str(file), "-o", str(out), capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, told.splitlines()) == (0, ["late = early  exact", "again = first  exact"])
+    assert "4 questions, 2 stay" in said
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[2]]
+    code, told, _ = run("dedupe", str(file), "--json", "--encoder", "embedded", capsys=capsys, monkeypatch=monkeypatch)
+    assert json.loads(told)["stay"] == 2

@@ -11,6 +11,7 @@ import pytest
 
 from raglan.errors import CallsStopped, CorpusError, GeneratorError, RecipeError
 from raglan.verification import CHECKS, Judge, Shown, Verifier, Written, abstained, funnel, read_written
+from test_cli import run
 
 GOLD = Shown("The Aldermere observatory admitted its first visitors in 1873, under the astronomer Ilse Brandt.")
 NOISE = Shown("In the year of the flood a fire destroyed the Harwick mill, and nobody built it again.", role="noise")
@@ -23,7 +24,13 @@ ABSENT = replace(
     ONE, target="The passages do not tell in which year it was opened.", passages=(NOISE, NOISE), evidence="R5", format="span"
 )
 ZH = Written(
-    "zh", "青浦大桥哪一年通车？", "1998年", (Shown("青浦大桥于一九九八年建成通车。"),), ("1998年",), format="span", language="zh"
+    "zh",
+    "青浦大桥哪一年通车？",
+    "1998年",
+    (Shown("青浦大桥于一九九八年建成通车。"),),
+    ("1998年",),
+    format="span",
+    language="zh",
 )
 
 
@@ -45,7 +52,8 @@ def test_sound_examples_stay(one: Written) -> None:
         # what a generator gets wrong about its passages
         (replace(LONG, target='The observatory opened in 1873: “it was opened by the queen” [2].'), "fabricated_quote"),
         (replace(LONG, target="It was 1873. ##begin_quote##opened 1873##end_quote##"), "fabricated_quote"),
-        (replace(LONG, target="The observatory was opened in 1873 [9].", passages=(NOISE,) * 4 + (GOLD,)), "citation_out_of_range"),
+        (replace(LONG, target="The observatory was opened in 1873 [9].", passages=(NOISE,) * 4 + (GOLD,)),
+         "citation_out_of_range"),
         (replace(LONG, target="The observatory was opened in 1873 [0]."), "citation_out_of_range"),
         (replace(LONG, target="The observatory was opened in 1873 [1, 2]."), "noise_cited"),
         (replace(LONG, passages=(GOLD, GOLD)), "gold_not_cited"),
@@ -61,9 +69,10 @@ def test_sound_examples_stay(one: Written) -> None:
         # what was written
         (replace(ONE, finish="length"), "truncated"), (replace(ONE, finish="content_filter"), "truncated"),
         (replace(ONE, target=" … "), "empty"), (replace(ONE, target="于一八七三年开放给公众参观"), "language"),
-        (replace(ONE, query="青浦大桥哪一年通车？"), "language"), (replace(ZH, query="When was the long bridge opened to cars?"), "language"),
-        (replace(ONE, target="Das Observatorium wurde nach langer Zeit und vielen Mühen im Jahr 1873 endlich für alle Leute der "
-                 "Stadt und des Landes eröffnet", format="paragraph"), "language"),
+        (replace(ONE, query="青浦大桥哪一年通车？"), "language"),
+        (replace(ZH, query="When was the long bridge opened to cars?"), "language"),
+        (replace(ONE, target="Das Observatorium wurde nach langer Zeit und vielen Mühen im Jahr 1873 endlich für alle Leute "
+                 "der Stadt und des Landes eröffnet", format="paragraph"), "language"),
         (replace(ONE, target="1873 " * 30), "length"), (replace(LONG, target="1873"), "length"),
         (replace(ONE, format="option", target="the year 1873"), "format"),
         (replace(ONE, format="json", target="{'year': 1873}"), "format"),
@@ -158,7 +167,7 @@ def test_a_judge_is_shown_the_evidence_and_asked_last() -> None:
     tricky = replace(OPEN, query="What is {answer} in a template?")
     reason(tricky, Verifier(judge=reply("yes")))
     assert "What is {answer} in a template?" in asked[0]
-    with pytest.raises(RecipeError, match="template has no {passages}"):
+    with pytest.raises(RecipeError, match=r"template has no \{passages\}"):
         Judge(lambda prompt: "yes", template="Is {answer} right? {query}")
 
 
@@ -190,12 +199,35 @@ def test_lines_are_read_and_their_faults_named(tmp_path: Path) -> None:
     row = {"query": "Who?", "target": "Brandt", "passages": [{"text": "Ilse Brandt", "false": ["x"], "role": "noise"}]}
     file = tmp_path / "written.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    assert [one for _, one in read_written(file)] == [Written("1", "Who?", "Brandt", (Shown("Ilse Brandt", role="noise", false=("x",)),))]
+    assert [one for _, one in read_written(file)] == [
+        Written("1", "Who?", "Brandt", (Shown("Ilse Brandt", role="noise", false=("x",)),))
+    ]
     for change, message in (
         ({"format": "song"}, "`format` is 'song'; it must be one of span"), ({"passages": "x"}, "must be a list"),
-        ({"target": None}, "both must be texts"), ({"answers": [""]}, "none empty"), ({"passages": [{"text": ""}]}, "with `text`"),
+        ({"target": None}, "both must be texts"), ({"answers": [""]}, "none empty"),
+        ({"passages": [{"text": ""}]}, "with `text`"),
         ({"passages": [{"text": "x", "role": "king"}]}, "`role` is 'king'"),
     ):  # fmt: skip
         file.write_text(json.dumps({**row, **change}) + "\n")
         with pytest.raises(CorpusError, match=f"line 1: .*{message}"):
             list(read_written(file))
+
+
+def test_through_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    passages = [{"text": GOLD.text}, {"text": NOISE.text, "role": "noise"}]
+    good = {"id": "good", "query": ONE.query, "target": "1873", "answers": ["1873"], "passages": passages, "note": "kept"}
+    rows = [good, {**good, "id": "cut", "finish": "length"}, {**good, "id": "open", "answers": []}]
+    file, kept, out = tmp_path / "written.jsonl", tmp_path / "kept.jsonl", tmp_path / "rejects.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def call(*words: str) -> tuple[int, str, str]:
+        return run("verify", str(file), *words, capsys=capsys, monkeypatch=monkeypatch)
+
+    code, told, said = call()
+    assert (code, told.splitlines()) == (1, ["cut  truncated: length", "open  support_missing"])
+    assert "3 examples, 1 accepted; rejected: 1 truncated, 1 support_missing" in said
+    code, told, _ = call("--may-be-missing", "support", "-o", str(kept), "--rejects", str(out), "--json")
+    assert (code, json.loads(told)["rejected"]) == (0, {"truncated": 1})
+    assert json.loads(told)["checks"]["support"] == {"pass": 1, "n/a": 1, "missing": 1}
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [rows[0], rows[2]]
+    assert json.loads(out.read_text()) == {**rows[1], "rejected": "truncated", "detail": "length"}

@@ -6,8 +6,8 @@
     D4  cosine of the questions' embeddings 0.90 or more, if an encoder is there
     D5  a gold passage equals an evaluation question's, or holds 0.50 or more of its runs of eight words
 
-A wrong find costs one example, a missed one the whole table, so every check counts for itself and any of them drops. `leak_check`
-(`splits.py`) asks a narrower question before each training, and stops; this one finds, lists and leaves out.
+A wrong find costs one example, a missed one the whole table, so every check counts for itself and any of them drops. The
+`leak_check` of `splits.py` asks a narrower question before each training, and stops; this one finds, lists and leaves out.
 
 D2, D3 and D5 look only at pairs that can reach the share: a text that has s of another's m runs has one of the rarest
 m − ⌈s·m⌉ + 1 of them. Nothing is estimated; what is found is what a comparison of all pairs would find.
@@ -34,6 +34,7 @@ from raglan.numerals import fold_numbers
 from raglan.recipe import DecontaminateSettings
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
+from raglan.splits import gold_passages
 from raglan.text import answer_words, normalise_answer, question_key
 
 __all__ = ["CHECKS", "EvaluationQuestions", "Found", "Leakage", "decontaminate", "open_sets", "write_leakage"]
@@ -57,7 +58,7 @@ class EvaluationQuestions:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A training example and the evaluation question that it comes too near to. `share` is what the check compares, in [0, 1]."""
+    """A training example and the evaluation question that it comes too near to. `share` is what is compared, in [0, 1]."""
 
     set: str
     check: str
@@ -215,14 +216,6 @@ def _gold_texts(example: Example, corpus: Corpus | None) -> Iterator[str]:
         yield str(passage.get("text", ""))
 
 
-def gold_passages(example: Example) -> list[Mapping[str, Any]]:
-    """The passages of a synthetic example that its answer rests on: role gold or support in `metadata["synth"]["passages"]`."""
-    synth = example.metadata.get("synth")
-    listed = synth.get("passages") if isinstance(synth, Mapping) else None
-    listed = listed if isinstance(listed, Sequence) else ()
-    return [one for one in listed if isinstance(one, Mapping) and one.get("role") in ("gold", "support")]
-
-
 @dataclass
 class _Held:
     """An evaluation set with what is looked up in it."""
@@ -268,9 +261,7 @@ def _checks(
     yield "D5", *_same_passage(own, held, settings.passage)
 
 
-def _runs_shared(
-    own: Shingles, held: Shingles, rare: tuple[Places, Hashes], least: float
-) -> tuple[Pairs, Sequence[float]]:
+def _runs_shared(own: Shingles, held: Shingles, rare: tuple[Places, Hashes], least: float) -> tuple[Pairs, Sequence[float]]:
     left, right = _meeting(own.take(np.arange(len(own))), rare)
     common, whole = shared(own, held, left, right), held.counts[right]
     near = common >= _least(whole, least)
@@ -373,9 +364,7 @@ def write_leakage(path: Path, made: Leakage) -> dict[str, Any]:
     return content
 
 
-def _told(
-    made: Leakage, name: str, check: str, count: int, pairs: Mapping[tuple[str, str], list[list[Any]]]
-) -> dict[str, Any]:
+def _told(made: Leakage, name: str, check: str, count: int, pairs: Mapping[tuple[str, str], list[list[Any]]]) -> dict[str, Any]:
     if (name, check) in made.not_run:
         return {"not_run": made.not_run[name, check]}
     return {"count": count, "pairs": pairs.get((name, check), [])}

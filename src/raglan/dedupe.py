@@ -4,7 +4,7 @@
     MinHash    Jaccard index of runs of three words ≥ 0.8 (Broder 1997), found by banding and confirmed by the true index
     meaning    cosine of the embeddings ≥ 0.95, only if an encoder is given
 
-120 permutations in 20 bands of 6 rows: two questions of index s meet in some band with 1 − (1 − s⁶)²⁰, .9977 at .8 and .27 at .5.
+120 permutations in 20 bands of 6 rows: two questions of index s meet in some band with 1 − (1 − s⁶)²⁰, .9977 at .8, .27 at .5.
 What is confirmed is joined by union-find, so groups do not depend on the order of the file, and of a group the lowest
 (cell, ordinal) stays, or the first where questions have none.
 
@@ -30,7 +30,18 @@ from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
 from raglan.text import answer_words, question_key
 
-__all__ = ["BANDS", "NEAR", "ROWS", "Duplicates", "Embed", "available_memory", "dedupe", "dedupe_examples", "needed_memory"]
+__all__ = [
+    "BANDS",
+    "NEAR",
+    "ROWS",
+    "Duplicates",
+    "Embed",
+    "available_memory",
+    "dedupe",
+    "dedupe_examples",
+    "needed_memory",
+    "place",
+]
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 BANDS, ROWS, RUN = 20, 6, 3
@@ -71,14 +82,14 @@ def dedupe_examples(examples: Sequence[Example], *, embed: Embed | None = None, 
     Raises:
         RecipeError: it would take more memory than that.
     """
-    places = [_place(example, row) for row, example in enumerate(examples)]
+    places = [place(example, row) for row, example in enumerate(examples)]
     ranks = np.empty(len(examples), dtype=np.int64)
     ranks[sorted(range(len(examples)), key=places.__getitem__)] = np.arange(len(examples))
     asked = ((example.query, example.history) for example in examples)
     return dedupe(asked, ranks=ranks, embed=embed, memory=memory)
 
 
-def _place(example: Example, row: int) -> tuple[int, str, int, int]:
+def place(example: Example, row: int) -> tuple[int, str, int, int]:
     """Sorts by cell, then ordinal, then place in the file; cells that are numbers as numbers."""
     synth = example.metadata.get("synth") or {}
     cell = synth.get("cell", "") if isinstance(synth, dict) else ""
@@ -89,14 +100,14 @@ def _place(example: Example, row: int) -> tuple[int, str, int, int]:
 def dedupe(
     questions: Iterable[tuple[str, Sequence[str]]],
     *,
-    ranks: Places | None = None,
+    ranks: Places | Callable[[], Places | None] | None = None,
     embed: Embed | None = None,
     memory: int | None = None,
 ) -> Duplicates:
     """(query, history) of each question → what stays. The texts are not held, unless an encoder is given.
 
     Args:
-        ranks: (N,) the lowest of a group stays; default the order given.
+        ranks: (N,) the lowest of a group stays; default the order given. A function is asked when all questions were read.
         embed, memory: as in `dedupe_examples`.
 
     Raises:
@@ -112,8 +123,9 @@ def dedupe(
     if embed is not None and texts is not None:
         vectors = embed(texts)
         for left, right in _same_meaning(vectors):
-            groups.join(left, right, "meaning", lambda a, b: np.ones(len(a), dtype=bool))
-    return groups.settled(np.arange(len(keys)) if ranks is None else ranks)
+            groups.join(left, right, "meaning", _surely)
+    told = ranks() if callable(ranks) else ranks
+    return groups.settled(np.arange(len(keys)) if told is None else told)
 
 
 def _read(
@@ -169,15 +181,13 @@ def available_memory() -> int | None:
 def _exact(keys: Hashes, groups: _Groups) -> NDArray[np.bool_]:
     """Joins equal questions; which one of each stands for all."""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    groups.join(first[which], np.arange(len(keys)), "exact", lambda a, b: np.ones(len(a), dtype=bool))
+    groups.join(first[which], np.arange(len(keys)), "exact", _surely)
     stands = np.zeros(len(keys), dtype=bool)
     stands[first] = True
     return stands
 
 
-def _bands(
-    runs: Shingles, among: NDArray[np.bool_], roots: Callable[[Places], Places]
-) -> Iterator[tuple[Places, Places]]:
+def _bands(runs: Shingles, among: NDArray[np.bool_], roots: Callable[[Places], Places]) -> Iterator[tuple[Places, Places]]:
     """Pairs that agree in all rows of a band, a band after another, but for those that `roots` tells to be in one group."""
     rows = np.flatnonzero(among & (runs.counts > 0))
     if not len(rows):
@@ -232,6 +242,10 @@ def _ends(last: NDArray[np.bool_]) -> Places:
 def _alike(runs: Shingles, left: Places, right: Places) -> NDArray[np.bool_]:
     common = shared(runs, runs, left, right)
     return np.asarray(common * 5 >= 4 * (runs.counts[left] + runs.counts[right] - common))  # NEAR without a rounding
+
+
+def _surely(left: Places, _: Places) -> NDArray[np.bool_]:
+    return np.ones(len(left), dtype=bool)
 
 
 def _same_meaning(vectors: NDArray[np.float32], step: int = 1024) -> Iterator[tuple[Places, Places]]:

@@ -8,9 +8,9 @@ Support is asked of three, each only where the one before cannot tell:
     nli      every sentence of the target is entailed by a passage that is no noise
     judge    a model that is shown the question, the answer and all passages says yes or no
 
-A verdict is `pass`, `fail`, `missing` (the verifier failed, or none is there that could tell) or `n/a`. `missing` is never a pass:
-it rejects, unless its check is named as one that may be missing, and is counted either way. The first check that fails gives the
-reason; verifiers that cost something are not asked of what failed already.
+A verdict is `pass`, `fail`, `missing` (the verifier failed, or none is there that could tell) or `n/a`. `missing` is never a
+pass: it rejects, unless its check is named as one that may be missing, and is counted either way. The first check that fails
+gives the reason; verifiers that cost something are not asked of what failed already.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Judge:
 
     def supports(self, one: Written) -> bool | None:
         """Its yes or no; None for a reply that is neither."""
-        shown = "\n".join(f"[{n}] {passage.title} {passage.text}".replace("  ", " ") for n, passage in enumerate(one.passages, 1))
+        shown = "\n".join(
+            f"[{n}] {passage.title} {passage.text}".replace("  ", " ") for n, passage in enumerate(one.passages, 1)
+        )
         values = {"query": one.query, "passages": shown, "answer": one.target}
         reply = words(self.ask(re.sub(r"\{(query|passages|answer)\}", lambda found: values[found[1]], self.template)))
         return {"yes": True, "no": False, "是": True, "否": False}.get(reply[0]) if reply else None

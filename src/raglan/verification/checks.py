@@ -31,7 +31,7 @@ QUOTE = re.compile(r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
 FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
 HAN = re.compile(f"[{SPACELESS}]")
-EVERYWHERE = frozenset("the of and to in is a was for that it on as with by are".split())
+EVERYWHERE = frozenset(["the", "of", "and", "to", "in", "is", "a", "was", "for", "that", "it", "on", "as", "with", "by", "are"])
 LONG = 20  # words; so long a text without one of the commonest is not English
 LATIN_IN_CHINESE, HAN_IN_ENGLISH = 0.7, 0.1  # of a text's letters
 

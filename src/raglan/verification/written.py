@@ -36,7 +36,7 @@ FORMATS: Mapping[str, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A passage as it stood in the prompt, after perturbation and budget. `false`: values that were put in for the true ones."""
+    """A passage as it stood in the prompt, after perturbation and budget. `false`: values put in for the true ones."""
 
     text: str
     title: str = ""
