@@ -103,6 +103,7 @@ def test_every_fault_has_its_own_reason(one: Written, why: str) -> None:
         replace(LONG, target='The word "observatory" stands for a place to look from, opened in 1873 [2].'),
         replace(ONE, target="1873, though one says 1874", passages=(GOLD, FALSE)),
         replace(ABSENT, target="1873", policy="own_knowledge"),
+        replace(ABSENT, format="label", answers=("no",), passages=(Shown("There is no mill.", role="noise"),)),
         replace(ONE, format="json", target='{"year": 1873}', fields=("year",)),
         replace(ONE, format="option", target="B.", labels=("A", "B"), answers=("B",)),
         replace(ONE, format="label", target="Not enough information", labels=("supported", "not enough information"),

@@ -148,10 +148,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check written examples against the passages that they show. Exits with 1 if any rejected one stays."""
-    from raglan.verification import Verifier, funnel, read_written
+    from raglan.verification import Verified, Verifier, funnel, read_written
 
     verifier = Verifier(may_be_missing=tuple(may_be_missing or ()))
-    made, kept, out = [], [], []
+    made: list[Verified] = []
+    kept: list[dict[str, Any]] = []
+    out: list[dict[str, Any]] = []
     for row, written in read_written(file):
         found = verifier.verify(written)
         made.append(found)

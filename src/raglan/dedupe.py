@@ -150,7 +150,7 @@ def _words(batch: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[str]]:
 
 
 def needed_memory(questions: int, runs: int) -> int:
-    """Bytes at the peak, from counts of questions and of their runs; what was measured is in the benchmark."""
+    """Bytes at the peak, from counts of questions and of their runs; an encoder and its vectors come on top."""
     return BASE + PER_QUESTION * questions + PER_RUN * runs
 
 

@@ -183,7 +183,8 @@ def gold_absent(one: Written) -> Told:
     declines = abstained(one.target, one.answers)
     if not one.gold_absent:
         return _failed("abstains") if declines else PASSES
-    if shown := holds((passage.text for passage in one.passages), one.answers):
+    shown = [] if one.format in CLOSED else holds((passage.text for passage in one.passages), one.answers)
+    if shown:
         return _failed("answer_shown", shown[0])
     if one.policy == "abstain":
         return PASSES if declines else _failed("does_not_abstain")
