@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; an hour on 2 cores)"
 	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms (a minute on 2 cores)"
+	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
 env: .venv/ready
@@ -121,6 +122,9 @@ bench-swap: env
 
 bench-calls: env
 	$(BIN)/python benchmarks/calls.py
+
+bench-dedupe: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dedupe.py
 
 bench-feedback: env
 	$(BIN)/python benchmarks/feedback.py

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from raglan import __version__
 from raglan.cli_calls import calls
+from raglan.cli_clean import check_leaks, dedupe, verify
 from raglan.cli_critique import critique
 from raglan.cli_feedback import feedback, split
 from raglan.cli_rows import rows
@@ -42,6 +43,9 @@ app.command()(calls)
 app.add_typer(feedback, name="feedback")
 app.add_typer(rows, name="rows")
 app.command()(split)
+app.command()(dedupe)
+app.command("check-leaks")(check_leaks)
+app.command()(verify)
 app.command()(critique)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]

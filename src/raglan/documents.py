@@ -41,6 +41,7 @@ __all__ = [
     "read_examples",
     "read_objects",
     "read_texts",
+    "stream_examples",
     "write_examples",
 ]
 
@@ -228,6 +229,13 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
             raise CorpusError(f"{path}: question id {example.id!r} occurs twice", hint="give each question its own id")
         seen.add(example.id)
     return examples
+
+
+def stream_examples(path: Path) -> Iterator[Example]:
+    """The questions of a .jsonl(.gz) file one by one, never all held; ids may occur twice. Raises CorpusError."""
+    if not path.is_file():
+        raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file")
+    return (_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS))
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

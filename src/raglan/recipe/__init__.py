@@ -6,6 +6,7 @@ the recipe's folder. `raglan schema` prints the JSON schema with which editors c
 """
 
 from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings
+from raglan.recipe.clean import DecontaminateSettings, EvaluationSet
 from raglan.recipe.critique import (
     ClosedSource,
     CriticDataSettings,
@@ -98,6 +99,7 @@ __all__ = [
     "CriticTeacher",
     "CritiqueSettings",
     "DecodeSettings",
+    "DecontaminateSettings",
     "DenseIndex",
     "DevTask",
     "EncoderSettings",
@@ -105,6 +107,7 @@ __all__ = [
     "EndpointSettings",
     "EnsembleDecode",
     "EvaluateSettings",
+    "EvaluationSet",
     "FeedbackData",
     "GeneratorSettings",
     "GridFolders",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raglan.recipe.base import Arguments, Settings
+from raglan.recipe.clean import DecontaminateSettings
 from raglan.recipe.critique import CritiqueSettings
 from raglan.recipe.data import AnswersAre, Data
 from raglan.recipe.decode import ConcatDecode, DecodeSettings
@@ -92,6 +93,7 @@ class Recipe(Settings):
         "questions", description="What training questions may not share with those measured: the question; also an answer from "
         "the same passage; or also nearly the same words.",
     )  # fmt: skip
+    decontaminate: DecontaminateSettings | None = Field(None, description="What `raglan check-leaks` compares with.")
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
     critique: CritiqueSettings | None = Field(None, description="What `raglan critique` makes: Self-RAG's training data.")
