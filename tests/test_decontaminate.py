@@ -16,11 +16,10 @@ from raglan.decontaminate import EvaluationQuestions, decontaminate, open_sets, 
 from raglan.documents import write_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.knowledge import build_knowledge
-from raglan.numerals import fold_numbers
 from raglan.recipe import DecontaminateSettings, EvaluationSet, load_recipe
 from raglan.records import Example
 from raglan.splits import find_leaks, jaccard
-from raglan.text import answer_words
+from raglan.text import answer_words, fold_numbers
 from test_cli import run
 from test_kill import small_recipe
 
@@ -77,18 +76,6 @@ def test_answers_are_compared_with_their_numbers_folded() -> None:
     held = Example("h", "When was the Qingpu bridge opened?", ("1998年",))
     assert found([Example("t", "Which year opened the Qingpu bridge?", ("一九九八年",))], held)["t", "h"] == {"D3": 0.429}
     assert not found([Example("t", "Which year opened the Qingpu bridge?", ("一九九七年",))], held)
-
-
-@pytest.mark.parametrize(
-    ("text", "folded"),
-    [
-        ("一九七八年", "1978年"), ("三千", "3000"), ("3,000", "3000"), ("二〇二六", "2026"), ("一万二千三百四十五", "12345"),
-        ("三百零五", "305"), ("十二", "12"), ("两亿", "200000000"), ("１２", "12"), ("1,2", "1,2"), ("统一", "统一"),
-        ("千万不要", "千万不要"), ("12,345,678", "12345678"),
-    ],
-)  # fmt: skip
-def test_numbers_in_one_spelling(text: str, folded: str) -> None:
-    assert fold_numbers(text) == folded
 
 
 LEXICON = [

@@ -30,12 +30,11 @@ from raglan.corpus import Corpus
 from raglan.dedupe import Embed
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
-from raglan.numerals import fold_numbers
 from raglan.recipe import DecontaminateSettings
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
 from raglan.splits import gold_passages
-from raglan.text import answer_words, normalise_answer, question_key
+from raglan.text import answer_words, fold_numbers, normalise_answer, question_key
 
 __all__ = ["CHECKS", "EvaluationQuestions", "Found", "Leakage", "decontaminate", "open_sets", "write_leakage"]
 

@@ -18,8 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from raglan.metrics import found_answers
-from raglan.numerals import fold_numbers
-from raglan.text import SPACELESS, answer_words, sentences, words
+from raglan.text import SPACELESS, answer_words, fold_numbers, sentences, words
 from raglan.verification.written import FORMATS, Written
 
 __all__ = ["CLOSED", "FREE", "Verdict", "abstained", "holds"]
