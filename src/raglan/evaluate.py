@@ -54,24 +54,32 @@ from raglan.metrics import (
 from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
+from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
 from raglan.train import Parts, finished_parts, folder_stamp
 
 __all__ = [
     "Evaluation",
     "compare",
+    "compared_systems",
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
     "interval_kinds",
     "open_evaluation",
     "spent",
+    "system_fingerprint",
 ]
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
 Measures = dict[str, Callable[[str, Example], float]]
-OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1}
-TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3")  # of all answers, and no mean over questions
+OF_A_QUESTION = {
+    "em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1,
+    "char_3gram": char_3gram_recall,
+    "match": lambda text, answers: answer_recall([text], answers),
+    "declined": lambda text, answers: float(abstained(text, answers)),
+}  # fmt: skip
+TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3", "macro_f1")  # of all answers, and no mean over questions
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,19 @@ def evaluate_recipe(recipe: Recipe, *, every_stage: bool = False) -> list[Evalua
     settings = recipe.evaluate
     if settings is None:
         raise RecipeError(f"recipe {recipe.name!r} evaluates nothing", hint="give it `evaluate: {questions: …}`")
-    systems = finished_parts(recipe)
-    wanted = systems if every_stage else [systems[0], *systems[1:][-1:]]
+    wanted = finished_parts(recipe) if every_stage else compared_systems(recipe)
     return [evaluate(recipe, settings, name, parts) for name, parts in wanted]
+
+
+def compared_systems(recipe: Recipe) -> list[tuple[str, Parts]]:
+    """The untuned system, and the tuned one if there is one."""
+    systems = finished_parts(recipe)
+    return [systems[0], *systems[1:][-1:]]
 
 
 def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
     """Where the measurement of these settings, questions and parts is, or will be."""
-    return recipe.run / "evaluations" / f"{name}-{_fingerprint(recipe, settings, parts)[:8]}"
+    return recipe.run / "evaluations" / f"{name}-{system_fingerprint(recipe, settings, parts)[:8]}"
 
 
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
@@ -171,6 +184,8 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
     figures = {name: bootstrap(column) for name, column in measured.items() if column}
+    for name in (name for name in figures if name.rpartition("/")[2] in settings.metrics and constant(measured[name])):
+        log.warning("%s is %g for every question; look at predictions.jsonl", name, measured[name][0])
     for mode in settings.modes:
         together = [f"{mode}/{metric}" for metric in settings.metrics if metric in TOGETHER]
         wholes = {name: _whole(rows, name) for name in together}
@@ -204,6 +219,9 @@ def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
     mode, _, metric = name.partition("/")
     if metric == "bleu1":
         return bleu1([row["counts"][name] for row in rows if name in row["counts"]])
+    if metric == "macro_f1":
+        read = [row for row in rows if mode in row["predictions"]]
+        return macro_f1([row["predictions"][mode]["text"] for row in read], [row["answers"][0] for row in read])
     texts = [row["predictions"][mode]["text"] for row in rows if mode in row["predictions"]]
     return distinct(texts, int(metric.removeprefix("distinct_")))
 
@@ -275,8 +293,12 @@ def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
         for name, measure in OF_A_QUESTION.items()
     }
     if settings.answers_are == "regex":  # words have no overlap with a pattern
-        known = {"em": lambda text, example: regex_match(text, example.answers)}
+        known = {
+            "em": lambda text, example: regex_match(text, example.answers),
+            "match": lambda text, example: regex_recall([text], example.answers),
+        }
     known |= {
+        "str_em": lambda text, example: str_em(text, example.metadata.get("short_answers", ())),
         "kf1": lambda text, example: f1(text, told) if (told := _knowledge(example, system)) else math.nan,
     }
     if "rare_f1" in settings.metrics:
@@ -308,9 +330,16 @@ def _add_reading(
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
+    figures: dict[str, float] = {}
+    if "citations" in settings.metrics and given:
+        gold = [number for number, hit in enumerate(given, 1) if hit.passage.id in example.relevant]
+        figures |= citation_figures(marks(answer.text), len(given), good=gold, needed=gold)
+    if "quotes" in settings.metrics and given:
+        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in given]
+        figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
     if "bleu1" in settings.metrics and settings.answers_are != "regex":
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
-    figures = {name: measure(answer.text, example) for name, measure in measures.items()}
+    figures |= {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
     if answer.trace is not None:  # Self-RAG says itself what it read
         row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
@@ -318,7 +347,8 @@ def _add_reading(
     row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}
 
 
-def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
+def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
+    """Names everything that a system's answers to these questions depend on."""
     base = KnowledgeBase.open(recipe.knowledge.path).version
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
@@ -331,4 +361,5 @@ def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> st
         recipe.knowledge.encoder.query_model,
     )
     stamps = [folder_stamp(folder) for folder in folders]
-    return fingerprint([base, shared, encoder, stamps, settings.model_dump(mode="json"), questions, asdict(parts)])
+    asked = settings.model_dump(mode="json", exclude={"robustness", "judge"})  # measured apart
+    return fingerprint([base, shared, encoder, stamps, asked, questions, asdict(parts)])

@@ -73,6 +73,7 @@ from raglan.recipe.parts import (
     SelfRagPromptSettings,
     Shot,
 )
+from raglan.recipe.robustness import JudgeSettings, NoiseKind, RobustnessSettings
 from raglan.recipe.self_rag import (
     CalibrationSettings,
     PruneSettings,
@@ -112,6 +113,7 @@ __all__ = [
     "HybridIndex",
     "IndexSettings",
     "InstructionMix",
+    "JudgeSettings",
     "JudgementKind",
     "KnowledgeSettings",
     "LearnedTurns",
@@ -122,6 +124,7 @@ __all__ = [
     "MarginalObjective",
     "MixSource",
     "MoneySettings",
+    "NoiseKind",
     "PriceSettings",
     "PriorSettings",
     "PromptSettings",
@@ -135,6 +138,7 @@ __all__ = [
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
+    "RobustnessSettings",
     "RowSource",
     "RulesTeacher",
     "SampleSettings",
