@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raglan.evaluate import Evaluation
+from raglan.evaluate import Evaluation, domain
 from raglan.judge import Judged, judge
 from raglan.progress import console
 from raglan.recipe import Recipe
@@ -35,17 +35,18 @@ class Further:
 
     def tell(self, recipe: Recipe) -> None:
         """Tables to stdout, where they are to stderr."""
-        wide = Console(width=150, highlight=False)
         for shown in [*robustness_tables(self.robust), *(judge_tables(self.judged) if self.judged is not None else [])]:
             table = Table(*shown.head, box=None, title=shown.title, title_justify="left")
             for row in shown.rows:
                 table.add_row(*row)
-            wide.print(table)
+            Console(width=max(100, 40 + 24 * len(shown.head)), highlight=False).print(table)
         for system in self.robust:
             console.print(f"{system.system}: {system.folder / 'answers.jsonl'}", soft_wrap=True)
         if self.judged is not None:
             console.print(f"judge {self.judged.model}: {self.judged.folder / 'judgements.jsonl'}", soft_wrap=True)
-        elif recipe.evaluate is not None and set(OPEN) & set(recipe.evaluate.metrics):
+        if (where := domain(recipe)) is not None and recipe.evaluate is not None:
+            console.print(f"{recipe.evaluate.dataset}: {where}")
+        if self.judged is None and recipe.evaluate is not None and set(OPEN) & set(recipe.evaluate.metrics):
             console.print("no judge: computed figures only")
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,15 @@ from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
 from raglan.records import Answer, Example, Hit
 from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
-from raglan.train import Parts, finished_parts, folder_stamp
+from raglan.text import fold_numbers
+from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 
 __all__ = [
     "Evaluation",
     "compare",
     "compared_systems",
+    "data_sets",
+    "domain",
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
@@ -109,6 +113,30 @@ def compared_systems(recipe: Recipe) -> list[tuple[str, Parts]]:
     """The untuned system, and the tuned one if there is one."""
     systems = finished_parts(recipe)
     return [systems[0], *systems[1:][-1:]]
+
+
+def domain(recipe: Recipe) -> str | None:
+    """Whether a finished stage learned from the data set of these questions, as the stages' manifests say.
+
+    A manifest names data sets by its sources' names, by the first word of its files' names (nq of nq-train.jsonl.gz), and by
+    what the manifest beside a file says of its own sources.
+    """
+    if recipe.evaluate is None or recipe.evaluate.dataset is None:
+        return None
+    names = {name for data in learned_from(recipe).values() for name in data_sets(data)}
+    return "in-domain" if recipe.evaluate.dataset.casefold() in names else "out of domain"
+
+
+def data_sets(data: Mapping[str, Any]) -> set[str]:
+    """The names of the data sets behind data settings."""
+    found = {name.casefold() for name in data.get("sources") or {}}
+    files = [data.get("path"), *(source.get("path") for source in (data.get("sources") or {}).values())]
+    for path in (Path(name) for name in files if name):
+        found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
+        beside = (path if path.is_dir() else path.parent) / MANIFEST
+        if beside.is_file():
+            found |= {name.casefold() for name in json.loads(beside.read_text(encoding="utf-8")).get("sources") or {}}
+    return found
 
 
 def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
@@ -288,8 +316,9 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
 
 def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
     """Name → (answer's text, example) → figure, NaN where it does not apply."""
+    fold = fold_numbers if settings.fold_numbers else str
     known: Measures = {
-        name: lambda text, example, measure=measure: measure(text, example.answers)  # type: ignore[misc]
+        name: lambda text, example, measure=measure: measure(fold(text), [*map(fold, example.answers)])  # type: ignore[misc]
         for name, measure in OF_A_QUESTION.items()
     }
     if settings.answers_are == "regex":  # words have no overlap with a pattern
@@ -361,5 +390,7 @@ def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts)
         recipe.knowledge.encoder.query_model,
     )
     stamps = [folder_stamp(folder) for folder in folders]
-    asked = settings.model_dump(mode="json", exclude={"robustness", "judge"})  # measured apart
+    asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset"})  # measured apart
+    if not settings.fold_numbers:
+        del asked["fold_numbers"]
     return fingerprint([base, shared, encoder, stamps, asked, questions, asdict(parts)])

@@ -10,7 +10,7 @@ from typing import Any
 from raglan.artifact import MANIFEST
 from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, compared_systems, evaluation_folder, open_evaluation
+from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
 from raglan.grid_tables import GridTable, grid_tables
 from raglan.judge import judgements_folder, open_judged
@@ -71,8 +71,13 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "noise": _noise(recipe),
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
-        "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")},
+        "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),
     }
+
+
+def _domain(recipe: Recipe) -> dict[str, str]:
+    where = domain(recipe)
+    return {} if where is None or recipe.evaluate is None else {str(recipe.evaluate.dataset): where}
 
 
 def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTabl
 
 
 def _noise(recipe: Recipe) -> list[dict[str, str]]:
-    """Percent right by passages of noise, one plot with gold and one without, a line a system and kind."""
+    """Percent right by the share of noise, one plot with gold and one without, a line a system and kind."""
     plots = []
     for gold, title in ((True, "Noise beside gold"), (False, "Noise without gold")):
         lines = {
@@ -117,7 +122,7 @@ def _noise(recipe: Recipe) -> list[dict[str, str]]:
         }
         traces = [_trace(name, points, COLOURS[at % len(COLOURS)]) for at, (name, points) in enumerate(lines.items())]
         if traces:
-            plots.append({"title": title, "figure": _figure(traces, "passages of noise", "right, %")})
+            plots.append({"title": title, "figure": _figure(traces, "share of noise", "right, %")})
     return plots
 
 

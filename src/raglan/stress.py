@@ -4,16 +4,19 @@
         answers.jsonl    one line a question: what was read and answered under every condition
         manifest.json    figures of every condition, and what it differs from clean by, with 95 % intervals
 
-    clean                   the gold passages alone
-    noise/KIND/present/n    gold among n passages of noise              ratio r of S slots: n = ⌊r·S + ½⌋
-    noise/KIND/absent/n     the n passages of noise alone; with n = 0 no passage
-    order/i                 the retrieved passages, as they came (0) and in other permutations
-    retriever/INDEX         the best passages of every index in turn
+    clean                    K passages: gold, and the best hits behind it
+    noise/KIND/present/r     the share r of the hits exchanged for one kind of noise, gold left where it was
+    noise/KIND/absent/r      K passages without gold, of which the share r is noise; with r = 0 of no kind
+    distractors/n            gold alone, and n hard passages beside it
+    conflict/1               one gold passage against one that says something else instead
+    order/i                  the retrieved passages, as they came (0) and in other permutations
+    retriever/INDEX          the best passages of every index in turn
 
-Noise is drawn once, by the first system, and read by all of them; its lower ratios are parts of the higher ones. Every passage
-of noise is guarded: no gold, no gold's text, no second copy, no answer in it. A question that lacks gold passages or enough
-noise is missing under that condition, and the share of these stands beside every figure. Intervals draw whole documents, since
-questions about one passage fail together. Deltas are paired by question.
+Passages are made by `perturb`, behind its guard, once, from the first system's search; all systems read the same ones, and gold
+stands at the same place whatever the kind. A question without gold passages, or for which there is too little noise of a kind,
+is missing under that condition, and the share of these stands beside every figure. Intervals draw whole documents, since
+questions about one passage fail together. Deltas are paired by question: noise against clean, distractors and conflict against
+gold alone, orders against the search's, retrievers against the recipe's own.
 """
 
 from __future__ import annotations
@@ -21,26 +24,39 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
 from raglan.corpus import Corpus
 from raglan.data import choices_of, load_examples
-from raglan.decode import CHOOSES
-from raglan.errors import RecipeError
+from raglan.decode import CHOOSES, NEEDS_PRIOR
+from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compared_systems, system_fingerprint
 from raglan.metrics import Interval, answer_recall, bootstraps, exact_match, f1, regex_match, regex_recall
+from raglan.perturb import (
+    Frequencies,
+    Guard,
+    Slot,
+    Sources,
+    arrange,
+    deal_positions,
+    decidable,
+    fill,
+    gold_slots,
+    neighbours,
+    orders,
+    sweep,
+)
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
-from raglan.records import Answer, Example, Hit
-from raglan.robustness import abstained, abstention, citation_figures, constant, disagreement, flipped, marks
+from raglan.records import Answer, Example, Hit, Passage
+from raglan.robustness import abstained, abstention, citation_figures, constant, disagreement, flipped, follows, marks
 from raglan.train import Parts
 
 __all__ = [
@@ -48,33 +64,44 @@ __all__ = [
     "Condition",
     "Robustness",
     "conditions",
-    "draw_noise",
+    "draw_prompts",
     "evaluate_robustness",
     "open_robustness",
-    "permutations",
     "robustness_folder",
     "summarise_conditions",
 ]
 
 log = logging.getLogger(__name__)
 KIND = "robustness"
-CLEAN = "clean"
-FIGURES = ("right", "f1", "declined", "citation_precision", "citation_recall", "truncated", "unfinished")
-Noise = Mapping[str, Mapping[NoiseKind, Sequence[str]]]  # question id → kind → passage ids
+CLEAN, ALONE = "clean", "distractors/0"
+FIGURES = (
+    "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
+    "citation_recall", "truncated", "unfinished",
+)  # fmt: skip
+MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
+WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
+COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
+Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id → condition → slots
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """So many passages of a kind of noise, with or without gold."""
+    """What noise a prompt holds: a share of its hits (`noise`), so many passages (`distractors`), or a contradiction."""
 
-    kind: NoiseKind | None
-    gold: bool
-    count: int
+    form: Literal["noise", "distractors", "conflict"]
+    kind: NoiseKind | None = None
+    gold: bool = True
+    amount: Fraction = Fraction(0)
 
     @property
     def name(self) -> str:
+        amount = f"{float(self.amount):g}"
+        if self.form != "noise":
+            return f"{self.form}/{amount}"
         return (
-            CLEAN if self.gold and not self.count else f"noise/{self.kind}/{'present' if self.gold else 'absent'}/{self.count}"
+            CLEAN
+            if self.gold and not self.amount
+            else f"noise/{self.kind or 'none'}/{'present' if self.gold else 'absent'}/{amount}"
         )
 
 
@@ -85,7 +112,7 @@ class Robustness:
     Attributes:
         figures: condition → figure → mean; "delta" is that of "right" against clean, or against the recipe's own index.
         missing: condition → share of questions that it could not be made for.
-        abstention: kind of noise/n → precision, recall, F1, over-abstention and hallucination of gold present against absent.
+        abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
         orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
     """
 
@@ -108,14 +135,14 @@ def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
     if settings is None or settings.robustness is None:
         raise RecipeError(f"recipe {recipe.name!r} measures no robustness", hint="give it `evaluate: {robustness: {}}`")
     systems = compared_systems(recipe)
-    noise: Noise | None = None
+    prompts: Prompts | None = None
     for name, parts in systems:
         folder = robustness_folder(recipe, settings, name, parts)
         if (folder / MANIFEST).is_file():
             continue
-        if noise is None:
-            noise = _noise_of(recipe, settings, systems[0][1])
-        _measure(recipe, settings, name, parts, noise=noise, folder=folder)
+        if prompts is None:
+            prompts = _prompts_of(recipe, settings, systems[0][1])
+        _measure(recipe, settings, name, parts, prompts=prompts, folder=folder)
     return [open_robustness(robustness_folder(recipe, settings, *system)) for system in systems]
 
 
@@ -136,101 +163,119 @@ def open_robustness(folder: Path) -> Robustness:
 
 
 def conditions(settings: RobustnessSettings) -> list[Condition]:
-    """All conditions of noise, each once; clean is always the first."""
-    found = [Condition(None, True, 0)]
+    """All conditions of noise, each once; clean is always among them, and gold alone where something is compared with it."""
+    found = [Condition("noise")]
     for kind in settings.noise:
         for gold in settings.gold:
-            counts = [math.floor(Fraction(str(ratio)) * settings.slots + Fraction(1, 2)) for ratio in settings.ratios]
-            found += [_condition(kind, gold == "present", count) for count in counts]
-    found += [_condition("hard", True, count) for count in settings.distractors]
-    return list(dict.fromkeys(found))
+            if gold == "absent" and kind not in WITHOUT_GOLD:
+                continue
+            ratios = [Fraction(str(ratio)) for ratio in settings.ratios]
+            found += [Condition("noise", kind if ratio else None, gold == "present", ratio) for ratio in ratios]
+    conflict = [Condition("conflict", "counterfactual", amount=Fraction(1))] if "counterfactual" in settings.noise else []
+    counts = [0, *settings.distractors] if settings.distractors or conflict else []
+    found += [Condition("distractors", "hard" if count else None, amount=Fraction(count)) for count in counts]
+    return list(dict.fromkeys(found + conflict))
 
 
-def _condition(kind: NoiseKind, gold: bool, count: int) -> Condition:
-    return Condition(kind if count else None, gold, count)  # no noise is of no kind
-
-
-def draw_noise(
-    examples: Sequence[Example], hits: Sequence[Sequence[Hit]], corpus: Corpus, settings: RobustnessSettings, *, seed: int,
+def draw_prompts(
+    examples: Sequence[Example],
+    hits: Sequence[Sequence[Hit]],
+    corpus: Corpus,
+    settings: RobustnessSettings,
+    *,
+    k: int,
+    seed: int,
     regex: bool = False,
-) -> Noise:  # fmt: skip
-    """Guarded passages of every kind for every question, at most as many as a condition wants.
+) -> Prompts:
+    """The passages of every question under every condition of noise that can be made for it.
 
     Args:
-        hits: what a search found for each question, best first; `hard` noise comes from there.
-        regex: answers are patterns.
+        hits: what a search found for each question, best first: the first k are clean, `hard` noise is from all of them.
+        regex: answers are patterns: the guard asks whether one fits, and no false value is made.
     """
-    kinds = list(dict.fromkeys((*settings.noise, *(["hard"] if any(settings.distractors) else []))))
-    wanted = max(condition.count for condition in conditions(settings))
-    gold = [identity for example in examples for identity in example.relevant]
-    noise: dict[str, dict[NoiseKind, list[str]]] = {}
-    for example, found in zip(examples, hits, strict=True):
-        sources = {
-            "hard": (hit.row for hit in found[: settings.depth]),
-            "random": _drawn(random.Random(f"{seed}/{example.id}/random"), len(corpus)),
-            "neighbour": _neighbours(example, corpus),
-            "other_gold": _others(random.Random(f"{seed}/{example.id}/other_gold"), gold, corpus),
-        }
-        noise[example.id] = {kind: list(islice(_guarded(example, sources[kind], corpus, regex), wanted)) for kind in kinds}
-    return noise
+    gold = {example.id: _passages(example.relevant, corpus) for example in examples}
+    guard = _guard(examples, corpus, regex=regex)
+    shown = [replace(example, answers=()) for example in examples] if regex else examples
+    every = [passage for own in gold.values() for passage in own]  # the guard knows a question's own
+    values = list(dict.fromkeys(answer for example in shown for answer in example.answers))
+    sources = {
+        example.id: Sources(found[: settings.depth], "", corpus, neighbours(corpus, gold[example.id]), every, values)
+        for example, found in zip(examples, hits, strict=True)
+    }
+    drawn: Prompts = {example.id: {} for example in examples}
+    for condition in conditions(settings):
+        made: dict[str, tuple[Slot, ...]] = {}
+        for example, found in zip(shown, hits, strict=True):
+            if gold[example.id]:
+                slots = _slots(condition, example, found[:k], gold[example.id], sources[example.id], guard, seed)
+                made |= {example.id: slots} if slots is not None else {}
+        for identity, slots in _arranged(made, settings, seed).items():
+            drawn[identity][condition.name] = slots
+    return drawn
 
 
-def _drawn(chance: random.Random, n: int) -> Iterator[int]:
-    """Rows in a random order, without holding it; at most as many tries as would show nearly every row of a small corpus."""
-    if n <= 10_000:
-        return iter(chance.sample(range(n), n))
-    return (chance.randrange(n) for _ in range(10_000))
+def _slots(
+    condition: Condition, example: Example, hits: Sequence[Hit], gold: Sequence[Passage], sources: Sources, guard: Guard,
+    seed: int,
+) -> tuple[Slot, ...] | None:  # fmt: skip
+    """One prompt; None where there is too little noise of the kind."""
+    try:
+        if condition.form == "noise":
+            return sweep(
+                example, hits, gold=gold, kind=condition.kind or "hard", ratio=condition.amount,
+                gold_absent=not condition.gold, sources=sources, guard=guard, seed=seed,
+            )  # fmt: skip
+        placed = gold_slots(gold[:1] if condition.form == "conflict" else gold)
+        return fill(
+            example, placed, kinds=[str(condition.kind)] * int(condition.amount), gold=gold, sources=sources, guard=guard,
+            seed=seed, conflict=condition.form == "conflict", found="replace", fallback=(),
+        )  # fmt: skip
+    except CorpusError as why:
+        log.debug("%s, %s: %s", condition.name, example.id, why.message)
+        return None
 
 
-def _neighbours(example: Example, corpus: Corpus) -> Iterator[int]:
-    """Rows of the gold passages' documents, the nearest first."""
-    for identity in example.relevant:
-        row = corpus.row(identity)
-        if row is not None:
-            yield from sorted(
-                corpus.rows_of_document(corpus[row].document), key=lambda other, own=row: (abs(other - own), other)
-            )
+def _arranged(made: Mapping[str, tuple[Slot, ...]], settings: RobustnessSettings, seed: int) -> dict[str, tuple[Slot, ...]]:
+    """Gold at its place: positions dealt evenly, the same ones under every kind of noise."""
+    sizes = [(len(slots), sum(slot.role == "gold" for slot in slots)) for slots in made.values()]
+    places = deal_positions(sizes, seed=seed)
+    return {
+        name: arrange(slots, seed=f"{seed}:{name}", order=settings.position, positions=own)
+        for (name, slots), own in zip(made.items(), places, strict=True)
+    }
 
 
-def _others(chance: random.Random, gold: Sequence[str], corpus: Corpus) -> Iterator[int]:
-    for identity in chance.sample(gold, len(gold)):
-        row = corpus.row(identity)
-        if row is not None:
-            yield row
+def _guard(examples: Sequence[Example], corpus: Corpus, *, regex: bool) -> Guard:
+    step = max(1, len(corpus) // COUNTED)
+    answers = () if regex else [answer for example in examples for answer in example.answers]
+    known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), answers)
+    patterns = {example.id: example.answers for example in examples}
+
+    def fits(example: Example, passage: Passage) -> bool:
+        return bool(regex_recall([f"{passage.title}\n{passage.text}"], patterns[example.id]))
+
+    return Guard(known, judge=fits if regex else None)
 
 
-def _guarded(example: Example, rows: Iterable[int], corpus: Corpus, regex: bool) -> Iterator[str]:
-    """Ids of rows that are no gold, no copy of what is there already, and hold no answer."""
-    gold = [row for identity in example.relevant if (row := corpus.row(identity)) is not None]
-    seen = {corpus.text_hashes[row].tobytes() for row in gold}
-    occurs = regex_recall if regex else answer_recall
-    for row in rows:
-        own = corpus.text_hashes[row].tobytes()
-        if own in seen:
-            continue
-        seen.add(own)
-        passage = corpus[row]
-        if not occurs([f"{passage.title}\n{passage.text}"], example.answers):
-            yield passage.id
+def _passages(ids: Sequence[str], corpus: Corpus) -> list[Passage]:
+    return [corpus[row] for identity in ids if (row := corpus.row(identity)) is not None]
 
 
-def permutations(size: int, count: int, *, seed: str) -> list[tuple[int, ...]]:
-    """`count` different orders of `size` things, the given one first; fewer where there are fewer."""
-    chance, first = random.Random(seed), tuple(range(size))
-    found = {first: None}
-    while len(found) < min(count, math.factorial(size)):
-        found[tuple(chance.sample(first, size))] = None
-    return list(found)
-
-
-def _noise_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Noise:
-    assert settings.robustness is not None
+def _prompts_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Prompts:
+    asked = settings.robustness
+    assert asked is not None
     system = parts.open(recipe)
+    made = [kind for kind in asked.noise if kind in MADE]
+    if made and system.decode.kind in NEEDS_PRIOR:
+        raise RecipeError(
+            f"decode.kind {system.decode.kind} weighs passages by their vectors, and {made[0]} passages are in no index",
+            hint=f"leave {', '.join(made)} out of evaluate.robustness.noise, or decode with concat",
+        )
     corpus = system.retriever.base.corpus
     examples = _examples(recipe, settings, corpus)
-    depth = min(settings.robustness.depth, len(corpus))
+    depth = min(max(asked.depth, system.k), len(corpus))
     _, hits = system.search([e.query for e in examples], depth, history=[e.history for e in examples])
-    return draw_noise(examples, hits, corpus, settings.robustness, seed=recipe.seed, regex=settings.answers_are == "regex")
+    return draw_prompts(examples, hits, corpus, asked, k=system.k, seed=recipe.seed, regex=settings.answers_are == "regex")
 
 
 def _examples(recipe: Recipe, settings: EvaluateSettings, corpus: Corpus) -> list[Example]:
@@ -245,7 +290,7 @@ def _examples(recipe: Recipe, settings: EvaluateSettings, corpus: Corpus) -> lis
 
 
 def _measure(
-    recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts, *, noise: Noise, folder: Path
+    recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts, *, prompts: Prompts, folder: Path
 ) -> None:  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -259,16 +304,18 @@ def _measure(
         for e in examples
     ]
     for condition, given in chain(
-        _noisy(system, examples, noise, asked, recipe.seed), _ordered(system, examples, asked, recipe.seed),
+        _noisy(system, examples, prompts, asked), _ordered(system, examples, asked, recipe.seed),
         _retrieved(system, examples, indexes),
     ):  # fmt: skip
         if not given:
-            log.warning("%s: no question has gold passages and so much noise; the condition is left out", condition)
+            log.warning("%s: no question has gold passages and enough such noise; it is left out", condition)
             continue
         log.info("reading: %s, %d questions", condition, len(given))
         answers = _read(system, [examples[place] for place in given], list(given.values()))
         for (place, hits), answer in zip(given.items(), answers, strict=True):
-            rows[place]["conditions"][condition] = _row(examples[place], answer, hits, settings, asked)  # type: ignore[index]
+            rows[place]["conditions"][condition] = _row(  # type: ignore[index]
+                examples[place], answer, hits, prompts[examples[place].id].get(condition, ()), settings, asked
+            )
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     figures = summarise_conditions(rows, own=f"retriever/{system.retriever.name}", seed=recipe.seed)
@@ -313,30 +360,22 @@ def _group(example: Example, system: RAG) -> str:
 
 
 def _noisy(
-    system: RAG, examples: Sequence[Example], noise: Noise, settings: RobustnessSettings, seed: int
+    system: RAG, examples: Sequence[Example], prompts: Prompts, settings: RobustnessSettings
 ) -> Iterator[tuple[str, dict[int, list[Hit]]]]:
     """Condition → question's place → passages, for the questions that it can be made for."""
-    for condition in conditions(settings):
-        given: dict[int, list[Hit]] = {}
-        for place, example in enumerate(examples):
-            ids = noise[example.id][condition.kind][: condition.count] if condition.kind is not None else []
-            if example.relevant and len(ids) == condition.count:
-                gold = list(example.relevant) if condition.gold else []
-                chance = random.Random(f"{seed}/{example.id}/{condition.name}")
-                given[place] = _hits(_mixed(gold, ids, settings.position, chance), system.retriever.base.corpus)
-        yield condition.name, given
+    corpus = system.retriever.base.corpus
+    for name in (condition.name for condition in conditions(settings)):
+        there = {place: slots for place, e in enumerate(examples) if (slots := prompts[e.id].get(name)) is not None}
+        yield name, {place: _hits(slots, corpus) for place, slots in there.items()}
 
 
-def _mixed(gold: Sequence[str], noise: Sequence[str], position: str, chance: random.Random) -> list[str]:
-    if position == "shuffled":
-        return chance.sample([*gold, *noise], len(gold) + len(noise))
-    before = {"first": 0, "middle": len(noise) // 2, "last": len(noise)}[position]
-    return [*noise[:before], *gold, *noise[before:]]
-
-
-def _hits(ids: Sequence[str], corpus: Corpus) -> list[Hit]:
-    rows = [row for identity in ids if (row := corpus.row(identity)) is not None]
-    return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
+def _hits(slots: Sequence[Slot], corpus: Corpus) -> list[Hit]:
+    """Row −1 is in no corpus: made by an operator."""
+    rows = [-1 if slot.origin == "made" else corpus.row(slot.passage.id) for slot in slots]
+    return [
+        Hit(slot.passage, -1 if row is None else row, slot.score or 0.0, rank)
+        for rank, (slot, row) in enumerate(zip(slots, rows, strict=True), 1)
+    ]
 
 
 def _ordered(
@@ -345,14 +384,14 @@ def _ordered(
     if settings.orders < 2 or system.k < 2:
         return
     _, found = system.search([e.query for e in examples], system.k, history=[e.history for e in examples])
-    orders = [
-        permutations(len(hits), settings.orders, seed=f"{seed}/{example.id}/order")
+    dealt = [
+        orders(len(hits), settings.orders, seed=f"{seed}:{example.id}:order")
         for example, hits in zip(examples, found, strict=True)
     ]
     for number in range(settings.orders):
         given = {
             place: [hits[at] for at in own[number]]
-            for place, (hits, own) in enumerate(zip(found, orders, strict=True))
+            for place, (hits, own) in enumerate(zip(found, dealt, strict=True))
             if len(own) > max(1, number)
         }
         if given:
@@ -372,22 +411,33 @@ def _retrieved(
 
 
 def _row(
-    example: Example, answer: Answer, hits: Sequence[Hit], settings: EvaluateSettings, asked: RobustnessSettings
-) -> dict[str, Any]:
+    example: Example, answer: Answer, hits: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
+    asked: RobustnessSettings,
+) -> dict[str, Any]:  # fmt: skip
+    """One answer. `slots`: the records of the passages, where `perturb` put them there."""
+    regex = settings.answers_are == "regex"
     gold = [number for number, hit in enumerate(hits, 1) if hit.passage.id in example.relevant]
-    cited = citation_figures(marks(answer.text), len(hits), good=gold, needed=gold)
+    good = [number for number, slot in enumerate(slots, 1) if slot.role != "noise"]
+    own = marks(answer.text)
+    cited = citation_figures(own, len(hits), good={*gold, *good}, needed=gold)
+    false = [slot.value for slot in slots if slot.value]
     figures = {
-        "right": _right(answer.text, example, asked.correct, regex=settings.answers_are == "regex"),
-        "f1": math.nan if settings.answers_are == "regex" else f1(answer.text, example.answers),
-        "declined": float(abstained(answer.text, () if settings.answers_are == "regex" else example.answers)),
+        "right": _right(answer.text, example, asked.correct, regex=regex),
+        "f1": math.nan if regex else f1(answer.text, example.answers),
+        "declined": float(abstained(answer.text, () if regex else example.answers)),
+        "follow": float(follows(answer.text, false, example.answers)) if false else math.nan,
         "citation_precision": cited["citation_precision"],
-        "citation_recall": cited["citation_recall"] if marks(answer.text) else math.nan,
+        "citation_recall": cited["citation_recall"] if own else math.nan,
         "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
     }  # fmt: skip
-    return {
-        "text": answer.text, "passages": [hit.passage.id for hit in hits],
-        "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
-    }  # fmt: skip
+    told: dict[str, Any] = {"text": answer.text, "passages": [hit.passage.id for hit in hits]}
+    if slots:
+        made = [slot for slot in slots if slot.origin == "made"]
+        told |= {
+            "slots": [slot.record() for slot in slots], "decidable": decidable(slots),
+            "made": {slot.passage.id: {"title": slot.passage.title, "text": slot.passage.text} for slot in made},
+        }  # fmt: skip
+    return told | {"figures": {name: None if math.isnan(value) else value for name, value in figures.items()}}
 
 
 def _right(text: str, example: Example, correct: str, *, regex: bool) -> float:
@@ -405,7 +455,12 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
     names = list(dict.fromkeys(name for row in rows for name in row["conditions"]))
     columns = {(name, figure): _column(rows, name, figure) for name in names for figure in FIGURES}
     for name in names:
-        base = own if name.startswith("retriever/") else "order/0" if name.startswith("order/") else CLEAN
+        base = _base(name, own)
+        follow = columns[name, "follow"]
+        columns[name, "follow_of_right"] = _where(follow, [value == 1 for value in columns.get((base, "right"), ())])
+        settled = [row["conditions"].get(name, {}).get("decidable", True) for row in rows]
+        columns[name, "follow_majority"] = _where(follow, settled)
+        columns[name, "follow_conflict"] = _where(follow, [not yes for yes in settled])
         if name != base and base in names:
             before = columns[base, "right"]
             columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
@@ -428,6 +483,16 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
     }
 
 
+def _base(name: str, own: str) -> str:
+    """What a condition is compared with."""
+    form = name.partition("/")[0]
+    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE}.get(form, CLEAN)
+
+
+def _where(values: Sequence[float], kept: Sequence[bool]) -> list[float]:
+    return [value if keep else math.nan for value, keep in zip(values, kept or [False] * len(values), strict=True)]
+
+
 def _column(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[float]:
     """A figure question by question; NaN where it does not apply or the condition is missing."""
     values = [row["conditions"].get(name, {}).get("figures", {}).get(figure) for row in rows]
@@ -439,14 +504,14 @@ def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict
     found: dict[str, dict[str, float]] = {}
     for absent in (name for name in names if "/absent/" in name):
         _, kind, _, count = absent.split("/")
-        present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"
+        present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"  # the amount is a ratio
         if present not in names:
             continue
         asked = [(value, True) for value in _column(rows, present, "declined")]
         asked += [(value, False) for value in _column(rows, absent, "declined")]
         kept = [(bool(value), can) for value, can in asked if not math.isnan(value)]
         rates = abstention([value for value, _ in kept], [can for _, can in kept])
-        told = "no passage" if count == "0" else f"{kind}/{count}"
+        told = "none" if count == "0" else f"{kind}/{count}"
         found[told] = {name: value for name, value in rates.items() if not math.isnan(value)}
     return found
 

@@ -18,9 +18,24 @@ from raglan.stress import CLEAN, Robustness
 
 __all__ = ["judge_summary", "judge_tables", "noise_points", "robustness_summary", "robustness_tables"]
 
-SHOWN = ("right", "delta", "f1", "declined", "citation_precision", "citation_recall", "truncated", "unfinished")
+SHOWN = (
+    "right",
+    "delta",
+    "f1",
+    "declined",
+    "follow",
+    "follow_of_right",
+    "follow_majority",
+    "follow_conflict",
+    "citation_precision",
+    "citation_recall",
+    "truncated",
+    "unfinished",
+)
 HEADS = {
-    "right": "right", "delta": "against clean", "f1": "F1", "declined": "declined", "citation_precision": "citation precision",
+    "right": "right", "delta": "against clean", "f1": "F1", "declined": "declined", "follow": "followed",
+    "follow_of_right": "followed, of right", "follow_majority": "followed, truth in majority",
+    "follow_conflict": "followed, one against one", "citation_precision": "citation precision",
     "citation_recall": "citation recall", "truncated": "prompts cut", "unfinished": "answers cut off",
 }  # fmt: skip
 RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "over_abstention", "hallucination")
@@ -47,13 +62,13 @@ def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
 
 
 def noise_points(system: Robustness, *, gold: bool) -> dict[str, list[tuple[float, float]]]:
-    """Kind of noise → (passages of noise, percent right), from clean, or from no passage, on."""
+    """Kind of noise → (share of noise, percent right)."""
     found: dict[str, list[tuple[float, float]]] = {}
-    start = CLEAN if gold else "noise/None/absent/0"
+    start = CLEAN if gold else "noise/none/absent/0"
     middle = "present" if gold else "absent"
     for name in system.figures:
         part = name.split("/")
-        if part[0] == "noise" and part[2] == middle and part[1] != "None":
+        if part[0] == "noise" and part[2] == middle and part[1] != "none":
             found.setdefault(part[1], []).append((float(part[3]), 100 * system.figures[name]["right"].mean))
     if start in system.figures:
         first = (0.0, 100 * system.figures[start]["right"].mean)
@@ -62,7 +77,7 @@ def noise_points(system: Robustness, *, gold: bool) -> dict[str, list[tuple[floa
 
 
 def _tables(system: Robustness) -> list[GridTable]:
-    noise = [name for name in system.figures if name == CLEAN or name.startswith("noise/")]
+    noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict")]
     orders = [name for name in system.figures if name.startswith("order/")]
     indexes = [name for name in system.figures if name.startswith("retriever/")]
     flips = "; ".join(f"{name} {_cell(value)}" for name, value in system.orders.items())
@@ -105,10 +120,13 @@ def _label(name: str, system: Robustness) -> str:
     if part[0] == "order":
         return "as retrieved" if part[1] == "0" else f"permutation {part[1]}"
     if name == CLEAN:
-        return "gold alone"
-    if part[3] == "0":
-        return "no passage"
-    return f"{'gold + ' if part[2] == 'present' else ''}{part[3]} {part[1].replace('_', ' ')}"
+        return "clean: gold and hits"
+    if part[0] == "distractors":
+        return "gold alone" if part[1] == "0" else f"gold alone + {part[1]} hard"
+    if part[0] == "conflict":
+        return "one gold against one false"
+    share = f"{100 * float(part[3]):g} % {part[1].replace('_', ' ')}" if part[1] != "none" else "hits"
+    return f"gold, {share}" if part[2] == "present" else f"no gold, {share}"
 
 
 def _cell(value: Interval | None, *, sign: bool = False) -> str:

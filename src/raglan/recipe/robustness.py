@@ -11,7 +11,7 @@ from raglan.recipe.calls import EndpointSettings, MoneySettings
 
 __all__ = ["JudgeSettings", "NoiseKind", "RobustnessSettings"]
 
-NoiseKind = Literal["hard", "random", "neighbour", "other_gold"]
+NoiseKind = Literal["hard", "neighbour", "random", "other_gold", "counterfactual", "near_duplicate", "garbled", "boilerplate"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -23,18 +23,21 @@ class RobustnessSettings(Settings):
     )
     noise: tuple[NoiseKind, ...] = Field(
         ("hard", "random"),
-        description="`hard`: the search's own hits; `random`: any passages; `neighbour`: of the gold passage's document; "
-        "`other_gold`: gold of other questions. None holds an answer or equals another passage of the prompt.",
+        description="Kinds of noise, each by itself. `counterfactual`, `near_duplicate` and `garbled` are made from gold and "
+        "stand only beside it; `counterfactual` also tries one gold passage against one false one.",
     )
-    slots: int = Field(4, ge=1, le=100, description="Passages of noise at ratio 1.")
-    ratios: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Shares of the slots that hold noise.")
+    ratios: tuple[Share, ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0), description="Shares of the retrieved passages that give way to noise."
+    )
     gold: tuple[Literal["present", "absent"], ...] = Field(
-        ("present", "absent"), min_length=1, description="Whether the gold passages stand beside the noise."
+        ("present", "absent"), min_length=1, description="Whether the gold passages are among the others."
     )
     distractors: tuple[Annotated[int, Field(ge=0, le=100)], ...] = Field(
         (0, 2, 4), description="Numbers of hard passages beside the gold ones."
     )
-    position: Literal["shuffled", "first", "middle", "last"] = Field("shuffled", description="Of gold among noise.")
+    position: Literal["uniform", "first", "middle", "last", "rank"] = Field(
+        "uniform", description="Of gold; `uniform` deals all positions evenly over the questions."
+    )
     orders: int = Field(4, ge=0, le=24, description="Permutations of the retrieved passages; below 2 for none.")
     retrievers: tuple[str, ...] | None = Field(None, description="Indexes that answer in turn; default all, [] none.")
     unseen: tuple[str, ...] = Field((), description="Of these, the ones that no training searched with.")

@@ -71,6 +71,12 @@ class EvaluateSettings(Settings):
     rare_reference: Path | None = Field(
         None, description="Questions in whose answers `rare_f1` counts how rare words are; default those evaluated."
     )
+    dataset: str | None = Field(
+        None, min_length=1, description="Which data set the questions are of, as nq: in-domain where a stage learned from it."
+    )
+    fold_numbers: bool = Field(
+        False, description="Compare numerals in one spelling (一九七八 = 1978, 3,000 = 3000); published figures do not."
+    )
     robustness: RobustnessSettings | None = Field(None, description="Measure also under noise, orders and other retrievers.")
     judge: JudgeSettings | None = Field(None, description="Have the answers judged, too; without it there is no judge.")
 
