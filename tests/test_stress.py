@@ -332,13 +332,17 @@ def test_a_judge_of_places_is_inconsistent_and_nobody_wins(recipe: Path, measure
     assert sum(pair.n for pair in found.strata.values()) == 6
 
 
-def test_a_fair_judge_finds_the_better_answer_in_both_places(recipe: Path, measured: Any, server: FaultServer) -> None:
+def test_a_fair_judge_finds_the_better_answer_in_both_places(
+    recipe: Path, measured: Any, server: FaultServer, caplog: pytest.LogCaptureFixture
+) -> None:
     def fair(text: str) -> dict[str, Any]:
         return {"reason": "r", "better": "first" if "better" in text.split("## First answer")[1].split("##")[0] else "second"}
 
     server.reply = judging(fair)
     loaded, systems = two_systems(recipe, asked(server, rubric=False, teacher="m-2"))
-    found = judge(loaded, systems)
+    with caplog.at_level(logging.WARNING):
+        found = judge(loaded, systems)
+    assert "of the teacher's family" in caplog.text
     assert found.pair is not None
     assert (found.pair.wins, found.pair.inconsistent, found.pair.rate.mean) == (6, 0, 1.0)
     sent = [request.content for request in server.log if "trial of" not in request.content]
@@ -381,8 +385,7 @@ def test_what_fails_is_missing_and_no_mean_moves(recipe: Path, measured: Any, se
     assert open_judged(holed.folder) == holed
 
 
-def test_the_command_line_judges(recipe: Path, measured: Any, server: FaultServer, tmp_path: Path,
-                                 caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_the_command_line_judges(recipe: Path, measured: Any, server: FaultServer, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,system,score\nx,untuned,3\n")
     server.reply = judging(lambda text: {"reason": "r", "score": 3})
     changes = asked(server, labels=str(tmp_path / "labels.csv"), teacher="M-2-large")
@@ -394,12 +397,11 @@ def test_the_command_line_judges(recipe: Path, measured: Any, server: FaultServe
     plain = runner.invoke(app, ["evaluate", str(recipe), *changes])
     assert "judge m-1: rubric, 1 to 5" in plain.stdout
     assert "3.00 [3.00, 3.00]" in plain.stdout
+    assert "missing" in plain.stdout
     loaded, systems = two_systems(recipe, changes)
     labels = "".join(f"{row['id']},tuned,{3 + at % 2}\n" for at, row in enumerate(systems[0].rows))
     (tmp_path / "labels.csv").write_text("id,system,score\n" + labels)
-    with caplog.at_level(logging.WARNING):
-        found = judge(loaded, systems)
-    assert "of the teacher's family" in caplog.text
+    found = judge(loaded, systems)
     assert found.kappa == {"tuned": {"rows": 6, "agreement": 0.5, "kappa": 0.0}}  # a judge that says 3 to everything
     (tmp_path / "labels.csv").write_text("id,system,score\nx,untuned,7\n")
     with pytest.raises(CorpusError, match="'7'"):

@@ -54,4 +54,5 @@ def evaluate_further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Furth
     """Robustness and judgements, where `evaluate` has such settings. Raises CallsStopped."""
     settings = recipe.evaluate
     robust = evaluate_robustness(recipe) if settings is not None and settings.robustness is not None else []
-    return Further(robust, judge(recipe, evaluations) if settings is not None and settings.judge is not None else None)
+    ends = [*evaluations[:1], *evaluations[1:][-1:]]  # between them nothing is judged
+    return Further(robust, judge(recipe, ends) if settings is not None and settings.judge is not None else None)

@@ -172,7 +172,7 @@ def judge_summary(judged: Judged) -> dict[str, Any]:
     """The same as plain numbers."""
     return {
         "model": judged.model,
-        "scores": {n: {**_numbers(own.score), "missing": own.missing_share} for n, own in judged.scores.items()},
+        "scores": {name: _rated(own.score) | {"missing": own.missing_share} for name, own in judged.scores.items()},
         "pair": None if judged.pair is None else _pair_numbers(judged.pair),
         "strata": {name: _pair_numbers(own) for name, own in judged.strata.items()}, "kappa": judged.kappa,
     }  # fmt: skip
@@ -181,9 +181,14 @@ def judge_summary(judged: Judged) -> dict[str, Any]:
 def _pair_numbers(own: Pairs) -> dict[str, Any]:
     return {
         "wins": own.wins, "losses": own.losses, "ties": own.ties,
-        "rate": {name: _number(value) for name, value in _numbers(own.rate).items()},
+        "rate": _rated(own.rate),
         "inconsistent": _number(own.inconsistent_share), "missing": own.missing_share,
     }  # fmt: skip
+
+
+def _rated(value: Interval) -> dict[str, float | None]:
+    """All judgements may be missing."""
+    return {name: _number(own) for name, own in _numbers(value).items()}
 
 
 def _number(value: float) -> float | None:
