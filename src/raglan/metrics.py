@@ -308,9 +308,11 @@ def bootstraps(
     sums, sizes = np.zeros((len(number), len(columns))), np.zeros((len(number), len(columns)))  # (G,C)
     np.add.at(sums, at, np.where(there, table, 0.0))
     np.add.at(sizes, at, there)
+    shapes, shape = np.unique(sizes, axis=1, return_inverse=True)  # most figures are there for the same questions
     with np.errstate(invalid="ignore"):  # 0/0: no such question
         means = sums.sum(0) / sizes.sum(0)
-        drawn = np.concatenate([counts @ sums / (counts @ sizes) for counts in _group_counts(len(number), seed, resamples)])
+        resampled = [counts @ sums / (counts @ shapes)[:, shape.ravel()] for counts in _group_counts(len(number), seed, resamples)]
+        drawn = np.concatenate(resampled)
     found = {}
     for place, name in enumerate(columns):
         n, own = int(there[:, place].sum()), drawn[:, place]
