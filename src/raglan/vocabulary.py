@@ -70,6 +70,8 @@ def extend_vocabulary(model: Any, tokenizer: Any, *, init: Init = "mean", seed: 
     _resize(model, tokenizer)
     schema = read_schema(tokenizer, rows_of(model))
     _fill(model, tokenizer, schema, old, init, seed)
+    if hasattr(model.config, "passage_markup"):  # the embedded causal model reads what stands between in both directions
+        model.config.passage_markup = [schema.opens, schema.closes]
     return schema
 
 

@@ -4,10 +4,12 @@ Claim. Started from the six layers of all-MiniLM-L6-v2, it learns on two CPU cor
 because what it has to learn is small: *where to look*. Beside the head tied to the word embeddings stands a copying attention
 over the row's own tokens whose values are those tokens' embeddings, so that what it looks at is what it says:
 
-    a_t = softmax_{j ≤ t}( q(h_t)·k(h_j)/√D + β ê_t·ê_{j−1} )       ê: word embeddings, centred, of length one
-    logits_t = E ( f(h_t) + g(h_t) Σ_j a_tj ê_j / s )                 f: BERT's head transform, 1 at first; s: E's mean length
+    a_t = softmax_{j ≤ t}( q(h_t)·k(h_j)/√D + β ê_t·ê_{j−1} )       ê: word embeddings, centred, over s
+    logits_t = E ( f(h_t) + g(h_t) Σ_j a_tj ê_j / s )                 f: BERT's head transform, 1 at first; s: their mean length
 
-β (learned, starts at 8) says beforehand that what began to be copied goes on; `generator.reader` has the same. The mixture is
+Between the markup of a passage, `<paragraph> … </paragraph>`, the layers look in both directions, as the encoder did that they
+come from: a passage is given and never written, so nothing is foretold (prefix language models, Raffel et al. 2020, arXiv
+1910.10683). All else is causal. β (learned, starts at 8) says beforehand that what began to be copied goes on; `generator.reader` has the same. The mixture is
 one of logits, not of probabilities (as in pointer-generators, See et al. 2017, arXiv 1704.04368), which leaves the head an
 ordinary tied one. Keys and values of the copying attention lie in the cache as those of one more layer, so it is saved, loaded,
 cached, branched and extended by new words as any causal model of transformers is. Rows are `[CLS] prompt answer [SEP]`, 512
@@ -35,13 +37,13 @@ GOES_ON = 8.0  # β at first
 
 
 class CopierConfig(BertConfig):
-    """A BERT decoder's settings, and the mean length s of its word embeddings."""
+    """A BERT decoder's settings, the mean length s of its word embeddings, and the ids of `<paragraph>` and `</paragraph>`."""
 
     model_type = "raglan_copier"
 
-    def __init__(self, word_length: float = 1.0, **kwargs: Any):
+    def __init__(self, word_length: float = 1.0, passage_markup: list[int] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.word_length = word_length
+        self.word_length, self.passage_markup = word_length, passage_markup
 
 
 class CopierForCausalLM(BertLMHeadModel):
@@ -71,8 +73,8 @@ class CopierForCausalLM(BertLMHeadModel):
         """Logits (B,n,V) of the last `logits_to_keep` of n ids, or of all; with `labels` (B,n) also their mean loss."""
         told = {**kwargs, "return_dict": True}
         outputs = self.bert(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            use_cache=use_cache, **told,
+            input_ids, attention_mask=self._seen(input_ids, attention_mask, position_ids, past_key_values),
+            position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache, **told,
         )  # fmt: skip
         states, past = outputs.last_hidden_state, outputs.past_key_values
         copied = self._copied(states, input_ids, past if use_cache is not False else None, attention_mask, position_ids)
@@ -83,6 +85,21 @@ class CopierForCausalLM(BertLMHeadModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=past)
+
+    def _seen(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: Cache | None) -> Tensor | None:
+        """What each new id looks at, (B,1,n,W) as the attention wants it, where it is more than what came before; else `mask`."""
+        passages = _passages(ids, self.config.passage_markup)
+        if passages is None:
+            return mask
+        rows, new = ids.shape
+        earlier = past.get_seq_length() if past is not None else 0
+        real = _real(mask, rows, earlier + new, ids.device)
+        seen = _earlier(real, new) & _together(positions if mask is None and not earlier else None, rows, earlier + new, new)
+        within = (passages[:, :, None] == passages[:, None, :]) & (passages > 0)[:, None, :] & real[:, None, earlier:]
+        seen[:, :, earlier:] |= within
+        if self.config._attn_implementation == "sdpa":
+            return seen[:, None]
+        return torch.where(seen, 0.0, torch.finfo(self.dtype).min)[:, None].to(self.dtype)
 
     def _copied(
         self, states: Tensor, ids: Tensor, past: Cache | None, mask: Tensor | None, positions: Tensor | None
@@ -105,15 +122,28 @@ class CopierForCausalLM(BertLMHeadModel):
         return nn.functional.softplus(self.copy_gate(states)) * looked / self.config.word_length
 
     def _words(self, ids: Tensor) -> Tensor:
-        """ê of ids, (B,n,D)."""
+        """ê of ids, (B,n,D). Not each made of length one: a new word starts from the mean, whose direction is nothing."""
         table = self.get_input_embeddings().weight
-        return nn.functional.normalize(nn.functional.embedding(ids, table) - table.mean(0), dim=-1)
+        return (nn.functional.embedding(ids, table) - table.mean(0)) / self.config.word_length
 
     def _layer(self, past: Cache) -> Any:
         """The cache's layer behind those of BERT's."""
         while len(past.layers) <= self.config.num_hidden_layers:
             past.layers.append(DynamicLayer())
         return past.layers[self.config.num_hidden_layers]
+
+
+def _passages(ids: Tensor, markup: list[int] | None) -> Tensor | None:
+    """The number of the whole passage that each id belongs to, its markup included, 0 for none, (B,n); None without any."""
+    if markup is None:
+        return None
+    opens, closes = ids == markup[0], ids == markup[1]
+    if not bool(opens.any()):
+        return None
+    begun, ended = opens.cumsum(1), closes.cumsum(1)
+    inside = (begun > ended) | (closes & (begun == ended))
+    closed = ended[:, -1:] >= begun  # one that is not closed among these ids is read as it comes
+    return torch.where(inside & closed, begun, 0)
 
 
 def _real(mask: Tensor | None, rows: int, width: int, device: torch.device) -> Tensor:
