@@ -311,8 +311,8 @@ def bootstraps(
     shapes, shape = np.unique(sizes, axis=1, return_inverse=True)  # most figures are there for the same questions
     with np.errstate(invalid="ignore"):  # 0/0: no such question
         means = sums.sum(0) / sizes.sum(0)
-        resampled = [counts @ sums / (counts @ shapes)[:, shape.ravel()] for counts in _group_counts(len(number), seed, resamples)]
-        drawn = np.concatenate(resampled)
+        every = _group_counts(len(number), seed, resamples)
+        drawn = np.concatenate([counts @ sums / (counts @ shapes)[:, shape.ravel()] for counts in every])
     found = {}
     for place, name in enumerate(columns):
         n, own = int(there[:, place].sum()), drawn[:, place]
