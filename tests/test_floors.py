@@ -13,8 +13,8 @@ FLOORS = [
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory", "marked_prompt"],  # fmt: skip
     ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
-    ["decode"],
-    ["knowledge", "retriever", "dialogue"],
+    ["decode", "perturb"],
+    ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique"],  # fmt: skip

@@ -32,7 +32,7 @@ from raglan.metrics import (
     rouge_l,
     wilson,
 )
-from raglan.text import answer_words, restore_surface, terms, words
+from raglan.text import FUNCTION_WORDS, QUESTION_WORDS, answer_words, restore_surface, terms, words
 
 
 @pytest.mark.parametrize(
@@ -146,17 +146,17 @@ def words_of_kind(question: str, kind: str) -> list[str]:
     split = metrics.cased_words(question)
     typed = []
     for place, word in enumerate(split):
-        if word.lower() in metrics.QUESTION_WORDS:
+        if word.lower() in QUESTION_WORDS:
             typed.append(word.lower())
         if place and split[place - 1].lower() in ("what", "which"):
             typed.append(word.lower())
     for word in split:
         capital, small = word != word.lower(), word.lower()
-        if kind == "entities" and capital and small not in metrics.QUESTION_WORDS:
+        if kind == "entities" and capital and small not in QUESTION_WORDS:
             found.append(small)
-        if kind == "function" and small in metrics.FUNCTION_WORDS:
+        if kind == "function" and small in FUNCTION_WORDS:
             found.append(small)
-        if kind == "content" and not capital and small not in metrics.FUNCTION_WORDS and small not in typed:
+        if kind == "content" and not capital and small not in FUNCTION_WORDS and small not in typed:
             found.append(small)
     return typed if kind == "asked" else found
 

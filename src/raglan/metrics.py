@@ -27,7 +27,7 @@ from statistics import NormalDist
 import numpy as np
 
 from raglan.errors import require
-from raglan.text import answer_words, cased_words, pattern, words
+from raglan.text import FUNCTION_WORDS, QUESTION_WORDS, answer_words, cased_words, pattern, words
 
 __all__ = [
     "Interval",
@@ -62,18 +62,6 @@ RESAMPLES = 10_000
 NORMAL = NormalDist().inv_cdf(0.975)  # 1.96
 Q_WEIGHTS = {"entities": 0.41, "content": 0.36, "asked": 0.20, "function": 0.03}  # learned on SQuAD
 Q_DELTA = 0.66
-QUESTION_WORDS = frozenset(("what", "which", "who", "whom", "whose", "when", "where", "why", "how"))
-# Articles, pointers and amounts; pronouns; auxiliaries; prepositions; joints; adverbs; what an apostrophe cuts off
-_FUNCTION_WORDS = """a an the this that these those all any both each few more most no other own same some such
-i me my mine myself we us our ours ourselves you your yours yourself he him his himself she her hers herself
-it its itself they them their theirs themselves
-am is are was were be been being have has had having do does did doing will would can could shall should may might must
-of in on at to by for from with into onto about against between among through during before after above below over under
-up down out off upon within without
-and or but nor so if than then because as while until though although
-not only very too just again further once here there now also s t d ll re ve m don
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

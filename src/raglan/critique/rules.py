@@ -19,10 +19,10 @@ from raglan.artifact import fingerprint
 from raglan.corpus import Corpus
 from raglan.critique.judgements import Judgement, Verdict
 from raglan.critique.teacher import Labelled, Teacher
-from raglan.metrics import FUNCTION_WORDS, QUESTION_WORDS, answer_recall, f1
+from raglan.metrics import answer_recall, f1
 from raglan.recipe import RulesTeacher
 from raglan.records import Passage
-from raglan.text import answer_words, normalise_answer, terms
+from raglan.text import FUNCTION_WORDS, QUESTION_WORDS, answer_words, normalise_answer, terms
 
 __all__ = ["Rules", "Words"]
 
