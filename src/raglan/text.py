@@ -56,6 +56,7 @@ and or but nor so if than then because as while until though although
 not only very too just again further once here there now also s t d ll re ve m don
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+_EMPTY_WORDS = FUNCTION_WORDS | QUESTION_WORDS
 
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
@@ -197,7 +198,7 @@ def content_terms(text: str) -> list[str]:
     found: list[str] = []
     for word in _TERM.findall(unicodedata.normalize("NFKC", fold_numbers(text)).lower()):
         if not _SPACELESS.match(word):
-            found += [word] if word not in FUNCTION_WORDS | QUESTION_WORDS else []
+            found += [word] if word not in _EMPTY_WORDS else []
             continue
         for part in _HAN_FUNCTION.split(word):
             found += [part[i : i + 2] for i in range(len(part) - 1)] if len(part) != 1 else [part]
@@ -266,13 +267,14 @@ def _numeral(found: re.Match[str]) -> str | None:
 
 def _han_value(run: str, *, before: str, after: str) -> str | None:
     if len(run) == 1:
-        counted = run != "百" and after and after in _COUNTERS and before not in _PRONOUNS
+        counted = after and after in _COUNTERS and not (before and before in _PRONOUNS)
         if not (counted or before == "第") or run in (_HAN_GROUPS | _HAN_UNITS).keys() - {"十"}:
             return None
         return "10" if run == "十" else str(_HAN_DIGITS[run])
     if all(sign in _HAN_DIGITS for sign in run):
         return "".join(str(_HAN_DIGITS[sign]) for sign in run) if len(run) > 2 or after == "年" else None
-    value = _composed(run)
+    broken = before and before in "点點" and run[-1] in _HAN_GROUPS  # the tail of 三点五万
+    value = None if broken else _composed(run)
     return None if value is None else str(value)
 
 

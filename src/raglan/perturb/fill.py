@@ -126,7 +126,7 @@ def sweep(
     shown = [] if gold_absent else list(gold_slots(gold[: len(hits)]))
     free = len(hits) - len(shown)
     noise = int(share * free + Fraction(1, 2))
-    work = _Filling(example, shown, gold, sources, guard, f"{seed}:{example.id}", gold_absent, True, "relabel")
+    work = _Filling(example, list(shown), gold, sources, guard, f"{seed}:{example.id}", gold_absent, True, "relabel")
     kept = [slot for hit in hits if (slot := work.kept(hit, sources.retriever)) is not None][: free - noise]
     missing = free - noise - len(kept)
     return fill(

@@ -34,10 +34,11 @@ def value_type(answer: str) -> str:
     """year, date, number, name, phrase, or label where there is nothing to swap."""
     if not searchable([answer]) or closed_label(answer):
         return "label"
-    words = [placed.word for placed in placed_words(answer)]
+    places = placed_words(answer)
+    words = [placed.word for placed in places]
     if numeric(answer):
         dated = any(word in "年月日号號" or word.capitalize() in _MONTHS for word in words)
-        if (len(words) == 1 and _year(words[0])) or words[1:] == ["年"]:
+        if (len(words) == 1 and _year(places[0])) or words[1:] == ["年"]:
             return "year"
         return "date" if dated else "number"
     if any(word.isdigit() for word in words) and len(words) <= 3 and not answer[:1].isupper():
@@ -92,26 +93,27 @@ def _betrays(made: dict[str, str], answers: Sequence[str], avoid: str) -> bool:
 
 def _numbers(answers: Sequence[str], generator: random.Random) -> dict[str, str]:
     """One numeral of the first answer changed, and the same one in all answers; none where an answer lacks it."""
-    words = [placed.word for placed in placed_words(answers[0])]
+    places = placed_words(answers[0])
+    words = [placed.word for placed in places]
     numerals = [at for at, word in enumerate(words) if word.isdigit()]
     if not numerals:
         return _worded(answers, words, generator)
-    at = max(numerals, key=lambda at: (_year(words[at]), words[at + 1 : at + 2] in (["日"], ["号"], ["號"])))
+    at = max(numerals, key=lambda at: (_year(places[at]), words[at + 1 : at + 2] in (["日"], ["号"], ["號"])))
     old, month = words[at], words[at + 1 : at + 2] == ["月"]
-    new = str(generator.randint(1, 12)) if month else _another(old, generator)
+    new = str(generator.randint(1, 12)) if month else _another(old, generator, year=_year(places[at]))
     made = {answer: _renumbered(answer, old, new) for answer in answers}
     return {} if any(answer == false for answer, false in made.items()) else made
 
 
 def _worded(answers: Sequence[str], words: Sequence[str], generator: random.Random) -> dict[str, str]:
-    """Of an answer without digits, a month or a number in words exchanged for another."""
+    """Of an answer without digits, a month or a number in words exchanged for another; "may" is a word too."""
     for series in ([month.lower() for month in _MONTHS], WORDS["counts"].split()):
         old = next((word for word in words if word in series), "")
         if old and len(answers) == 1:
-            new = generator.choice([word for word in series if word != old])
-            return {
-                answers[0]: re.sub(rf"\b{old}\b", lambda found: _cased(new, found.group()), answers[0], flags=re.IGNORECASE)
-            }
+            new = generator.choice([word for word in series if word not in (old, "may")])
+            place = next(placed for placed in placed_words(answers[0]) if placed.word == old)
+            head, model, tail = answers[0][: place.start], answers[0][place.start : place.end], answers[0][place.end :]
+            return {answers[0]: f"{head}{_cased(new, model)}{tail}"}
     return {}
 
 
@@ -119,15 +121,16 @@ def _cased(word: str, model: str) -> str:
     return word.capitalize() if model[:1].isupper() else word
 
 
-def _year(word: str) -> bool:
-    return re.fullmatch(r"1\d{3}|20\d\d", word) is not None
+def _year(placed: Placed) -> bool:
+    """Whether a numeral is written as years are: 1998, 一九九八; 3,000 and 三千 are none."""
+    return re.fullmatch(r"1\d{3}|20\d\d", placed.word) is not None and placed.end - placed.start == 4
 
 
-def _another(word: str, generator: random.Random) -> str:
+def _another(word: str, generator: random.Random, *, year: bool) -> str:
     """A number of as many digits: a year within 40 years, else anything that ends in as many zeros."""
     number = int(word)
-    if _year(word):
-        return str(number + generator.choice([step for step in range(-40, 30) if step and _year(str(number + step))]))
+    if year:
+        return str(number + generator.choice([step for step in range(-40, 30) if step and 1000 <= number + step < 2100]))
     zeros = len(word) - len(word.rstrip("0")) if number else 0
     step = 10**zeros
     low, high = 10 ** (len(word) - 1), 10 ** len(word) - 1
