@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from math import log
@@ -11,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from raglan.corpus import Corpus, write_corpus
+from raglan.encoder import Encoder
 from raglan.errors import CorpusError, IndexMismatch, RecipeError
+from raglan.knowledge import build_knowledge
 from raglan.perturb import (
     KINDS,
     PALETTE,
@@ -45,7 +49,10 @@ from raglan.perturb import (
 from raglan.perturb.guard import numeric
 from raglan.perturb.values import replaced
 from raglan.pooled import check_varied, pool, retrieve_pooled
+from raglan.prompt import fit
+from raglan.recipe import KnowledgeSettings
 from raglan.records import Example, Hit, Passage
+from raglan.retriever import Retriever
 from raglan.text import content_terms
 
 ALDERMERE = Example("q1", "In which year was the Aldermere observatory opened?", ("1873",), ("gold",))
@@ -351,7 +358,7 @@ def test_gold_positions_of_23_examples() -> None:
 
 
 @given(st.lists(st.integers(1, 6).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k))), max_size=40), st.integers(0, 99))
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_positions_of_each_k_differ_by_at_most_one(prompts: list[tuple[int, int]], seed: int) -> None:
     dealt = deal_positions(prompts, seed=seed)
     used: dict[int, Counter[int]] = {}
@@ -595,21 +602,13 @@ def test_a_sweep_may_set_one_against_one_but_not_without_gold() -> None:
 # Several retrievers
 
 
-class Listed:
-    """A retriever with its hits written down."""
-
-    def __init__(self, found: Sequence[Sequence[str]]):
-        self.found = found
-
-    def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
-        texts = {"a2": "text of a"}  # says the same as a
-        found = [[passage(texts.get(name, f"text of {name}"), name) for name in own] for own in self.found]
-        return [tuple(hits(own)[:k]) for own, _ in zip(found, queries, strict=True)]
+def found_by(*ids: str) -> list[Hit]:
+    return hits([passage("text of a" if name == "a2" else f"text of {name}", name) for name in ids])
 
 
 def test_hits_are_taken_in_turn_and_each_once() -> None:
-    pooled = retrieve_pooled({"bm25": Listed([["a", "b", "c"]]), "dense": Listed([["b", "a2", "d", "e"]])}, ["Who?"], 4)
-    assert [(found.hit.passage.id, found.retriever, found.hit.rank) for found in pooled[0]] == [
+    pooled = pool({"bm25": found_by("a", "b", "c"), "dense": found_by("b", "a2", "d", "e")}, 4)
+    assert [(found.hit.passage.id, found.retriever, found.hit.rank) for found in pooled] == [
         ("a", "bm25", 1), ("b", "dense", 1), ("c", "bm25", 3), ("d", "dense", 3),
     ]  # fmt: skip
 
@@ -632,10 +631,76 @@ def test_a_score_of_nothing_is_no_hit() -> None:
 def test_a_retriever_that_always_finds_the_same_is_refused() -> None:
     queries = [f"question {n}?" for n in range(4)]
     with pytest.raises(IndexMismatch, match="'stuck' finds the same 2 passages, 'a' first, for all of 4 different questions"):
-        retrieve_pooled({"stuck": Listed([["a", "b"]] * 4)}, queries, 2)
-    with pytest.raises(IndexMismatch, match="'deaf' finds nothing for all of 4"):
-        retrieve_pooled({"deaf": Listed([[]] * 4)}, queries, 2)
+        check_varied(queries, [found_by("a", "b")] * 4, name="stuck")
     check_varied(queries, [[], [], [], hits([GOLD])], name="fine")
+    check_varied(queries, [*[found_by("a", "b")] * 3, found_by("b", "a")], name="fine")
+    check_varied(queries[:3], [found_by("a")] * 3, name="too few to tell")
     check_varied(["Same?"] * 9, [hits([GOLD])] * 9, name="asked the same")
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    """30 towers, each with its miller and year."""
+    folder = tmp_path_factory.mktemp("towers")
+    tiny.sentence_encoder(folder)
+    texts = [f"the tower {n}x was built in {1700 + n} by miller {n}y. it is old." for n in range(30)]
+    rows = [{"id": f"t{n}", "title": "", "text": text} for n, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "path": folder / "kb", "documents": [folder / "rows.jsonl"], "chunk": None,
+        "encoder": {"model": str(folder / "encoder"), "dtype": "float32"},
+        "indexes": {"dense": {"kind": "dense"}, "bm25": {"kind": "bm25"}},
+    }  # fmt: skip
+    base = build_knowledge(KnowledgeSettings.model_validate(settings))
+    return Retriever(base, Encoder.open(base.settings.encoder), index="dense")
+
+
+def test_noise_among_hits_of_real_retrievers(retriever: Retriever) -> None:
+    queries = [f"when was tower {n}x built" for n in range(5)]
+    pooled = retrieve_pooled({"dense": retriever, "bm25": retriever.by("bm25")}, queries, 8)
+    assert {found.retriever for found in pooled[0]} == {"dense", "bm25"}
+    assert all(len({found.hit.passage.id for found in own}) == len(own) == 8 for own in pooled)
+    corpus = retriever.base.corpus
+    guard = Guard(Frequencies.of(corpus, [str(1700 + n) for n in range(5)]))
+    for n, own in enumerate(retriever.by("bm25").retrieve(queries, 8)):
+        example, gold = Example(f"q{n}", queries[n], (str(1700 + n),), (f"t{n}",)), [corpus[n]]
+        assert guard.verdict(example, corpus[n], []) == "also_gold"
+        kinds = ["hard", "hard", "random", "garbled", "near_duplicate", "counterfactual"]
+        sources = Sources(hits=own, retriever="bm25", corpus=corpus)
+        slots = fill(example, gold_slots(gold), kinds=kinds, gold=gold, sources=sources, guard=guard, seed=7, conflict=True)
+        assert [slot.kind for slot in slots] == ["gold", *kinds]
+        assert len({slot.passage.text for slot in slots}) == 7
+        (places,) = deal_positions([(7, 1)], seed=n)
+        arranged = arrange(slots, seed=str(n), positions=places)
+        assert arranged[places[0] - 1].role == "gold"
+
+
+def test_a_retriever_of_another_language_finds_nothing_and_is_refused(retriever: Retriever) -> None:
+    with pytest.raises(IndexMismatch, match="'bm25' finds nothing for all of 4 different questions"):
+        retrieve_pooled({"bm25": retriever.by("bm25")}, ["桥在哪里", "谁建的塔", "河有多长", "山有多高"], 3)
+    with pytest.raises(RecipeError, match="k is 31, but the knowledge base holds 30 passages"):
+        retrieve_pooled({"bm25": retriever.by("bm25")}, ["tower"], 31)
     with pytest.raises(RecipeError, match="a pool of no retrievers"):
-        retrieve_pooled({}, queries, 2)
+        retrieve_pooled({}, ["tower"], 2)
+
+
+# The whole-passage budget
+
+LENGTHS = [410, 390, 520, 300, 280]
+
+
+@pytest.mark.parametrize(
+    ("room", "gold", "kept"),
+    [
+        (1568, [], (0, 1, 2)),  # 1,320 tokens; 300 more would be 1,620
+        (1568, [4], (0, 1, 4)),  # 1,080 tokens; 520 more would be 1,600
+        (1600, [4], (0, 1, 2, 4)),
+        (1568, [2, 4], (0, 2, 4)),
+        (279, [4], None),
+        (280, [4], (4,)),
+        (100, [], ()),
+        (1900, [0], (0, 1, 2, 3, 4)),
+    ],
+)
+def test_whole_passages_that_fit(room: int, gold: list[int], kept: tuple[int, ...] | None) -> None:
+    assert fit(LENGTHS, room, gold=gold) == kept
