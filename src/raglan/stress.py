@@ -464,8 +464,8 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
         if name != base and base in names:
             before = columns[base, "right"]
             columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
-        if constant(columns[name, "right"]):
-            log.warning("%s: every answer is alike right or wrong", name)
+    if alike := [name for name in names if constant(columns[name, "right"])]:
+        log.warning("every answer is alike right or wrong under %s; look at answers.jsonl", ", ".join(alike))
     columns |= {("order", figure): column for figure, column in _orders(rows, names).items()}
     there = {"\t".join(key): column for key, column in columns.items() if not all(map(math.isnan, column))}
     figures: dict[str, dict[str, Interval]] = {name: {} for name in (*names, "order")}
