@@ -26,21 +26,24 @@ from hypothesis import strategies as st
 import tiny
 from fault_server import KEY, Fault, FaultServer
 from raglan.artifact import read_manifest
+from raglan.calls.structured import parse, strict_schema
 from raglan.critique import Critique, kappa, read_audit
 from raglan.critique.annotate import annotate
 from raglan.critique.critic_data import balanced, candidates
-from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, templates
+from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, reply_model, templates
 from raglan.critique.rules import Rules
 from raglan.critique.sources import Row, drawn
-from raglan.critique.teacher import Book, CriticLabels, Labelled, Teacher
+from raglan.critique.teacher import PIECE, Book, CriticLabels, Labelled, Teacher
 from raglan.data import answer_rows
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
 from raglan.generator import open_generator
 from raglan.knowledge import build_knowledge
+from raglan.marked_prompt import GROUPS
 from raglan.recipe import CriticDataSettings, QuestionData, load_recipe
 from raglan.records import Passage
 from raglan.text import sentences
+from raglan.train import train
 from test_cli import run
 
 TOWNS = ("Arbel", "Corvin", "Dunmore", "Estwick", "Farrow", "Glenholt", "Harwick", "Ilmere", "Jarrow", "Kelder")
@@ -349,6 +352,95 @@ def test_balance_caps_the_commonest_and_takes_no_more_than_it_must(labels: list[
     assert kept == balanced(pairs[::-1], CriticDataSettings(balance=share), 3)
 
 
+@pytest.mark.parametrize("count", [PIECE - 1, PIECE, PIECE + 1])
+def test_no_judgement_is_lost_at_the_end_of_a_piece(folder: Path, work: Critique, count: int) -> None:
+    class ByWords:
+        """Likes the label whose place is that of the prompt's number."""
+
+        prompt, fingerprint = open_generator(work.recipe.generator, work.recipe.prompt).prompt, "words"
+
+        def token_logprobs(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[np.ndarray]:
+            numbers = [zlib.crc32(repr(prompt.ids).encode()) % 2 for prompt in prompts]
+            return [np.array([-1.0 if ("yes", "no")[n] == said else -3.0]) for n, said in zip(numbers, answers, strict=True)]
+
+    asked = [Judgement(f"j{n}", "retrieve", f"{n} mills?") for n in range(count)]
+    found = list(CriticLabels(ByWords(), work.templates).label(asked))  # type: ignore[arg-type]
+    assert [name for name, _ in found] == [one.id for one in asked]
+    ids = [ByWords.prompt.render(work.templates["retrieve"].prompt(one), []).ids for one in asked]
+    assert [verdict.label for _, verdict in found] == [  # type: ignore[union-attr]
+        ("yes", "no")[zlib.crc32(repr(one).encode()) % 2] for one in ids
+    ]
+
+
+def test_a_search_that_finds_one_passage_is_enough(work: Critique) -> None:
+    """The known passage, the one found and the one drawn may be the same."""
+    row = next(row for row in work.rows if row.id == "questions/q5")
+    corpus = work.base.corpus
+    seed = next(s for s in range(500) if corpus[int(drawn(s, row.id, "passage") * len(corpus))].id == "mill-5")
+    asked = list(candidates([row], corpus, lambda queries, k: [() for _ in queries], seed=seed, abstention="none"))
+    assert [one.passage.id for one in asked if one.kind == "is_rel" and one.passage is not None] == ["mill-5"]
+
+
+def test_other_wordings_make_other_critic_data(work: Critique, tmp_path: Path) -> None:
+    class Reworded(Template):
+        def body(self, judgement: Judgement) -> str:
+            return "New words. " + super().body(judgement)
+
+        @property
+        def fingerprint(self) -> str:
+            return "reworded"
+
+    def made() -> Critique:
+        return Critique(work.recipe.model_copy(update={"critique": work.settings.model_copy(update={"path": tmp_path})}))
+
+    made().critic_data()
+    other = made()
+    other.__dict__["templates"] = {kind: Reworded(kind) for kind in LABELS}
+    assert set(other.critic_data()["templates"].values()) == {"reworded"}
+    assert all("New words. " in row["query"] for row in read_lines(tmp_path / "critic" / "train.jsonl"))
+
+
+def test_a_critic_is_trained_from_a_recipe_and_annotates(folder: Path, tmp_path: Path) -> None:
+    """Critic data → `raglan train` → annotator, on the wordings that it learned and no others."""
+    text = (folder / "recipe.yaml").read_text()
+    text = text.replace("path: out", f"path: {tmp_path}/out").replace("k: 4", "k: 1")
+    text = (
+        text.replace("irrelevant: 0.5", "irrelevant: 0.0, limit: 8")
+        .replace("count: 6", "count: 1")
+        .replace("count: 8", "count: 3")
+    )
+    (folder / "judged.yaml").write_text(text + f"  annotator: {{kind: critic, recipe: {tmp_path}/critic.yaml}}\n")
+    shared = text[text.index("knowledge:") : text.index("generator:")].replace("path: kb", f"path: {folder}/kb")
+    shared = shared.replace("corpus.jsonl", f"{folder}/corpus.jsonl").replace("encoder/encoder", f"{folder}/encoder/encoder")
+    (tmp_path / "critic.yaml").write_text(f"""
+name: critic
+{shared}
+generator: {{model: {folder}/llama, dtype: float32}}
+data: {{kind: questions, path: out/critic/train.jsonl, dev: out/critic/dev.jsonl, source: none}}
+objective: {{kind: answer}}
+train: {{max_steps: 3, learning_rate: 1.0e-2, per_device_train_batch_size: 4, report_to: none}}
+""")
+    made = Critique(load_recipe(folder / "judged.yaml"))
+    made.critic_data()
+    with pytest.raises(CheckpointError, match=r"critic\.yaml gives no critic: its stage .* is not finished"):
+        _ = made.annotator
+    train(load_recipe(tmp_path / "critic.yaml"))
+    assert made.annotator.name == "critic"
+    figures = made.compare_annotator()
+    assert sum(one["rows"] for one in figures.values()) == len(read_lines(tmp_path / "out" / "critic" / "test.jsonl"))
+    account = made.annotate()
+    assert account["annotator"] == "critic"
+    assert account["rows"]["in"] == len(made.rows) == account["rows"]["out"] + sum(account["rows"]["dropped"].values())
+    shares = [row["p"] for row in read_lines(tmp_path / "out" / "verdicts" / "annotator.jsonl")]
+    assert shares
+    assert all(0 < share <= 1 for share in shares)
+    manifest = json.loads((tmp_path / "out" / "critic" / "manifest.json").read_text())
+    manifest["templates"]["is_rel"] = "another"
+    (tmp_path / "out" / "critic" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="learned is_rel in the wording another"):
+        _ = Critique(made.recipe).annotator
+
+
 def test_kappa_and_the_audit_of_people(work: Critique, tmp_path: Path, capsys, monkeypatch) -> None:
     assert kappa(["a"] * 45 + ["b"] * 15 + ["a"] * 25 + ["b"] * 15, ["a"] * 60 + ["b"] * 40) == pytest.approx(
         0.130435, abs=1e-6
@@ -426,6 +518,80 @@ def test_rows_of_questions_say_what_the_passages_hold(work: Critique) -> None:
         (segment,) = row["segments"]
         assert segment["is_rel"] == "irrelevant"
         assert segment["text"] not in segment["passage"]["text"]
+
+
+def changed(work: Critique, path: Path, sources: dict[str, Any], **changes: Any) -> Critique:
+    told = {**work.settings.model_dump(), "path": path, "sources": sources, **changes}
+    made = Critique(work.recipe.model_copy(update={"critique": type(work.settings).model_validate(told)}))
+    made.__dict__["check"] = work.check
+    return made
+
+
+def test_wrong_answers_stand_beside_relevant_passages_and_are_only_judged(work: Critique, folder: Path, tmp_path: Path) -> None:
+    questions = {"kind": "questions", "path": folder / "train.jsonl", "irrelevant": 0.0, "unsupported": 1.0}
+    made = changed(work, tmp_path, {"questions": questions})
+    answers = {row["id"]: row["answers"] for row in read_lines(folder / "train.jsonl") if row["answers"]}
+    account = made.annotate()
+    assert account["rows"]["in"] == 20 + 16 == account["rows"]["out"] + sum(account["rows"]["dropped"].values())
+    rows = [row for row in annotated(made) if row["metadata"]["want"] == "unsupported"]
+    assert len(rows) == account["labels"]["questions"]["row"]["unsupported"] > 10
+    for row in rows:
+        (segment,) = row["segments"]
+        asked = row["id"].split("/")[1]
+        assert segment["is_rel"] == "relevant"
+        assert segment["passage"]["id"] == {"q": "mill-", "b": "bridge-"}[asked[0]] + asked[1:]
+        assert segment["text"] not in answers[asked]
+        assert row["only_judged"]
+        assert work.check(row) is None  # type: ignore[misc]
+    assert {row["segments"][0]["is_sup"] for row in rows} == {"partially", "no"}
+    assert {row["is_use"] for row in rows} >= {1, 3}
+    others = [row for row in annotated(made) if row["metadata"]["want"] != "unsupported"]
+    assert not any("only_judged" in row for row in others)
+    assert made.rows == changed(work, tmp_path, {"questions": questions}).rows
+    prompt = open_generator(work.recipe.generator, work.recipe.prompt).marked_prompt
+    ids = prompt.row_ids(rows[0])
+    learned = {GROUPS[group] for group, ok in zip(ids.groups, ids.learned, strict=True) if ok}
+    assert learned == {"retrieve", "markup", "is_rel", "is_sup", "is_use", "eos"}
+    whole = prompt.row_ids({**rows[0], "only_judged": False})
+    assert (whole.labels, whole.groups) == (ids.labels, ids.groups)
+    assert sum(whole.learned) - sum(ids.learned) == sum(GROUPS[group] == "text" for group in ids.groups) > 0
+
+
+def test_lessons_are_questions_that_the_corpus_asks_itself(work: Critique, tmp_path: Path) -> None:
+    source = {"kind": "lessons", "count": 12, "irrelevant": 0.5, "irrelevant_says": "abstention", "instruction": "Say"}
+    made = changed(work, tmp_path, {"lessons": source})
+    corpus = {passage.id: passage for passage in work.base.corpus}
+    best = [row for row in made.rows if row.want == "best"]
+    second = [row for row in made.rows if row.want == "irrelevant"]
+    assert len(best) == 12
+    assert 0 < len(second) < 12
+    for row in best:
+        (name,) = row.known["relevant"]
+        assert row.known["answers"] == [row.output]
+        assert row.output in corpus[name].text
+        assert row.instruction == f"Say## Input:\n\n{row.question}"
+    assert {row.output for row in second} == {made.settings.abstention}
+    assert made.rows == changed(work, tmp_path, {"lessons": source}).rows
+    assert made.made_of != changed(work, tmp_path, {"lessons": {**source, "count": 11}}).made_of
+    account = made.annotate()["rows"]
+    assert account["in"] == len(made.rows) == account["out"] + sum(account["dropped"].values())
+    told = {row["id"]: row["segments"][0] for row in annotated(made)}
+    for row in best:
+        if row.id in told and told[row.id]["is_sup"] == "fully":
+            assert row.output.casefold() in told[row.id]["passage"]["text"].casefold()
+    assert sum(one["is_sup"] == "fully" for one in told.values()) >= 6
+    assert all(told[row.id]["is_rel"] == "irrelevant" for row in second if row.id in told)
+
+
+def test_shards_of_other_settings_are_not_joined(work: Critique, tmp_path: Path) -> None:
+    sources = {"closed": {"kind": "closed", "count": 12}}
+    for place, k in ((0, 4), (1, 3)):
+        assert changed(work, tmp_path, sources, k=k).annotate(shard=(place, 2))["rows"]["in"] > 0
+    with pytest.raises(CheckpointError, match=r"with other settings .*annotation-2-of-2") as fault:
+        changed(work, tmp_path, sources, k=4).join(2)
+    assert "annotation-1-of-2" not in str(fault.value)
+    changed(work, tmp_path, sources, k=4).annotate(shard=(1, 2))
+    assert changed(work, tmp_path, sources, k=4).join(2)["rows"]["in"] == 12
 
 
 def test_every_drawn_passage_has_its_own_labels(work: Critique, tmp_path: Path) -> None:
@@ -561,6 +727,9 @@ def test_the_command(work: Critique, folder: Path, capsys, monkeypatch) -> None:
     assert out.count("second pass 100.0%") == 5
     code, _, err = run("critique", str(folder / "recipe.yaml"), "--only", "all", capsys=capsys, monkeypatch=monkeypatch)
     assert (code, "--only is 'all'" in err) == (2, True)
+    for more in (("--shard", "1/2"), ("--join", "2")):
+        said = run("critique", str(folder / "recipe.yaml"), "--only", "critic", *more, capsys=capsys, monkeypatch=monkeypatch)
+        assert (said[0], "--only critic makes none" in said[2]) == (2, True)
     code, _, err = run("critique", str(folder / "recipe.yaml"), "--shard", "4/3", capsys=capsys, monkeypatch=monkeypatch)
     assert (code, "--shard is '4/3'" in err) == (2, True)
     with pytest.raises(RecipeError, match="has no `critique`"):
@@ -634,6 +803,55 @@ def test_an_endpoint_judges_through_the_call_engine(folder: Path, tmp_path: Path
     retrieving = next(body for body in bodies if body["messages"][-1]["content"].count("\n") == 0)
     assert len(retrieving["messages"]) == 1 + 2 * 7 + 1
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "paid").rglob("*.json*"))
+
+
+@pytest.mark.parametrize("kind", list(LABELS))
+def test_the_schema_that_a_server_is_given_admits_the_verdicts_and_no_more(kind: Any) -> None:
+    model = reply_model(kind)
+    schema = strict_schema(model)
+    assert schema["properties"]["label"]["enum"] == list(LABELS[kind])
+    assert schema["properties"]["reason"]["type"] == "string"
+    assert (schema["required"], schema["additionalProperties"]) == (["label", "reason"], False)
+    assert schema == json.loads(json.dumps(schema)) == strict_schema(model)
+    for label in LABELS[kind]:
+        value, errors = parse(f'```json\n{{"label": "{label}", "reason": "so"}}\n```', model)
+        assert (errors, read_reply(kind, value)) == ("", Verdict(label, "so"))  # type: ignore[arg-type]
+        assert read_reply(kind, value.model_dump_json()) == Verdict(label, "so")  # type: ignore[union-attr]
+    assert parse('{"label": "perhaps", "reason": "so"}', model)[0] is None
+
+
+def test_a_second_pass_that_differs_is_told_with_its_kappa(work: Critique, tmp_path: Path) -> None:
+    """The teacher changes its mind about every other instruction; figures are those of the labels, reckoned here."""
+    labels: dict[int, dict[str, str]] = {0: {}, 1: {}}
+
+    def say(one: Judgement, draw: int) -> Verdict | Reject:
+        kinds, words = LABELS[one.kind], one.kind + one.instruction + one.output
+        turned = draw and drawn(0, words, "turned") < 0.5
+        if draw and drawn(0, words, "refused") < 0.1:
+            return Reject("refused", "no")
+        labels[draw][words] = kinds[(int(drawn(0, words, "first") * len(kinds)) + bool(turned)) % len(kinds)]
+        return Verdict(labels[draw][words])
+
+    made = changed(work, tmp_path, {"closed": {"kind": "closed", "count": 40}}, critic={"second_pass": 1.0})
+    made.__dict__["teacher"] = Told(say)
+    told = made.critic_data()["judgements"]
+    asked = read_lines(tmp_path / "critic" / "labels.jsonl")
+    for kind in ("retrieve", "is_use"):
+        words = [kind + row["instruction"] + row.get("output", "") for row in asked if row["judgement"] == kind]
+        pairs = [(labels[0][one], labels[1][one]) for one in words if one in labels[1]]
+        second = told[kind]["second_pass"]
+        assert second["rows"] == len(pairs) > 20
+        assert len(pairs) < len(words)  # a reject is no label
+        assert second["agreement"] == sum(a == b for a, b in pairs) / len(pairs)
+        assert second["kappa"] == kappa([a for a, _ in pairs], [b for _, b in pairs])
+        assert abs(second["kappa"]) < 0.7
+
+
+def test_a_priced_teacher_without_a_cap_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRITIC_KEY", KEY)
+    path = paid(folder, "http://localhost:1/v1", tmp_path / "open", cap="null")
+    with pytest.raises(RecipeError, match="has a price and no cap_usd"):
+        _ = Critique(load_recipe(path)).teacher
 
 
 def test_spend_never_exceeds_the_cap(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

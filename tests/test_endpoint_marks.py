@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import tiny
+from raglan.decode import Asked, self_rag
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import MarkedEndpoint, open_any, open_generator
-from raglan.recipe import GeneratorSettings, PromptSettings
-from raglan.records import Marked, Passage
+from raglan.generator.asked import finish_of
+from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
+from raglan.records import Hit, Marked, Passage
 from served import KEY, ServedMarks, serving
 from test_cli import run
 from test_kill import small_recipe
@@ -112,6 +114,23 @@ def test_read_first_then_written(served: ServedMarks, address: str, folder: Path
     assert grown.only([2, 1]).mark_logprobs[1].tolist() == state[0].tolist()
     told = plain(model, grown.ids[0], marks, set(), 1)
     assert grown.mark_logprobs[0] == pytest.approx(told.mark_logprobs[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("prune", "once"), [({"kind": "none"}, True), ({"kind": "tau", "tau": 0.0}, False)])
+def test_rel_is_asked_first_only_where_it_decides(
+    served: ServedMarks, address: str, folder: Path, prune: dict[str, Any], once: bool
+) -> None:
+    """A request for the decision and one a passage; where passages may be left out, two for each that is not."""
+    generator = opened(address, folder)
+    assert generator.exact_marks
+    before = len(served.asked)
+    hits = [Hit(Passage(str(n), text), n, 1.0, n + 1) for n, text in enumerate(("a tower", "an inn", "a mill"))]
+    settings = SelfRagDecode(kind="self_rag", retrieve="always", max_new_tokens=5, prune=prune)
+    answer = self_rag(generator, Asked([QUESTIONS[0]], [hits]), settings)[0]
+    limits = [request["max_tokens"] for request in served.asked[before:]]
+    assert limits == [1, *([5] * 3 if once else [1] * 3 + [4] * 3)]
+    assert answer.trace is not None
+    assert all(one["rel"] is not None and one["bound"] is not None for one in answer.trace["candidates"])
 
 
 def test_first_token_is_chosen_here(served: ServedMarks, address: str, folder: Path, model: Any) -> None:
@@ -294,6 +313,18 @@ def test_key_and_tokenizer(address: str, folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(GeneratorError, match="refuses the key") as fault:
         opened(address, folder).exact_marks  # noqa: B018
     assert "sk-another-secret" not in str(fault.value)
+
+
+def test_an_end_is_an_end_even_where_it_is_a_stop() -> None:
+    """As the model here says it: a tree would go on behind a `stop`."""
+
+    def row(*ids: int, finish: Any = "length") -> Marked:
+        return Marked(ids, np.zeros(len(ids), np.float32), np.zeros((len(ids), 1), np.float32), finish)
+
+    assert finish_of(row(5, 2), {2, 7}, 2) == "eos"
+    assert finish_of(row(5, 7), {2, 7}, 2) == "stop"
+    assert finish_of(row(5, 9, finish="eos"), {7}, 2) == "eos"
+    assert (finish_of(row(5), {7}, 2), finish_of(row(), {7}, 2)) == ("length", "length")
 
 
 def test_settings_belong_to_their_kind() -> None:

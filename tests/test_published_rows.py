@@ -100,6 +100,14 @@ def test_files_come_back_byte_for_byte(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_half_a_character_is_told_with_its_line(tmp_path: Path) -> None:
+    good = json.dumps({"instruction": "a", "output": "[No Retrieval]b[Utility:5]"})
+    (tmp_path / "theirs.jsonl").write_text(good + "\n" + good.replace('"a"', '"\\ud83d"') + "\n")
+    with pytest.raises(CorpusError, match=r"line 2 holds .*half a character"):
+        import_rows(tmp_path / "theirs.jsonl", tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- it learns
 
 

@@ -127,6 +127,29 @@ def test_what_was_never_written_is_incomplete_and_can_be_filled(recorded: Path) 
     assert other.cost.calls == spent
 
 
+def test_one_question_that_was_never_written_leaves_the_others_their_rate(recorded: Path) -> None:
+    longer = Hit(Passage("new", "never read", "T0"), K, 0.1, K + 1)
+    asked = Asked(QUESTIONS, [*[HITS] * (len(QUESTIONS) - 1), (longer,)])
+    decode = SelfRagDecode(kind="self_rag", form="short", target_rate=1.0)
+    found = replay(_generator(), asked, decode, cache=CandidateCache.open(recorded, IDENTITY))
+    expected = self_rag(_generator(), asked, decode)
+    assert [answer and _same(answer) for answer in found] == [*map(_same, expected[:-1]), None]
+    strange = Asked(["question 0? really?"], [HITS])
+    assert replay(_generator(), strange, decode, cache=CandidateCache.open(recorded, IDENTITY)) == [None]
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_old_one(recorded: Path, tmp_path: Path) -> None:
+    cache = CandidateCache.open(recorded)
+    cache.save(tmp_path / "kept")
+    cache.questions.append({"what": object()})  # no JSON: stops half-way
+    with pytest.raises(TypeError):
+        cache.save(tmp_path / "kept")
+    assert len(CandidateCache.open(tmp_path / "kept").questions) == len(QUESTIONS)
+    cache.questions.pop()
+    cache.save(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_draws_are_not_kept() -> None:
     with pytest.raises(RecipeError, match="draws are not kept"):
         record(_generator(), ASKED, SelfRagDecode(kind="self_rag", form="short", temperature=0.7), cache=CandidateCache())

@@ -664,3 +664,26 @@ def test_the_tree_is_drawn_with_its_answer() -> None:
     best = [line.text.partition(":")[0] for line in lines if line.best]
     assert best == ["[2] p1", "[2] p1"]
     assert "final 3.1500" in "".join(line.text for line in lines if line.best)
+
+
+def test_a_second_try_keeps_to_the_budget_of_calls() -> None:
+    script = {
+        (): decides(0.05, 0.9), (NO,): said("unaided", "words"),
+        ("a",): said("x", rel=(0.9, 0.1), sup=(0.1, 0.1, 0.8), then=ON),
+    }  # fmt: skip
+    ends = []
+    for most in range(3, 11):
+        generator = ScriptedGenerator(script)
+        decode = settings(require=["fully"], on_empty="no_retrieval", max_segments=2, max_calls=most)
+        answer = ask(generator, found("a"), decode)[0]
+        assert generator.cost.calls <= most
+        assert answer.trace is not None
+        ends.append(answer.trace["finish"])
+    assert {ends[0], ends[-1]} == {"budget", "eos"}
+
+
+def test_where_no_passage_fits_behind_the_question() -> None:
+    generator = ScriptedGenerator({(): decides(0.05, 0.9), ("a",): said("x", rel=(0.9, 0.1))})
+    generator.positions = len(generator.marked_prompt.question("who?")) + 5  # type: ignore[attr-defined]
+    with pytest.raises(GeneratorError, match="none of its 1 passages fits"):
+        ask(generator, found("a"), settings())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import AddedToken
 
 import tiny
 from raglan.decode import Asked, self_rag
@@ -161,6 +162,20 @@ def test_what_is_counted_is_what_was_computed(generator: HFGenerator) -> None:
     assert answer.trace is not None
     told = answer.trace["cost"]
     assert (told["calls"], told["computed"], told["generated"]) == (spent.calls, spent.positions, spent.generated)
+
+
+def test_how_the_tokens_are_registered_changes_nothing(generator: HFGenerator) -> None:
+    """Decoding may skip special tokens and shows ordinary ones; nothing is decided on what it shows."""
+    words = tiny.llama_tokenizer(legacy=False)
+    words.add_tokens([AddedToken(name, normalized=False) for name in (*generator.schema.spellings, "<pad>")])
+    words.pad_token = "<pad>"
+    other = HFGenerator(generator.model, words, GeneratorSettings(model="same", dtype="float32"), PromptSettings())
+    assert other.schema == generator.schema
+    for form in ("short", "long"):
+        ours, theirs = (self_rag(one, ASKED, settings(form=form)) for one in (generator, other))
+        assert [(a.text, a.raw, a.ids, a.logprob) for a in ours] == [(a.text, a.raw, a.ids, a.logprob) for a in theirs]
+    ids = [*generator.schema.marks, *ours[0].ids]
+    assert words.decode(ids, skip_special_tokens=True) != generator.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_a_generator_without_reflection_tokens_is_refused(tmp_path: Path) -> None:

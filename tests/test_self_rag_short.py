@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 import tiny
 from raglan.calibration import fitted
 from raglan.decode import Asked, self_rag
+from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.decode.self_rag.rules import calibrated, decide
 from raglan.errors import GeneratorError
 from raglan.recipe import CalibrationSettings, SelfRagDecode
@@ -423,6 +425,9 @@ def test_all_passages_irrelevant(way: str, text: str, flags: list[str]) -> None:
     assert kept.text == "Rome"
 
 
+SETS = 250  # by the arithmetic alone 1,200 more are tried in test_reflection
+
+
 def test_bound_gives_what_none_gives_on_random_candidates() -> None:
     draw = random.Random(0)
     pieces = ["a", "b", "c"]
@@ -437,9 +442,9 @@ def test_bound_gives_what_none_gives_on_random_candidates() -> None:
         useful = masses(5, 4 if good else draw.randrange(5), share)
         return said(name, rel=masses(2, int(not good), share), sup=judged, use=useful)
 
-    scripts = {f"q{n:03d}": {(): decides(0.1, 0.9), **{(name,): line(name) for name in pieces}} for n in range(1000)}
+    scripts = {f"q{n:03d}": {(): decides(0.1, 0.9), **{(name,): line(name) for name in pieces}} for n in range(SETS)}
     generator = ScriptedGenerator(scripts)
-    asked = Asked(list(scripts), [found(*pieces)] * 1000)
+    asked = Asked(list(scripts), [found(*pieces)] * SETS)
     runs = []
     for prune in ({"kind": "none"}, {"kind": "bound", "wave": 1}):
         before = generator.cost.copy()
@@ -610,3 +615,46 @@ def test_bound_leaves_most_of_ten_passages_unwritten() -> None:
     assert max(finals(every).values()) >= 3
     assert len(finals(bound)) <= 4
     assert (bound.text, bound.logprob) == (every.text, every.logprob)
+
+
+def test_a_cut_off_continue_is_flagged_where_the_rule_reads_it() -> None:
+    row = np.log([0.5, 0.3, NAN, *[0.1] * 10])
+    flags = {rule: decide(row, settings(rule=rule), missing="floor", threshold=0.2).flags for rule in ("two_way", "three_way")}
+    assert flags == {"two_way": (), "three_way": ("retrieve:partial",)}
+
+
+def test_a_steep_calibration_is_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = calibrated([0.0, 1e-300, 0.5, 1.0], CalibrationSettings(kind="temperature", temperature=0.05))
+    assert found.tolist() == [0.0, 0.0, 0.5, 1.0]
+
+
+def test_a_passage_behind_which_no_option_fits_is_left_out() -> None:
+    scored = {(name, option): (-0.1, -0.1, -0.1) for name in ("p0", "p1") for option in ("ab", "cd")}
+    script = {(): decides(0.1, 0.9), ("p0",): said("x", rel=(0.9, 0.1)), ("p1",): said("x", rel=(0.8, 0.2))}
+    generator = ScriptedGenerator(script, scored=scored)
+    prompt, hits = generator.marked_prompt, found("p0", "p1")
+    assert len(prompt.foreign("ab")) == 2
+    longer = Hit(Passage("p1", "about p1 too", "p1"), 1, 0.5, 2)
+    behind = len(prompt.question("why")) + len(prompt.passage(longer.passage))
+    for left, flags in ((3, []), (2, ["too_long:1"])):  # IsRel and two tokens
+        generator.positions = behind + left  # type: ignore[attr-defined]
+        answer = ask(generator, [hits[0], longer], options=["ab", "cd"])
+        assert answer.trace is not None
+        assert answer.trace["flags"] == flags
+
+
+def test_the_questions_of_a_rate_are_read_in_batches() -> None:
+    scripts = {f"q{n}": {(): decides(1 - r, r)} for n, r in enumerate((0.9, 0.1, 0.5, 0.3))}
+    generator = ScriptedGenerator(scripts)
+    asked = Asked(list(scripts), [[]] * 4)
+    chosen = settings(target_rate=0.5)
+    prompts = prompts_of(generator, asked, chosen)
+    for size, calls in ((10_000, 1), (1, 4)):
+        generator.batch_tokens = size  # type: ignore[attr-defined]
+        before = generator.cost.copy()
+        assert threshold_of(generator, prompts, chosen) == pytest.approx(0.3)
+        assert (generator.cost - before).calls == calls
+    for form in ("short", "long"):
+        assert self_rag(generator, Asked([], []), settings(form=form, target_rate=0.5)) == []

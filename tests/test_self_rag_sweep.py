@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch
 import tiny
 from raglan.decode.self_rag.table import Table
 from raglan.errors import RecipeError
+from raglan.evaluate import gold
 from raglan.generator import open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, SweepSettings
+from raglan.records import Example
 from raglan.reflection import Components
 from raglan.sweep import Setting, settings_of, sweep
 from test_cli import run
@@ -90,6 +93,14 @@ sweep: {metric: f1, threshold: [0.0, 0.3, 0.5, 0.7, 1.0], k: [1, 3], rel: [1.0],
     return folder
 
 
+def rewritten(path: Path, content: bytes) -> bytes:
+    """What a file held until now. Its size and time stay, by which candidates know their model."""
+    before, stamp = path.read_bytes(), path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    return before
+
+
 def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = str(folder / "asks.yaml")
     call: Callable[..., tuple[int, str, str]] = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
@@ -105,6 +116,19 @@ def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], m
     told = json.loads(call("evaluate", recipe, "--rescore", "decode.threshold=0.3", "--json")[1])
     assert told["figures"]["f1"] == live["retrieved/f1"]["mean"]
     assert (told["calls"], told["incomplete"], told["questions"]) == (0, 0, 8)
+    weights = [*folder.glob("m/*.safetensors"), *folder.glob("encoder/encoder/**/*.safetensors")]
+    assert len(weights) == 2
+    kept = [rewritten(path, bytes(path.stat().st_size)) for path in weights]  # neither model nor encoder can be opened
+    again = json.loads(call("evaluate", recipe, "--rescore", "decode.threshold=0.3", "--json")[1])
+    assert again["figures"] == told["figures"]
+    for path, content in zip(weights, kept, strict=True):
+        rewritten(path, content)
+    code, _, err = call("evaluate", recipe, "--rescore", "retriever.k=4")
+    assert code == 2
+    assert "written for 3 passages" in err
+    filled = json.loads(call("evaluate", recipe, "--rescore", "retriever.k=4", "--fill", "--json")[1])
+    assert filled["calls"] > 0
+    assert json.loads(call("evaluate", recipe, "--rescore", "retriever.k=4", "--json")[1])["figures"] == filled["figures"]
 
     code, out, err = call("evaluate", recipe, "--sweep", "--confirm")
     assert code == 0
@@ -122,3 +146,18 @@ def test_by_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str], m
     code, _, err = call("evaluate", recipe, "--rescore", "--sweep")
     assert code == 2
     assert "one at a time" in err
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_gold_is_spelt_as_the_closed_set_is(size: int) -> None:
+    letters, digits = tuple("ABCDE"[:size]), tuple("12345"[:size])
+    for letter, digit in zip(letters, digits, strict=True):
+        for given in (letter, digit, f" {letter.lower()}.", f"{letter}: a text"):
+            example = Example("1", "q", (given,))
+            for name in ("labels", "options"):
+                assert gold(example, SelfRagDecode(kind="self_rag", **{name: letters})) == [letter]
+                assert gold(example, SelfRagDecode(kind="self_rag", **{name: digits})) == [digit]
+    named = Example("1", "q", ("SUPPORTS", "tin"))
+    assert gold(named, SelfRagDecode(kind="self_rag", labels=("true", "false"))) == ["true", "tin"]
+    own = Example("1", "q", ("2",), metadata={"choices": ["1", "2"]})
+    assert gold(own, SelfRagDecode(kind="self_rag", options=letters)) == gold(own, SHORT) == ("2",)

@@ -22,7 +22,8 @@ from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate_recipe
 from raglan.judge import judge, messages, open_judged
 from raglan.metrics import answer_recall
-from raglan.recipe import EvaluateSettings, RobustnessSettings, load_recipe
+from raglan.rag import RAG
+from raglan.recipe import ConcatDecode, EvaluateSettings, RobustnessSettings, load_recipe
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.stress import CLEAN, conditions, draw_prompts, evaluate_robustness, summarise_conditions
 from raglan.stress_tables import noise_points, robustness_tables
@@ -30,6 +31,7 @@ from raglan.train import train
 from test_kill import small_recipe
 
 runner = CliRunner()
+BARE = RAG(None, None, ConcatDecode(), 1)  # type: ignore[arg-type]  # nothing of it but the decoding is looked at
 ASKED = {"noise": ["hard", "random", "counterfactual"], "ratios": [0, 0.5, 1], "distractors": [0, 2], "orders": 4,
          "unseen": ["bm25"]}  # fmt: skip
 
@@ -266,7 +268,7 @@ def test_in_domain_is_what_the_manifests_say(recipe: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(("fold", "right"), [(False, 0), (True, 1)])
 def test_numerals_are_folded_only_if_asked(fold: bool, right: float) -> None:
     settings = EvaluateSettings(questions=Path("q.jsonl"), metrics=("em", "f1"), fold_numbers=fold)
-    measures = _measures(settings, None)  # type: ignore[arg-type]  # asked for nothing of the system
+    measures = _measures(settings, BARE)
     example = Example("q", "哪一年？", ("1978年",))
     assert measures["em"]("一九七八年", example) == right
     assert measures["f1"]("一九七八年", example) == pytest.approx(1 if fold else 0.2857, abs=5e-5)
@@ -278,7 +280,7 @@ def test_figures_of_citations_and_quotes_are_in_the_evaluation() -> None:
     hits = [Hit(Passage(f"p{n}", text), n, 1.0, n + 1) for n, text in enumerate(["Other text.", "Built in 1873."])]
     row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
     answer = Answer("When?", 'It says "Built in 1873" [2] [3].', 0.0, True, tuple(hits))
-    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, None))  # type: ignore[arg-type]
+    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE))
     told = {name.removeprefix("retrieved/"): value for name, value in row["figures"].items()}
     assert told == {
         "em": 0, "match": 1, "declined": 0, "str_em": 0.5, "citation_validity": 0.5, "citation_precision": 0.5,

@@ -14,6 +14,7 @@ from raglan.errors import CheckpointError, GeneratorError
 from raglan.generator import HFGenerator, open_generator
 from raglan.objective import AnswerObjective
 from raglan.recipe import GeneratorSettings, PromptSettings
+from raglan.records import Passage
 from raglan.reflection import Schema
 from raglan.vocabulary import extend_vocabulary, new_rows
 
@@ -177,3 +178,16 @@ def test_a_list_of_rows_reaches_the_input_side_alone(folders: dict[str, Path]) -
     assert new_rows(model, schema) == {"model.embed_tokens": sorted(schema.controls), "lm_head": sorted(schema.controls)}
     bare = opened(folders["plain"], vocabulary="self_rag", lora={**LORA, "trainable_token_indices": sorted(schema.controls)})
     assert not [name for name, p in bare.model.named_parameters() if p.requires_grad and "lm_head" in name]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_saved_tokenizer_keeps_its_blanks(folders: dict[str, Path], tmp_path: Path, legacy: bool) -> None:
+    """The blank behind a control token: what was trained with it must be asked with it."""
+    generator = opened(folders["published"])
+    generator.tokenizer = tiny.llama_tokenizer(special=True, legacy=legacy)
+    told = generator.marked_prompt.passage(Passage("p", "the tin in the inn", "the"))
+    generator.save(tmp_path / "saved")
+    again = opened(tmp_path / "saved")
+    assert again.marked_prompt.passage(Passage("p", "the tin in the inn", "the")) == told
+    again.save(tmp_path / "twice")
+    assert opened(tmp_path / "twice").marked_prompt.passage(Passage("p", "the tin in the inn", "the")) == told

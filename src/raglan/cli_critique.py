@@ -40,6 +40,8 @@ def critique(
         raise RecipeError(f"--only is {only!r}", hint="critic or annotation")
     if shard is not None and join is not None:
         raise RecipeError("--shard and --join exclude each other", hint="run all shards first, then --join")
+    if only == "critic" and (shard is not None or join is not None):
+        raise RecipeError("--shard and --join are of the annotation, and --only critic makes none", hint="leave out --only")
     if audit is not None:
         _tell({"audit": read_audit(audit)}, as_json)
         return

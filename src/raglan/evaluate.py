@@ -53,8 +53,9 @@ from raglan.metrics import (
     rouge_l,
 )
 from raglan.rag import RAG
-from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
+from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Example, Hit
+from raglan.reflection import normalise_label
 from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
 from raglan.text import fold_numbers
 from raglan.train import Parts, finished_parts, folder_stamp, learned_from
@@ -68,6 +69,7 @@ __all__ = [
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
+    "gold",
     "interval_kinds",
     "open_evaluation",
     "spent",
@@ -314,11 +316,21 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
     return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
 
 
+def gold(example: Example, decode: DecodeSettings) -> Sequence[str]:
+    """The answers of a question as its decoding spells them: of Self-RAG's closed set A … E "2" is B, and of 1 … 5 "B" is 2."""
+    closed: Sequence[str] = ()
+    if isinstance(decode, SelfRagDecode):
+        closed = decode.labels or (() if choices_of(example) else decode.options)
+    return [normalise_label(answer, closed) or answer for answer in example.answers] if closed else example.answers
+
+
 def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
     """Name → (answer's text, example) → figure, NaN where it does not apply."""
     fold = fold_numbers if settings.fold_numbers else str
     known: Measures = {
-        name: lambda text, example, measure=measure: measure(fold(text), [*map(fold, example.answers)])  # type: ignore[misc]
+        name: lambda text, example, measure=measure: measure(  # type: ignore[misc]
+            fold(text), [*map(fold, gold(example, system.decode))]
+        )
         for name, measure in OF_A_QUESTION.items()
     }
     if settings.answers_are == "regex":  # words have no overlap with a pattern

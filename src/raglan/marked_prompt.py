@@ -145,7 +145,8 @@ class MarkedPrompt:
     ) -> MarkedRow:  # fmt: skip
         """A row of training data (see `raglan.marked_rows` for its fields) as ids with what is learned of them.
 
-        Learned is all behind the prompt but passages, strictly between their own markups. A passage is cut to `passage_max`
+        Learned is all behind the prompt but passages, strictly between their own markups, and but the text of a row that says
+        `only_judged`. A passage is cut to `passage_max`
         tokens; then, while the row exceeds `limit` tokens, its last segment is left out, and with it IsUse and the end.
 
         Args:
@@ -157,7 +158,7 @@ class MarkedPrompt:
             CorpusError: a label that is none, a row off the grammar, or one of which no segment fits (`RowTooLong`).
         """
         made = MarkedRow(self.question(row["instruction"], given=row.get("input") or ""))
-        made.add("text", self.foreign(row.get("lead") or ""))
+        made.add("text", self.foreign(row.get("lead") or ""), learned=not row.get("only_judged"))
         ends = [len(made)]
         for segment in row["segments"]:
             self._add_segment(made, segment, row, passage_max, learned=markups == "train")
@@ -194,7 +195,7 @@ class MarkedPrompt:
             if role in ("is_rel", "is_sup"):
                 made.add(role, [] if said is None else [self._label(role, said, row)])
             else:
-                made.add("text", self.foreign(said or ""))
+                made.add("text", self.foreign(said or ""), learned=not row.get("only_judged"))
 
     def _label(self, role: str, said: str | int, row: Mapping[str, Any]) -> int:
         for known in (LABELS[role], self.schema.strings[role]):

@@ -1,9 +1,11 @@
 """From a file of Self-RAG rows to training rows of ids (Asai et al. 2023, arXiv 2310.11511, §3.2).
 
 A line is {id, instruction, input?, segments: [{decision, passage: {id, title, text} | null, is_rel, text, is_sup, tail?}],
-lead?, is_use, metadata}, as `raglan critique` writes it and `raglan rows import` converts it. Learned is everything
-behind the prompt but the passages, each between its own markups: of three passages the text behind the first is learned like
-the text behind the last. (The authors' code masks from the first markup to the last.)
+lead?, is_use, only_judged?, metadata}, as `raglan critique` writes it and `raglan rows import` converts it. Learned is
+everything behind the prompt but the passages, each between its own markups: of three passages the text behind the first is
+learned like the text behind the last. (The authors' code masks from the first markup to the last.) Of a row that says
+`only_judged` the text is read and its judgements are learned, so that a wrong answer teaches what a wrong answer is, and not
+to give it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from raglan.artifact import fingerprint
 from raglan.errors import CorpusError
 from raglan.marked_prompt import LABELS
 from raglan.reflection import GrammarError, Schema, Segment, parse
+from raglan.text import half_character
 
 __all__ = ["export_rows", "import_rows", "published", "unpublished"]
 
@@ -187,6 +188,8 @@ def _object(line: str, where: str, number: int) -> dict[str, Any]:
         raise CorpusError(f"{where}, line {number} is not JSON: {fault}", hint="give a .jsonl file") from None
     if not isinstance(value, dict):
         raise CorpusError(f"{where}, line {number} is {type(value).__name__}, not an object", hint="give a .jsonl file")
+    if (half := half_character(json.dumps(value, ensure_ascii=False))) is not None:
+        raise CorpusError(f"{where}, line {number} holds {half!r}, half a character", hint="give it as valid UTF-8")
     return value
 
 

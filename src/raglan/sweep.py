@@ -25,21 +25,23 @@ import numpy as np
 from raglan.artifact import file_fingerprint, fingerprint, write_json
 from raglan.data import choices_of, load_examples
 from raglan.decode import Asked
-from raglan.decode.self_rag.cache import CandidateCache, record, replay
+from raglan.decode.self_rag.cache import FILL, Absent, CandidateCache, Uncached, record, replay
 from raglan.decode.self_rag.table import Table
 from raglan.errors import CheckpointError, RecipeError
-from raglan.evaluate import OF_A_QUESTION
+from raglan.evaluate import OF_A_QUESTION, gold
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import regex_match
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, Recipe, SelfRagDecode, SweepSettings
 from raglan.records import Answer, Example, Hit
 from raglan.reflection import Weights
+from raglan.text import shortened
 from raglan.train import Parts, finished_parts, folder_stamp
 
 __all__ = ["Rescored", "Setting", "Sweep", "candidates_folder", "rescore", "settings_of", "sweep", "swept", "write_candidates"]
 
 log = logging.getLogger(__name__)
+FORMAT = 2  # of what candidates keep
 
 
 @dataclass(frozen=True)
@@ -110,33 +112,39 @@ def write_candidates(recipe: Recipe) -> tuple[Path, CandidateCache]:
     name, parts = finished_parts(recipe)[-1]
     system = parts.open(recipe)
     cache = CandidateCache(_identity(recipe, parts, decode, questions))
-    record(
-        _generator(system), _asked(system, _examples(recipe, system, questions)), decode, cache=cache, retrieve=_find(system)
-    )
+    asked = _asked(system, _examples(recipe, system.retriever.base, questions), cache)
+    record(_generator(system), asked, decode, cache=cache, retrieve=_find(system, cache))
     folder = candidates_folder(recipe, name)
     cache.save(folder)
     return folder, cache
 
 
 def rescore(recipe: Recipe, *, fill: bool = False) -> Rescored:
-    """The figures of the recipe's decoding as it is now, from the candidates.
+    """The figures of the recipe's decoding as it is now, from the candidates. Only with `fill` is the system opened.
 
     Raises:
         CheckpointError: no candidates, or made with another model, prompt, knowledge base, limit or other questions.
+        RecipeError: more passages than they were written for.
     """
     decode, questions = _decode(recipe), _questions(recipe)
     name, parts = finished_parts(recipe)[-1]
     cache = _open(recipe, name, parts, decode, questions)
-    system = parts.open(recipe)
-    examples = _examples(recipe, system, questions)
-    generator = _generator(system)
-    before, began = generator.cost.copy(), time.monotonic()
-    answers = replay(generator, _asked(system, examples), decode, cache=cache, fill=fill, retrieve=_find(system))
-    calls = (generator.cost - before).calls
-    if calls:
+    calls, began = 0, time.monotonic()
+    if fill:
+        system = parts.open(recipe)
+        examples = _examples(recipe, system.retriever.base, questions)
+        generator = _generator(system)
+        asked, before = _asked(system, examples, cache), generator.cost.copy()
+        answers = replay(generator, asked, decode, cache=cache, fill=True, retrieve=_find(system, cache))
+        calls = (generator.cost - before).calls
         cache.save(candidates_folder(recipe, name))
+    else:
+        base = KnowledgeBase.open(parts.knowledge or recipe.knowledge.path)
+        examples = _examples(recipe, base, questions)
+        absent, asked = Absent(cache, recipe.prompt.self_rag), _asked_before(cache, base, examples, recipe.retriever.k)
+        answers = replay(absent, asked, decode, cache=cache, retrieve=_found_before(cache, base))
     assert recipe.evaluate is not None
-    return _rescored(recipe.evaluate, examples, answers, calls, time.monotonic() - began)
+    return _rescored(recipe.evaluate, decode, examples, answers, calls, time.monotonic() - began)
 
 
 def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
@@ -154,7 +162,7 @@ def swept(recipe: Recipe, *, confirm: bool = False) -> Sweep:
     known: Callable[..., float] = regex_match if _patterns(recipe) else OF_A_QUESTION[how.metric]
 
     def measure(text: str, example: Example) -> float:
-        return float(known(text, example.answers))
+        return float(known(text, example.answers if known is regex_match else gold(example, decode)))
 
     table = Table.of(cache, decode, lambda text, place: measure(text, examples[place]))
     settings = settings_of(how, decode, k=min(recipe.retriever.k, table.k), seed=recipe.seed)
@@ -228,13 +236,16 @@ def _confirmed(
 
 
 def _rescored(
-    settings: EvaluateSettings, examples: Sequence[Example], answers: Sequence[Answer | None], calls: int, seconds: float
-) -> Rescored:
+    settings: EvaluateSettings, decode: SelfRagDecode, examples: Sequence[Example], answers: Sequence[Answer | None],
+    calls: int, seconds: float,
+) -> Rescored:  # fmt: skip
     known = [(answer, example) for answer, example in zip(answers, examples, strict=True) if answer is not None]
     figures: dict[str, float] = {}
     for name in (name for name in settings.metrics if name in OF_A_QUESTION):
-        measure = regex_match if settings.answers_are == "regex" else OF_A_QUESTION[name]
-        values = [measure(answer.text, example.answers) for answer, example in known]
+        if settings.answers_are == "regex":
+            values = [regex_match(answer.text, example.answers) for answer, example in known]
+        else:
+            values = [OF_A_QUESTION[name](answer.text, gold(example, decode)) for answer, example in known]
         figures[name] = float(np.nanmean(values)) if values else float("nan")
     traces = [answer.trace or {} for answer, _ in known]
     retrieved = sum(bool(trace.get("retrieved")) for trace in traces)
@@ -267,24 +278,65 @@ def _limit(recipe: Recipe) -> int | None:
     return recipe.evaluate.limit if recipe.evaluate is not None else None
 
 
-def _examples(recipe: Recipe, system: RAG, questions: Path) -> list[Example]:
+def _examples(recipe: Recipe, base: KnowledgeBase, questions: Path) -> list[Example]:
     """Only questions with answers count."""
-    examples = load_examples(questions, system.retriever.base.corpus, limit=_limit(recipe), seed=recipe.seed)
+    examples = load_examples(questions, base.corpus, limit=_limit(recipe), seed=recipe.seed)
     return [example for example in examples if example.answers]
 
 
-def _asked(system: RAG, examples: Sequence[Example]) -> Asked:
+def _asked(system: RAG, examples: Sequence[Example], cache: CandidateCache) -> Asked:
+    """The questions with what is found for them, which the candidates keep."""
     queries, history = [e.query for e in examples], [e.history for e in examples]
-    _, hits = system.search(queries, system.k, history=history)
-    return Asked(queries, hits, None, history, choices=[choices_of(example) for example in examples], k=system.k)
+    _, hits = system.search(queries, max(system.k, cache.k), history=history)
+    cache.found, cache.k = [_rows(found) for found in hits], max(system.k, cache.k)
+    return _put(examples, [found[: system.k] for found in hits], system.k)
+
+
+def _asked_before(cache: CandidateCache, base: KnowledgeBase, examples: Sequence[Example], k: int) -> Asked:
+    """The questions with what was found for them when the candidates were written."""
+    if k > cache.k:
+        raise RecipeError(
+            f"retriever.k is {k}, and candidates were written for {cache.k} passages",
+            hint="raglan evaluate --rescore --fill writes the others",
+        )
+    return _put(examples, [_hits(found[:k], base) for found in cache.found], k)
+
+
+def _put(examples: Sequence[Example], hits: Sequence[Sequence[Hit]], k: int) -> Asked:
+    queries, history = [e.query for e in examples], [e.history for e in examples]
+    return Asked(queries, hits, None, history, choices=[choices_of(example) for example in examples], k=k)
+
+
+def _rows(hits: Sequence[Hit]) -> list[tuple[int, float]]:
+    return [(hit.row, hit.score) for hit in hits]
+
+
+def _hits(rows: Sequence[tuple[int, float]], base: KnowledgeBase) -> list[Hit]:
+    return [Hit(base.corpus[row], row, score, rank) for rank, (row, score) in enumerate(rows, 1)]
 
 
 def _generator(system: RAG) -> Any:
     return system.generator
 
 
-def _find(system: RAG) -> Callable[[str, int], list[Hit]]:
-    return lambda query, k: list(system.retriever.retrieve([query], k)[0])
+def _find(system: RAG, cache: CandidateCache) -> Callable[[str, int], list[Hit]]:
+    """Further searches, which the candidates keep."""
+
+    def find(query: str, k: int) -> list[Hit]:
+        hits = list(system.retriever.retrieve([query], max(k, cache.k))[0])
+        cache.searches[query] = _rows(hits)
+        return hits[:k]
+
+    return find
+
+
+def _found_before(cache: CandidateCache, base: KnowledgeBase) -> Callable[[str, int], list[Hit]]:
+    def find(query: str, k: int) -> list[Hit]:
+        if query not in cache.searches:
+            raise Uncached(f"no recorded run searched for {shortened(query)!r}", hint=FILL)
+        return _hits(cache.searches[query][:k], base)
+
+    return find
 
 
 def _open(recipe: Recipe, name: str, parts: Parts, decode: SelfRagDecode, questions: Path) -> CandidateCache:
@@ -311,5 +363,5 @@ def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Pa
         "knowledge base": KnowledgeBase.open(parts.knowledge or recipe.knowledge.path).version,
         "retriever": fingerprint([retriever, encoder]),
         "questions": fingerprint([source, _limit(recipe), recipe.seed]),
-        "form": decode.form, "limit": decode.limit,
+        "form": decode.form, "limit": decode.limit, "format": FORMAT,
     }  # fmt: skip

@@ -13,6 +13,7 @@ With LoRA exactly the new rows of both matrices learn beside the adapter; the au
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings
 from raglan.reflection import PAD, Schema
 
-__all__ = ["extend_vocabulary", "new_rows", "prepare_vocabulary"]
+__all__ = ["extend_vocabulary", "new_rows", "prepare_vocabulary", "save_tokenizer"]
 
 Init = Literal["mean", "words", "random"]
 PHRASES = {  # in the order of a schema's ids
@@ -130,3 +131,12 @@ def _drawn(matrix: Tensor, spread: float, which: tuple[int, int, int]) -> Tensor
     chance = torch.Generator().manual_seed(seed * 1_000_003 + number * 500_009 + row)
     return (torch.randn(matrix.shape[1], generator=chance) * spread).to(matrix)
 
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer so that it is read back as it is, the blank behind control tokens included.
+
+    transformers 5 leaves a Llama tokenizer's `legacy` out of what it saves, and opens it as a fast one, without that blank.
+    """
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(str(folder))

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raglan.artifact import fingerprint, read_manifest, write_json
+from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_json
 from raglan.critique.agreement import agreement, kappa, read_audit
 from raglan.critique.annotate import Annotation, Check, annotate, join, shard_of
 from raglan.critique.check import row_check
@@ -46,6 +46,7 @@ from raglan.recipe import (
 from raglan.records import Hit
 from raglan.retriever import Retriever
 from raglan.train import finished_parts
+from raglan.weights import read_json
 
 __all__ = ["Critique", "agreement", "kappa", "read_audit", "shard_of"]
 
@@ -199,11 +200,15 @@ def _trained(path: Path, mine: Mapping[JudgementKind, Template]) -> Any:
     """The generator that a critic's recipe trained, on the wordings that are asked for here."""
     recipe = load_recipe(path)
     stages = finished_parts(recipe)
-    if stages[-1][1].generator is None:
-        raise CheckpointError(f"{path} has trained no generator yet", hint=f"raglan train {path}")
+    missing = [name for name in recipe.trainings() if name not in dict(stages)]
+    if missing or stages[-1][1].generator is None:
+        why = f"its stage {missing[0]} is not finished" if missing else "it trains no generator"
+        raise CheckpointError(f"{path} gives no critic: {why}", hint=f"raglan train {path}")
     for name, stage in recipe.trainings().items():
-        if isinstance(stage.data, QuestionData) and (stage.data.path.parent / "manifest.json").is_file():
-            _check_wordings(read_manifest(stage.data.path.parent, CRITIC)["templates"], mine, f"{path}, stage {name}")
+        manifest = stage.data.path.parent / MANIFEST if isinstance(stage.data, QuestionData) else None
+        told = read_json(manifest) if manifest is not None and manifest.is_file() else {}
+        if told.get("kind") == CRITIC:  # a stage may learn other questions first
+            _check_wordings(told["templates"], mine, f"{path}, stage {name}")
     settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator})
     return open_generator(settings, recipe.prompt)
 

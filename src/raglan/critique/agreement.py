@@ -61,7 +61,7 @@ def read_audit(path: Path) -> dict[str, dict[str, Any]]:
             raise CorpusError(f"{path} has the columns {reader.fieldnames}", hint=f"they must be {', '.join(COLUMNS)}")
         rows = [row for row in reader if (row["person"] or "").strip()]
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    names: dict[str, tuple[str, ...]] = {**LABELS}
+    names: dict[str, tuple[str, ...]] = {str(kind): labels for kind, labels in LABELS.items()}
     for row in rows:
         allowed, said = names.get(row["judgement"], ()), row["person"].strip().casefold()
         if said not in allowed:

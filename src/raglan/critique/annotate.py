@@ -9,7 +9,9 @@
 
 `select: paper`: a sentence that needs retrieval gets the best-ranked passage that is relevant and supports it; where there
 is none, one that is drawn, *with its own labels* (the authors' program took the drawn one's labels from another list). A row
-that wants an irrelevant passage gets, by draw, one that was labelled so; where none was, one drawn from the corpus that is.
+that wants an irrelevant passage gets, by draw, one that was labelled so; where none was, one drawn from the corpus that is. A
+row whose answer is wrong gets the best-ranked one that was labelled relevant and not as its full support, or leaves; of it
+the judgements are learned and not the answer (`only_judged`).
 `select: released` also leaves rows out by the odds of that program. Draws are hash(seed, row id, step): equal under any order
 and sharding.
 
@@ -220,14 +222,17 @@ def _retrieving(cut: Mapping[str, Any], decided: Mapping[str, Any]) -> list[int]
 
 
 def _query(work: Annotation, row: Row, sentence: str) -> str:
-    return row.question if sentence == work.settings.abstention else f"{row.question}\n{sentence}"
+    alone = sentence == work.settings.abstention or row.want == "unsupported"  # a wrong answer finds another's passages
+    return row.question if alone else f"{row.question}\n{sentence}"
 
 
 def _shown(work: Annotation, row: Row, retrieved: Sequence[str]) -> list[str]:
     """The passages to be judged: those retrieved; for rows that want an irrelevant one, a question's own first and a drawn one
-    last."""
+    last; for rows whose answer is wrong, those known to hold the right one first."""
     if row.want == "best":
         return list(retrieved)
+    if row.want == "unsupported":
+        return list(dict.fromkeys([*row.known.get("relevant", ()), *retrieved]))
     own = row.known.get("relevant", ()) if row.known.get("origin") == "unanswerable" else ()
     far = work.corpus[int(drawn(work.seed, row.id, "far passage") * len(work.corpus))].id
     return list(dict.fromkeys([*own, *retrieved, far]))
@@ -295,9 +300,12 @@ def _row(
             segments[-1][key] = f"{segments[-1].get(key) or ''} {one['text']}".strip()
         else:
             lead = f"{lead} {one['text']}".strip()
+    judged_only = {"only_judged": True} if row.want == "unsupported" else {}
+    if judged_only and not any(segment["passage"] for segment in segments):
+        raise Dropped("a wrong answer for which nothing is retrieved")
     return {
         "id": row.id, "instruction": row.instruction, "input": "", **({"lead": lead} if lead else {}), "segments": segments,
-        "is_use": int(is_use), "metadata": {**row.metadata, "source": row.source, "want": row.want},
+        "is_use": int(is_use), **judged_only, "metadata": {**row.metadata, "source": row.source, "want": row.want},
     }  # fmt: skip
 
 
@@ -323,6 +331,11 @@ def _chosen(work: Annotation, row: Row, place: int, judged: Sequence[Mapping[str
         if not fit:
             raise Dropped("no irrelevant passage found")
         return fit[0] if row.known.get("origin") == "unanswerable" else fit[_place(work, row, place, fit)]
+    if row.want == "unsupported":
+        fit = [one for one in judged if one["is_rel"] == "relevant" and one["is_sup"] != "fully"]
+        if not fit:
+            raise Dropped("no relevant passage without full support found")
+        return fit[0]
     best = next((one for one in judged if one["is_rel"] == "relevant" and one["is_sup"] != "no"), None)
     return best if best is not None else judged[_place(work, row, place, judged)]
 
@@ -367,7 +380,8 @@ def _write(work: Annotation, count: int, done: Lines, steps: Steps) -> dict[str,
         (work.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         written[name] = len(own)
     write_manifest(work.folder, KIND, {
-        "made_of": fingerprint(steps.chain), "annotator": work.teacher.name, "seed": work.seed, "shard": work.shard,
+        "made_of": fingerprint(steps.chain), "alike": _alike(work), "annotator": work.teacher.name, "seed": work.seed,
+        "shard": work.shard,
         "select": work.settings.select, "parsed": work.check is not None,
         "rows": {"in": count, "out": len(done), "dropped": dict(sorted(steps.dropped.items())), "written": written},
         "labels": _distribution(done),
@@ -396,6 +410,8 @@ def _sort(row: Mapping[str, Any]) -> str:
     segments = row["segments"]
     if all(segment["decision"] == "no" for segment in segments):
         return "no retrieval"
+    if row.get("only_judged"):
+        return "unsupported"
     if any(segment["is_rel"] == "irrelevant" for segment in segments):
         return "irrelevant"
     return "evidence" if len(segments) == 1 else "evidence, several segments"
@@ -417,6 +433,15 @@ def _falls(row: Row, shard: tuple[int, int]) -> bool:
     return int(drawn(0, row.id, "shard") * shard[1]) == shard[0]
 
 
+def _alike(work: Annotation) -> str:
+    """Names all that the shards of one annotation must have in common."""
+    settings = work.settings
+    return fingerprint([
+        work.made_of, work.seed, settings.k, settings.abstention, settings.short, settings.select, dict(settings.shares),
+        work.teacher.fingerprint, {kind: one.fingerprint for kind, one in work.templates.items()}, work.check is not None,
+    ])  # fmt: skip
+
+
 def join(work: Annotation, count: int) -> dict[str, Any]:
     """Shards put together: the same files as of one run over all rows.
 
@@ -425,9 +450,13 @@ def join(work: Annotation, count: int) -> dict[str, Any]:
     """
     folders = [work.settings.path / _shard_name(place, count) for place in range(count)]
     manifests = [read_manifest(folder, KIND) for folder in folders]
-    odd = [str(folder) for folder, one in zip(folders, manifests, strict=True) if one["seed"] != work.seed]
-    if odd or len({one["annotator"] for one in manifests}) > 1:
-        raise CheckpointError(f"shards were made with another seed or annotator: {', '.join(odd) or 'annotators differ'}")
+    odd = [str(folder) for folder, one in zip(folders, manifests, strict=True) if one.get("alike") != _alike(work)]
+    if odd:
+        raise CheckpointError(
+            f"shards were made of other rows, with other settings or by another annotator than the recipe's now: "
+            f"{', '.join(odd)}",
+            hint="annotate them again with --shard; what was labelled is kept",
+        )
     done = [json.loads(line) for folder in folders for file in sorted(work.settings.shares)
             for line in (folder / f"{file}.jsonl").read_text(encoding="utf-8").split("\n") if line]  # fmt: skip
     steps = Steps(work.folder / "steps", [one["made_of"] for one in manifests])

@@ -24,7 +24,7 @@ from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.corpus import Corpus
 from raglan.critique.agreement import agreement, write_audit
 from raglan.critique.judgements import Judgement, Reject, Template, Verdict
-from raglan.critique.sources import Row, drawn
+from raglan.critique.sources import Row, drawn, spoiled
 from raglan.critique.teacher import Book, Teacher
 from raglan.documents import write_examples
 from raglan.errors import CheckpointError, CorpusError
@@ -99,13 +99,14 @@ def _judgements(made: _Material, seed: int, abstention: str) -> Iterator[Judgeme
         )  # fmt: skip
     if row.known.get("origin") == "closed":
         return
-    shown = [made.passages[0], made.passages[1 + int(chance("near") * (len(made.passages) - 1))], made.passages[-1]]
+    near = made.passages[1:] or made.passages  # a search may find nothing but the one
+    shown = [made.passages[0], near[int(chance("near") * len(near))], made.passages[-1]]
     for number, passage in enumerate(dict.fromkeys(shown)):
         yield Judgement(f"{row.id}:is_rel:{number}", "is_rel", preceding=before, passage=passage, **about)
     if row.known.get("origin") == "unanswerable":
         return
     pairs = [(sentence, made.passages[0]), (sentence, shown[1])]
-    pairs += [(_spoiled(sentence, made.wrong), made.passages[0]), (made.wrong, made.passages[0])] if made.wrong else []
+    pairs += [(spoiled(sentence, made.wrong), made.passages[0]), (made.wrong, made.passages[0])] if made.wrong else []
     for number, (said, passage) in enumerate(pairs):
         if said.strip():
             yield Judgement(f"{row.id}:is_sup:{number}", "is_sup", preceding=before, sentence=said, passage=passage, **about)
@@ -119,12 +120,6 @@ def _outputs(made: _Material, chance: float, abstention: str) -> list[str]:
     return list(dict.fromkeys([output, *([made.wrong] if made.wrong else []), *more]))
 
 
-def _spoiled(sentence: str, other: str) -> str:
-    """The sentence's first half with another's second half: something that is supported in part at most."""
-    mine, theirs = sentence.split(), other.split()
-    return " ".join([*mine[: -(-len(mine) // 2)], *theirs[len(theirs) // 2 :]])
-
-
 def make_critic_data(
     settings: CritiqueSettings, rows: Sequence[Row], corpus: Corpus, search: Search, teacher: Teacher,
     templates: Mapping[JudgementKind, Template], book: Book, *, seed: int, made_of: str,
@@ -136,7 +131,8 @@ def make_critic_data(
     """
     wanted, folder = settings.critic, settings.path / "critic"
     assert wanted is not None
-    identity = fingerprint([made_of, teacher.fingerprint, wanted.model_dump(mode="json"), list(settings.judgements)])
+    wordings = {kind: templates[kind].fingerprint for kind in settings.judgements}
+    identity = fingerprint([made_of, teacher.fingerprint, wanted.model_dump(mode="json"), wordings])
     if (there := _there(folder, identity)) is not None:
         return there
     every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
@@ -167,7 +163,7 @@ def make_critic_data(
     told = {kind: _figures(kind, asked, good, rejects, kept, places, wanted, again[kind]) for kind in settings.judgements}
     write_manifest(folder, KIND, {
         "made_of": identity, "teacher": teacher.name, "seed": seed, "judgements": told,
-        "templates": {kind: templates[kind].fingerprint for kind in settings.judgements},
+        "templates": wordings,
     })  # fmt: skip
     return read_manifest(folder, KIND)
 

@@ -14,6 +14,7 @@ from raglan.artifact import fingerprint
 from raglan.calls import Ask, CallEngine, Outcome
 from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, reply_model
 from raglan.critique.teacher import Labelled, Teacher
+from raglan.errors import RecipeError
 from raglan.recipe import EndpointSettings, JudgementKind, MoneySettings
 
 __all__ = ["EndpointLabels"]
@@ -22,13 +23,19 @@ LIMIT = 200  # the paper's; a label and a sentence need less
 
 
 class EndpointLabels(Teacher):
-    """Labels by a chat model. `folder` is where the calls' journal is kept."""
+    """Labels by a chat model. `folder` is where the calls' journal is kept.
+
+    Raises:
+        RecipeError: calls that cost money, and no cap.
+    """
 
     name = "endpoint"
 
     def __init__(
         self, settings: EndpointSettings, templates: Mapping[JudgementKind, Template], folder: Path, *, money: MoneySettings
     ):
+        if money.price not in (None, "free") and money.cap_usd is None:
+            raise RecipeError("critique.money has a price and no cap_usd", hint="say how much the labels may cost at most")
         self.settings, self.templates, self.folder, self.money = settings, templates, folder, money
 
     @property

@@ -1,7 +1,8 @@
 """Rows to annotate: questions with short answers, other people's instructions, and two kinds made of the corpus itself.
 
 A `Row` is an instruction and an output. A question gives one row with its first answer, and by a seeded draw a second one
-that is to stand beside an irrelevant passage; a question without any answer gives only the latter, and says so. `tell` asks
+that is to stand beside an irrelevant passage; a question without any answer gives only the latter, and says so. Another draw
+gives one with a wrong answer, or half of the right one, beside a relevant passage that does not hold it. `tell` asks
 for what a title's passages say, in their own sentences, which makes rows of several segments; `closed` asks for what needs
 no passage. Every draw is by hash(seed, row id, step), so neither order nor sharding matters.
 `lessons` are questions that the corpus asks itself.
@@ -22,13 +23,15 @@ from raglan.corpus import Corpus
 from raglan.data import load_examples
 from raglan.errors import CorpusError
 from raglan.lessons import lessons
+from raglan.metrics import f1
 from raglan.recipe import ClosedSource, CritiqueSettings, LessonSource, QuestionSource, RowSource, TellSource
 from raglan.records import Example
 from raglan.text import half_character, sentences
 
-__all__ = ["Row", "drawn", "read_rows", "source_stamps"]
+__all__ = ["Row", "drawn", "read_rows", "source_stamps", "spoiled"]
 
-Want = Literal["best", "irrelevant"]
+TRIES = 100  # answers that are looked at for one that is wrong
+Want = Literal["best", "irrelevant", "unsupported"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Row:
     """An instruction and its output, before it is annotated.
 
     Attributes:
-        want: which passages it may stand beside: the best there are, or only irrelevant ones.
+        want: which passages it may stand beside: the best there are, only irrelevant ones, or relevant ones that do not support
+            it.
         question: what is searched for; the instruction but for what stands before a question in all rows.
         known: see `Judgement.known`.
     """
@@ -104,6 +108,7 @@ def _lessons(name: str, source: LessonSource, settings: CritiqueSettings, corpus
 def _asked(
     name: str, examples: Sequence[Example], source: QuestionSource | LessonSource, settings: CritiqueSettings, seed: int
 ) -> Iterator[Row]:
+    others = [example.answers[0] for example in examples if example.answers]
     for example in examples:
         asked = "\n".join([*example.history, example.query])
         instruction = f"{source.instruction}{source.separator}{asked}" if source.instruction else asked
@@ -119,6 +124,26 @@ def _asked(
         if not answered or drawn(seed, identity, "irrelevant") < source.irrelevant:
             says = output if source.irrelevant_says == "answer" else settings.abstention
             yield Row(f"{identity}/irrelevant", name, "irrelevant", instruction, asked, says, known, _kept(example))
+        if answered and drawn(seed, identity, "unsupported") < source.unsupported:
+            wrong = _wrong(identity, example.answers, others, seed)
+            if wrong:
+                yield Row(f"{identity}/unsupported", name, "unsupported", instruction, asked, wrong, known, _kept(example))
+
+
+def _wrong(identity: str, answers: Sequence[str], others: Sequence[str], seed: int) -> str:
+    """Another question's answer without a word of this one's, or by draw half of each; empty where none is found."""
+    start = int(drawn(seed, identity, "wrong") * len(others))
+    tried = (others[(start + step) % len(others)] for step in range(min(len(others), TRIES)))
+    other = next((found for found in tried if not f1(found, answers)), "")
+    if other and len(answers[0].split()) > 1 and drawn(seed, identity, "half wrong") < 0.5:
+        return spoiled(answers[0], other)
+    return other
+
+
+def spoiled(sentence: str, other: str) -> str:
+    """The sentence's first half with another's second half: something that is supported in part at most."""
+    mine, theirs = sentence.split(), other.split()
+    return " ".join([*mine[: -(-len(mine) // 2)], *theirs[len(theirs) // 2 :]])
 
 
 def _kept(example: Example) -> dict[str, Any]:

@@ -206,12 +206,12 @@ class AskedContexts(Contexts):
 
 
 def finish_of(row: Marked, stops: Collection[int], eos: int) -> Any:
-    """Why a row ended: `stop` and `eos` by its last id, else as the backend said, which knows further end tokens."""
+    """Why a row ended: `eos`, as an id or as the backend said, which knows further end tokens; else `stop`, by its last id."""
     if not row.ids:
         return "length"
-    if row.ids[-1] in stops:
-        return "stop"
-    return "eos" if row.ids[-1] == eos or row.finish == "eos" else "length"
+    if row.ids[-1] == eos or row.finish == "eos":
+        return "eos"
+    return "stop" if row.ids[-1] in stops else "length"
 
 
 def _choice(told: dict[int, float], temperature: float, seed: int | None, place: int) -> int:

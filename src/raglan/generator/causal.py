@@ -9,11 +9,12 @@ over the row's own tokens whose values are those tokens' embeddings, so that wha
 
 Between the markup of a passage, `<paragraph> … </paragraph>`, the layers look in both directions, as the encoder did that they
 come from: a passage is given and never written, so nothing is foretold (prefix language models, Raffel et al. 2020, arXiv
-1910.10683). All else is causal. β (learned, starts at 8) says beforehand that what began to be copied goes on; `generator.reader` has the same. The mixture is
-one of logits, not of probabilities (as in pointer-generators, See et al. 2017, arXiv 1704.04368), which leaves the head an
-ordinary tied one. Keys and values of the copying attention lie in the cache as those of one more layer, so it is saved, loaded,
-cached, branched and extended by new words as any causal model of transformers is. Rows are `[CLS] prompt answer [SEP]`, 512
-positions in all, text in lower case. What it knows before training is what words mean, and nothing of which word comes next.
+1910.10683). All else is causal. β (learned, starts at 8) says beforehand that what began to be copied goes on;
+`generator.reader` has the same. The mixture is one of logits, not of probabilities (as in pointer-generators, See et al. 2017,
+arXiv 1704.04368), which leaves the head an ordinary tied one. Keys and values of the copying attention lie in the cache as
+those of one more layer, so it is saved, loaded, cached, branched and extended by new words as any causal model of transformers
+is. Rows are `[CLS] prompt answer [SEP]`, 512 positions in all, text in lower case. What it knows before training is what words
+mean, and nothing of which word comes next.
 
 Deviation from BERT's masked-LM head: the encoder was published without one, so f starts from the identity, at a scale at which
 logits spread by about one.
@@ -59,6 +60,12 @@ class CopierForCausalLM(BertLMHeadModel):
         self.goes_on = nn.Parameter(torch.tensor(GOES_ON))
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:  # weights without it leave it as the memory that it was given
+            self.goes_on.fill_(GOES_ON)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -71,39 +78,43 @@ class CopierForCausalLM(BertLMHeadModel):
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """Logits (B,n,V) of the last `logits_to_keep` of n ids, or of all; with `labels` (B,n) also their mean loss."""
+        packs = _packs(position_ids) if attention_mask is None and past_key_values is None else None
         told = {**kwargs, "return_dict": True}
         outputs = self.bert(
-            input_ids, attention_mask=self._seen(input_ids, attention_mask, position_ids, past_key_values),
+            input_ids, attention_mask=self._seen(input_ids, attention_mask, packs, past_key_values),
             position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache, **told,
         )  # fmt: skip
         states, past = outputs.last_hidden_state, outputs.past_key_values
-        copied = self._copied(states, input_ids, past if use_cache is not False else None, attention_mask, position_ids)
+        copied = self._copied(states, input_ids, past if use_cache is not False else None, attention_mask, packs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head = self.cls.predictions
         logits = head.decoder(head.transform(states[:, kept]) + copied[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, past_key_values=past)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss, logits=logits, past_key_values=past, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )  # fmt: skip
 
-    def _seen(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, past: Cache | None) -> Tensor | None:
-        """What each new id looks at, (B,1,n,W) as the attention wants it, where it is more than what came before; else `mask`."""
+    def _seen(self, ids: Tensor, mask: Tensor | None, packs: Tensor | None, past: Cache | None) -> Tensor | None:
+        """What each new id looks at, (B,1,n,W) as the attention wants it, where it is not all that came before; else `mask`."""
         passages = _passages(ids, self.config.passage_markup)
-        if passages is None:
+        if passages is None and packs is None:
             return mask
-        rows, new = ids.shape
-        earlier = past.get_seq_length() if past is not None else 0
-        real = _real(mask, rows, earlier + new, ids.device)
-        seen = _earlier(real, new) & _together(positions if mask is None and not earlier else None, rows, earlier + new, new)
-        within = (passages[:, :, None] == passages[:, None, :]) & (passages > 0)[:, None, :] & real[:, None, earlier:]
-        seen[:, :, earlier:] |= within
+        earlier, new = past.get_seq_length() if past is not None else 0, ids.shape[1]
+        real = _real(mask, len(ids), earlier + new, ids.device)
+        seen = _earlier(real, new)
+        if passages is not None:
+            within = (passages[:, :, None] == passages[:, None, :]) & (passages > 0)[:, None, :] & real[:, None, earlier:]
+            seen[:, :, earlier:] |= within
+        if packs is not None:
+            seen &= _same(packs)
         if self.config._attn_implementation == "sdpa":
             return seen[:, None]
         return torch.where(seen, 0.0, torch.finfo(self.dtype).min)[:, None].to(self.dtype)
 
-    def _copied(
-        self, states: Tensor, ids: Tensor, past: Cache | None, mask: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
+    def _copied(self, states: Tensor, ids: Tensor, past: Cache | None, mask: Tensor | None, packs: Tensor | None) -> Tensor:
         """g Σ_j a_tj ê_j / s, (B,n,D), over the ids in the cache and the n new ones."""
         rows, new, size = states.shape
         words = self._words(ids).to(states.dtype)
@@ -111,12 +122,13 @@ class CopierForCausalLM(BertLMHeadModel):
         real = _real(mask, rows, seen + new, states.device)
         earlier = self._layer(past).values[:, 0] if seen else words[:, :0]
         before = _before(torch.cat([earlier, words], dim=1), real)[:, seen:]
+        before = before if packs is None else before * _goes_on(packs)[:, :, None]
         keys = torch.cat([self.copy_key(states), before], dim=2)[:, None]
         values = words[:, None]
         if past is not None:
             keys, values = self._layer(past).update(keys, values)
         queries = torch.cat([self.copy_query(states) / math.sqrt(size), self.goes_on.to(states.dtype) * words], dim=2)
-        allowed = _earlier(real, new) & _together(positions if mask is None and not seen else None, rows, seen + new, new)
+        allowed = _earlier(real, new) if packs is None else _earlier(real, new) & _same(packs)
         scores = (queries @ keys[:, 0].transpose(1, 2)).float().masked_fill(~allowed, torch.finfo(torch.float32).min)
         looked = scores.softmax(-1).to(values.dtype) @ values[:, 0]
         return nn.functional.softplus(self.copy_gate(states)) * looked / self.config.word_length
@@ -166,12 +178,21 @@ def _earlier(real: Tensor, new: int) -> Tensor:
     return real[:, None, :] & (order[None, :] <= order[-new:, None])
 
 
-def _together(positions: Tensor | None, rows: int, width: int, new: int) -> Tensor:
-    """Where several rows lie packed in one, positions begin anew with each, and none looks into another. (B|1,new|1,W|1)."""
-    if positions is None or positions.shape[1] != width:
-        return torch.ones(1, 1, 1, dtype=torch.bool, device=None if positions is None else positions.device)
-    row = (positions == 0).cumsum(1).expand(rows, -1)
-    return row[:, -new:, None] == row[:, None, :]
+def _packs(positions: Tensor | None) -> Tensor | None:
+    """Which of several packed rows each column belongs to, (B,n); None where there is one. Positions begin anew with each."""
+    if positions is None:
+        return None
+    starts = torch.diff(positions, dim=1, prepend=positions[:, :1] - 1) != 1
+    return starts.cumsum(1) if bool(starts.any()) else None
+
+
+def _goes_on(packs: Tensor) -> Tensor:
+    """Whether the column before belongs to the same row, (B,n)."""
+    return torch.diff(packs, dim=1, prepend=packs[:, :1] - 1) == 0
+
+
+def _same(packs: Tensor) -> Tensor:
+    return packs[:, :, None] == packs[:, None, :]
 
 
 def causal_from_encoder(folder: str) -> tuple[CopierForCausalLM, Any]:

@@ -110,7 +110,9 @@ class MarkedEndpoint(AskedGenerator):
         ids = [self._known(position) for position in positions]
         marks = np.full((len(ids), len(request.marks)), np.nan, np.float32)
         for row, position in zip(marks, positions, strict=True):
-            told: dict[int | None, float] = {**position.told, position.token: position.logprob}
+            told = dict(position.told)
+            if position.token is not None:
+                told[position.token] = position.logprob
             row[:] = [told.get(mark, np.nan) for mark in request.marks]
         logprobs = np.array([position.logprob for position in positions], np.float32)
         return Marked(tuple(ids), logprobs, marks, "length" if choice.finish_reason == "length" else "eos")

@@ -49,7 +49,7 @@ from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
-from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of
+from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of, save_tokenizer
 from raglan.weights import read_json
 
 __all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
@@ -284,7 +284,7 @@ class HFGenerator(Generator, MarkedGenerator):
         own = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
         with without_bars():
             self.model.save_pretrained(str(folder), **own)
-        self.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(self.tokenizer, folder)
         told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
         if self.settings.vocabulary == "self_rag":
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
@@ -435,8 +435,9 @@ class HFGenerator(Generator, MarkedGenerator):
 
     def head_logits(self, rows: Tensor) -> Tensor:
         """The model's logits from the head's input, (n,D) → (n,V)."""
-        with self.autocast():  # a trainer's own ends with the model's forward pass, and its states may be bfloat16
-            return self._finished(self.model.get_output_embeddings()(rows))
+        head = self.model.get_output_embeddings()
+        kind = head.weight.dtype  # a trainer's autocast ends with the model's forward pass, and states may be bfloat16
+        return self._finished(head(rows.to(kind) if kind.is_floating_point else rows))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What architectures do to their logits behind the head: BART adds a bias, Cohere scales, Gemma caps."""

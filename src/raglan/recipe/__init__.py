@@ -83,6 +83,7 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
+from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
 
 __all__ = [
     "ABSTENTION",
@@ -125,6 +126,7 @@ __all__ = [
     "MixSource",
     "MoneySettings",
     "NoiseKind",
+    "PassageSettings",
     "PriceSettings",
     "PriorSettings",
     "PromptSettings",
@@ -150,6 +152,7 @@ __all__ = [
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",
+    "SynthesisSettings",
     "TargetSettings",
     "TellSource",
     "TurnSettings",

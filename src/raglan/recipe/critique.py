@@ -79,6 +79,11 @@ class _AskedSource(_Source):
     irrelevant_says: Literal["answer", "abstention"] = Field(
         "answer", description="What stands behind that passage: the answer, as in the paper's rows, or `abstention`."
     )
+    unsupported: float = Field(
+        0.0, ge=0, le=1,
+        description="Share of the answered questions that give a row with a wrong or half-right answer beside a relevant "
+        "passage: its judgements are learned (else all of IsSup is `fully`), its answer is not.",
+    )  # fmt: skip
 
 
 class QuestionSource(_AskedSource):

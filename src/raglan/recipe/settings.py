@@ -17,6 +17,7 @@ from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
 from raglan.recipe.robustness import JudgeSettings, RobustnessSettings
 from raglan.recipe.sweep import SweepSettings
+from raglan.recipe.synthesis import SynthesisSettings
 
 __all__ = [
     "EvaluateSettings",
@@ -46,8 +47,10 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
-        if self.data.kind == "instruction_mix" and getattr(self.objective, "tokens", "all") == "first":
+        if self.data.kind in ("instruction_mix", "self_rag") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
+        if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
+            raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
         return self
 
 
@@ -102,6 +105,9 @@ class Recipe(Settings):
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
     critique: CritiqueSettings | None = Field(None, description="What `raglan critique` makes: Self-RAG's training data.")
+    synthesis: SynthesisSettings | None = Field(
+        None, description="What `raglan synthesize` plans: training data over many topics, tasks and formats."
+    )
     grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
     sweep: SweepSettings | None = Field(None, description="What `raglan evaluate --sweep` tries.")
 
@@ -122,6 +128,14 @@ class Recipe(Settings):
             raise ValueError(f"generator.kind {self.generator.kind} rewrites no questions: name retriever.rewrite.model")
         self._stages_are_named()
         self.trainings()
+        return self
+
+    @model_validator(mode="after")
+    def _retrievers_are_indexes(self) -> Recipe:
+        for name in (self.synthesis.retrievers or {}) if self.synthesis is not None else ():
+            if name not in (*self.knowledge.indexes, "pooled"):
+                known = ", ".join(self.knowledge.indexes)
+                raise ValueError(f"synthesis.retrievers names {name!r}; knowledge.indexes has {known}, and there is pooled")
         return self
 
     def _stages_are_named(self) -> None:

@@ -176,12 +176,12 @@ def use(marks: ArrayLike, *, missing: Missing = "error") -> Figures:
     return _valued(marks, "is_use", missing)
 
 
-def missing_flags(marks: ArrayLike, role: str) -> str:
+def missing_flags(marks: ArrayLike, role: str, *, rule: Rule = "two_way") -> str:
     """What one row of marks (M,) lacks of a role: "", "partial", or "no_evidence" where nothing of it is there.
 
-    Of `retrieve`, [No Retrieval] and [Retrieval] are looked at.
+    Of `retrieve`, only [No Retrieval] and [Retrieval] are looked at where `rule` is `two_way`.
     """
-    place = slice(0, 2) if role == "retrieve" else PLACES[role]
+    place = slice(0, 2) if role == "retrieve" and rule == "two_way" else PLACES[role]
     gone = np.isnan(np.asarray(marks, np.float64)[..., place])
     if gone.all():
         return "no_evidence"

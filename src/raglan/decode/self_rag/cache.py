@@ -4,6 +4,8 @@
         rows.npz         contexts: a hash of the ids → log-probabilities of the marks, likeliest id;
                          continuations: a hash of context and limits → ids, log-probabilities, marks at the positions read
         questions.jsonl  of the short form: what was asked, each passage's candidate and the one without a passage
+        found.json       rows and scores of each question's passages, and of what further searches found
+        tokenizer/       the model's, so that nothing else of it is opened again
         manifest.json    what it was made with
 
 `Recording` stands in front of a generator and keeps what it says; `Replay` says it again. Live decoding runs on either, so a
@@ -17,30 +19,39 @@ last; the rest is NaN. Nothing is kept of draws (temperature > 0), which are new
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
-from raglan.artifact import MANIFEST, read_manifest, write_manifest
+from raglan.artifact import MANIFEST, read_manifest, write_json, write_manifest
 from raglan.decode.base import Asked
 from raglan.decode.self_rag import Retrieve, self_rag
+from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
-from raglan.recipe import PruneSettings, SelfRagDecode
+from raglan.quiet import quietly
+from raglan.recipe import PruneSettings, SelfRagDecode, SelfRagPromptSettings
 from raglan.records import Answer, Marked
 from raglan.reflection import Schema
+from raglan.vocabulary import save_tokenizer
 
-__all__ = ["KIND", "CandidateCache", "Recording", "Replay", "Uncached", "record", "replay"]
+__all__ = ["FILL", "KIND", "Absent", "CandidateCache", "Recording", "Replay", "Uncached", "record", "replay"]
 
 KIND = "candidates"
+FILL = "raglan evaluate --rescore --fill writes it, raglan evaluate --cache with a wider decode.beam finds more"
 FINISH: tuple[Literal["eos", "stop", "length"], ...] = ("eos", "stop", "length")
+
+
+Found = list[tuple[int, float]]  # row and score of each passage, best first
 
 
 class Uncached(GeneratorError):
@@ -56,6 +67,8 @@ class CandidateCache:
         states: of a context: marks (M,) float32 and the likeliest id. `written`: continuations. `scored`: given ones.
         questions: of the short form, one JSON object a question.
         schema, eos, exact: the vocabulary, its end token, and whether every mark came back.
+        found: of each question, rows and scores of its `k` passages. `searches`: the same of further searches, by their text.
+        tokenizer, positions: of the model that wrote.
         continued: of a context, the continuation that was last written behind it; not kept on disk.
     """
 
@@ -67,19 +80,33 @@ class CandidateCache:
     schema: Schema | None = None
     eos: int = -1
     exact: bool = True
+    found: list[Found] = field(default_factory=list)
+    k: int = 0
+    searches: dict[str, Found] = field(default_factory=dict)
+    tokenizer: Any = field(default=None, repr=False)
+    positions: int | None = None
     continued: dict[bytes, bytes] = field(default_factory=dict, repr=False)
 
     def save(self, folder: Path) -> None:
-        """Write the artefact; one that is there is replaced."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        np.savez(folder / "rows.npz", allow_pickle=False, **self._arrays())
-        with open(folder / "questions.jsonl", "w", encoding="utf-8") as file:
+        """Write the artefact; one that is there stays until the new one is whole."""
+        working = folder.with_name(folder.name + ".part")
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+        np.savez(working / "rows.npz", allow_pickle=False, **self._arrays())
+        with open(working / "questions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.questions)
+        write_json(working / "found.json", {"k": self.k, "questions": self.found, "searches": self.searches})
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, working / "tokenizer")
         counts = {"contexts": len(self.states), "continuations": len(self.written), "questions": len(self.questions)}
         assert self.schema is not None
-        about = {"identity": dict(self.identity), "schema": self.schema.to_dict(), "eos": self.eos, "exact": self.exact}
-        write_manifest(folder, KIND, about | counts)
+        about = {
+            "identity": dict(self.identity), "schema": self.schema.to_dict(), "eos": self.eos, "exact": self.exact,
+            "positions": self.positions,
+        }  # fmt: skip
+        write_manifest(working, KIND, about | counts)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(working, folder)
 
     @classmethod
     def open(cls, folder: Path, identity: Mapping[str, Any] | None = None) -> CandidateCache:
@@ -105,7 +132,19 @@ class CandidateCache:
         cache.schema, cache.eos, cache.exact = Schema.from_dict(manifest["schema"]), manifest["eos"], manifest["exact"]
         with open(folder / "questions.jsonl", encoding="utf-8") as file:
             cache.questions = [json.loads(line) for line in file]
+        told = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+        cache.found, cache.k, cache.searches, cache.positions = (
+            told["questions"], told["k"], told["searches"], manifest["positions"]
+        )
+        if (folder / "tokenizer").is_dir():
+            with quietly():
+                cache.tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
         return cache
+
+    def of(self, generator: MarkedGenerator) -> None:
+        """Keep what a replay needs of the generator that writes."""
+        self.schema, self.eos, self.exact = generator.schema, generator.eos, generator.exact_marks
+        self.tokenizer, self.positions = getattr(generator, "tokenizer", None), getattr(generator, "positions", None)
 
     def row(self, query: str, every: Answer, none: Answer) -> dict[str, Any]:
         """A question's row: the keys of its candidates, so that a sweep needs neither prompt nor tokenizer."""
@@ -136,6 +175,26 @@ class CandidateCache:
             "scored_keys": _keys(self.scored), "scored_lengths": np.array([len(s) for s in scored], np.int64),
             "scored": _joined(scored, np.float32),
         }  # fmt: skip
+
+
+class Absent(MarkedGenerator):
+    """What a replay needs of the model that wrote the candidates, and no model: it computes nothing."""
+
+    def __init__(self, cache: CandidateCache, settings: SelfRagPromptSettings):
+        assert cache.schema is not None
+        self._prompt = MarkedPrompt(cache.schema, cache.tokenizer, settings, eos=cache.eos)
+        self.eos, self.exact_marks, self.positions, self.cost = cache.eos, cache.exact, cache.positions, Cost()
+
+    @property
+    def schema(self) -> Schema:
+        return self._prompt.schema
+
+    @property
+    def marked_prompt(self) -> MarkedPrompt:
+        return self._prompt
+
+    def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> Contexts:
+        raise Uncached(f"{len(prompts)} contexts were never recorded, and no model is open", hint=FILL)
 
 
 class Recording(MarkedGenerator):
@@ -194,7 +253,7 @@ class Replay(MarkedGenerator):
         if not self.fill:
             raise Uncached(
                 f"no recorded run came to a context of {len(ids)} tokens",
-                hint="raglan evaluate --rescore --fill writes it, raglan evaluate --cache with a wider decode.beam finds more",
+                hint=FILL,
             )
         return Recording(self.like, self.cache).contexts([ids], marks=marks)
 
@@ -317,7 +376,7 @@ def record(
         The answers of `settings` themselves, read from what was kept.
     """
     _greedy(settings.temperature)
-    cache.schema, cache.eos, cache.exact = generator.schema, generator.eos, generator.exact_marks
+    cache.of(generator)
     keeps = Recording(generator, cache)
     if settings.form == "long":
         self_rag(keeps, asked, settings.model_copy(update={"stop": "never"}), retrieve=retrieve)
@@ -339,15 +398,21 @@ def replay(
         generator: for its prompt; it is asked only with `fill`, which keeps what it says.
     """
     says = Replay(cache, generator, fill=fill)
-    if settings.target_rate is not None:  # the threshold is drawn from all questions
-        return list(self_rag(says, asked, settings, retrieve=retrieve))
+    if fill:
+        cache.of(generator)
+    try:
+        threshold = threshold_of(says, prompts_of(says, asked, settings), settings)  # drawn from all questions, if it is
+    except Uncached:
+        return [None] * len(asked.queries)
+    own = settings.model_copy(update={"target_rate": None, "threshold": threshold})
     answers: list[Answer | None] = []
     for place in range(len(asked.queries)):
         try:
-            answers += self_rag(says, asked.only([place]), settings, retrieve=retrieve)
+            answers += self_rag(says, asked.only([place]), own, retrieve=retrieve)
         except Uncached:
             answers.append(None)
-    return answers
+    told = settings.model_dump(mode="json")
+    return [answer and replace(answer, settings=told) for answer in answers]
 
 
 def _thinned(marked: Marked, schema: Schema) -> Marked:

@@ -16,17 +16,18 @@ from typing import Any
 
 from raglan.citations import cite
 from raglan.decode.base import Asked
-from raglan.decode.self_rag import rules
 from raglan.decode.self_rag.hypothesis import Branch, Hypothesis, Ids, Step, chunks, whole
 from raglan.decode.self_rag.pool import Pool
+from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.decode.self_rag.trace import finite, raw_text
 from raglan.decode.self_rag.tree import Passages, Tree
+from raglan.decode.self_rag.work import nothing_fits
 from raglan.errors import RecipeError
 from raglan.generator.base import MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, AnswerSegment, Hit, Marked
-from raglan.reflection import Schema, target_threshold
+from raglan.reflection import Schema
 
 __all__ = ["cited_text", "long"]
 
@@ -44,19 +45,14 @@ def long(
         query: makes that text of the question and the last segment, in place of `settings.query`.
 
     Raises:
-        CheckpointError: a model without reflection tokens. GeneratorError: a prompt with more positions than it has.
+        CheckpointError: a model without reflection tokens. GeneratorError: a prompt with more positions than it has, or not
+            one passage of a question fits behind it.
         RecipeError: questions with choices, which are for the short form.
     """
     if any(asked.choices):
         raise RecipeError("decode.form is 'long', which does not choose among given answers", hint="decode.form: short")
-    prompt, said = generator.marked_prompt, asked.said()
-    questions = [
-        tuple(prompt.question(text, instruction=settings.instruction, history=list(turns)))
-        for text, turns in zip(asked.queries, said, strict=True)
-    ]
-    threshold = settings.threshold
-    if settings.target_rate is not None:
-        threshold = _threshold(generator, questions, settings)
+    questions = prompts_of(generator, asked, settings)
+    threshold = threshold_of(generator, questions, settings)
     answers: dict[int, Answer] = {}
     for group in _groups(generator, questions, asked, settings):
         search = Search(generator, [questions[place] for place in group], asked.only(group), settings, threshold)
@@ -130,6 +126,10 @@ class Search:
     def _extend(self, history: Pool, planned: Sequence[tuple[Tree, Branch]], depth: int) -> list[tuple[Tree, Branch]]:
         """Write the planned branches to the ends of their segments, in one batch. Gives those that are to be tried instead."""
         fitting = [(tree, branch) for tree, branch in planned if self._fits(tree, branch)]
+        for tree in dict.fromkeys(tree for tree, _ in planned) if depth == 1 else ():
+            passages = sum(branch.hit is not None for owner, branch in planned if owner is tree)
+            if passages and not any(owner is tree for owner, _ in fitting):
+                raise nothing_fits(tree.passages.query, passages, asked=len(tree.question), positions=self.positions)
         wanted = [(tree, self._context(tree, branch)) for tree, branch in fitting]
         if not wanted:
             return []
@@ -273,13 +273,6 @@ def _reach(pool: Pool, wanted: Sequence[tuple[Tree, Sequence[Ids]]]) -> Pool:
         if new:
             tree.spent.passed(sum(len(ids) - reused for ids, reused in new.items()), reused=sum(new.values()))
     return pool.reach([pieces for _, pieces in wanted])
-
-
-def _threshold(generator: MarkedGenerator, questions: Sequence[Ids], settings: SelfRagDecode) -> float:
-    """δ with which a share `target_rate` of these questions retrieves, from one more reading of them."""
-    missing = rules.scoring(settings, exact=generator.exact_marks).missing
-    marks = generator.contexts(questions, marks=generator.schema.marks).mark_logprobs
-    return target_threshold(rules.figure(marks, settings, missing=missing), settings.target_rate or 0.0)
 
 
 def _groups(

@@ -88,7 +88,7 @@ def decide(
     row = np.asarray(marks, np.float64)
     no, yes, cont = (float(value) for value in np.exp(row[:3]))
     r = float(released_decision(row) if "decision" in settings.released else figure(row, settings, missing=missing))
-    lacks = missing_flags(row, "retrieve")
+    lacks = missing_flags(row, "retrieve", rule=settings.rule)
     if settings.retrieve != "adaptive":
         wanted = settings.retrieve == "always"
     elif threshold is None:
@@ -112,9 +112,9 @@ def calibrated(r: ArrayLike, calibration: CalibrationSettings | None) -> Any:
         return values[()]
     if calibration.kind == "isotonic":
         return np.interp(values, calibration.x, calibration.y)[()]
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         odds = (np.log(values) - np.log1p(-values)) / calibration.temperature
-    return (1 / (1 + np.exp(-odds)))[()]
+        return (1 / (1 + np.exp(-odds)))[()]
 
 
 def relevance_order(rel: Sequence[float], ranks: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ gives the same answer; `options` are scored and not written (p over the options 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,21 +23,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raglan.decode.base import Asked
-from raglan.decode.self_rag.rules import decide, elect, figure, open_order, relevance_order, scoring, weights, withheld
+from raglan.decode.self_rag.rate import BATCH_TOKENS, prompts_of, threshold_of
+from raglan.decode.self_rag.rules import decide, elect, open_order, relevance_order, scoring, weights, withheld
 from raglan.decode.self_rag.trace import raw_text, short_trace
-from raglan.decode.self_rag.work import Branch, Question, Written
-from raglan.errors import GeneratorError
+from raglan.decode.self_rag.work import Branch, Question, Written, nothing_fits
 from raglan.generator.base import Contexts, MarkedGenerator
 from raglan.progress import track
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, AnswerSegment, Candidate, Hit, Marked, Passage
-from raglan.reflection import Components, components, first, rel, step, step_bound, target_threshold
-from raglan.text import shortened
+from raglan.reflection import Components, components, first, rel, step, step_bound
 
 __all__ = ["short"]
-
-BATCH_TOKENS = 16384  # of generators that do not say
-
 
 def short(generator: MarkedGenerator, asked: Asked, settings: SelfRagDecode) -> list[Answer]:
     """One answer a query, with the trace of how it came about; the same type whether it retrieved or not.
@@ -56,24 +53,21 @@ class _Short:
         self.schema, self.prompt = generator.schema, generator.marked_prompt
         self.scoring, self.weights = scoring(settings, exact=generator.exact_marks), weights(settings)
         self.positions: int | None = getattr(generator, "positions", None)
-        self.threshold = settings.threshold
+        self.threshold: float | None = None
+        # a server that is asked first and then to write is asked twice, so rel is read first only where it decides who writes
+        self.judges = settings.prune.kind != "none" or settings.all_irrelevant != "best"
         self.known: dict[Passage, list[int]] = {}  # questions share passages
 
     def answers(self, asked: Asked) -> list[Answer]:
+        prompts = prompts_of(self.generator, asked, self.settings)
         questions = [
-            Question(
-                query, hits, self.prompt.question(query, instruction=self.settings.instruction, history=history),
-                () if self.settings.labels else options,
+            Question(query, hits, list(prompt), () if self.settings.labels else options)
+            for query, hits, prompt, options in zip(
+                asked.queries, asked.hits, prompts, asked.given(self.settings.options), strict=True
             )
-            for query, hits, history, options in zip(
-                asked.queries, asked.hits, asked.said(), asked.given(self.settings.options), strict=True
-            )
-        ]  # fmt: skip
-        groups = list(self._groups(questions))
-        if self.settings.target_rate is not None:
-            r = [value for group in groups for value in self._figures(group)]
-            self.threshold = target_threshold(r, self.settings.target_rate) if r else None
-        for group in track(groups, "reading"):
+        ]
+        self.threshold = threshold_of(self.generator, prompts, self.settings)
+        for group in track(list(self._groups(questions)), "reading"):
             self._read(group)
         return [self._answer(question) for question in questions]
 
@@ -93,11 +87,6 @@ class _Short:
         if group:
             yield group
 
-    def _figures(self, group: Sequence[Question]) -> list[float]:
-        """r of each question, and nothing else."""
-        roots = self.generator.contexts([question.prompt for question in group], marks=self.schema.marks)
-        return [float(figure(marks, self.settings, missing=self.scoring.missing)) for marks in roots.mark_logprobs]
-
     def _read(self, group: Sequence[Question]) -> None:
         """Decide, branch, prune, and score or write."""
         began = time.perf_counter()
@@ -105,7 +94,10 @@ class _Short:
         self._decide(group, roots)
         rows = [(place, branch) for place, question in enumerate(group) for branch in question.rows]
         branches = roots.branch([place for place, _ in rows], [branch.ids for _, branch in rows])
-        self._judge([branch for _, branch in rows], branches.mark_logprobs)
+        for number, (_, branch) in enumerate(rows):
+            branch.row = number
+        if self.judges or any(question.options for question in group):
+            self._judge([branch for _, branch in rows], branches.mark_logprobs)
         for question in group:
             question.spent.passed(
                 sum(len(branch.ids) for branch in question.rows), reused=len(question.prompt) * len(question.rows)
@@ -118,12 +110,13 @@ class _Short:
 
     def _judge(self, rows: Sequence[Branch], marks: NDArray[np.float32]) -> None:
         """rel of every passage, from what stands behind it already."""
-        for number, branch in enumerate(rows):
-            branch.row = number
         behind = [branch for branch in rows if branch.hit is not None]
         values = rel(marks[[branch.row for branch in behind]], missing=self.scoring.missing) if behind else ()
         for branch, value in zip(behind, values, strict=True):
-            branch.rel, branch.bound = float(value), float(step_bound(value, self.weights))
+            self._weigh(branch, float(value))
+
+    def _weigh(self, branch: Branch, value: float) -> None:
+        branch.rel, branch.bound = value, float(step_bound(value, self.weights))
 
     def _decide(self, group: Sequence[Question], roots: Contexts) -> None:
         likeliest = [None] * len(group) if self.threshold is not None else [int(token) for token in roots.best]
@@ -140,23 +133,19 @@ class _Short:
 
     def _spread(self, question: Question) -> None:
         """A branch a passage; those that do not fit behind the question are left out."""
-        question.branches = [self._branch(question, hit) for hit in question.hits]
+        needs = 1 + max((len(self.prompt.foreign(option)) for option in question.options), default=0)  # IsRel, and an option
+        question.branches = [self._branch(question, hit, needs=needs) for hit in question.hits]
         dropped = len(question.branches) - len(question.alive)
         if dropped == len(question.branches):
-            raise GeneratorError(
-                f"question {shortened(question.query)!r}: none of its {dropped} passages fits into the model's "
-                f"{self.positions} positions behind {len(question.prompt)} tokens of question",
-                hint="prompt.self_rag.passage_max cuts passages; or build the knowledge base with shorter ones",
-            )
+            raise nothing_fits(question.query, dropped, asked=len(question.prompt), positions=self.positions)
         question.flags += [f"too_long:{dropped}"] if dropped else []
         if self.settings.all_irrelevant == "no_retrieval":
             question.spare = self._branch(question, None)
 
-    def _branch(self, question: Question, hit: Hit | None) -> Branch:
+    def _branch(self, question: Question, hit: Hit | None, *, needs: int = 1) -> Branch:
         ids = self.prompt.no_retrieval() if hit is None else self._passage(hit.passage)
-        limit, used = self.settings.limit, len(question.prompt) + len(ids)
-        room = limit if self.positions is None else min(limit, self.positions - used)
-        return Branch(hit, ids, room, pruned="too_long" if hit is not None and room < 1 else "")
+        left = sys.maxsize if self.positions is None else self.positions - len(question.prompt) - len(ids)
+        return Branch(hit, ids, min(self.settings.limit, left), pruned="too_long" if hit is not None and left < needs else "")
 
     def _passage(self, passage: Passage) -> list[int]:
         if passage not in self.known:
@@ -230,6 +219,8 @@ class _Short:
             marked.ids, marked.logprobs, marked.mark_logprobs, self.schema, retrieved=branch.hit is not None,
             settings=self.scoring, eos=self.generator.eos,
         )  # fmt: skip
+        if branch.hit is not None:
+            self._weigh(branch, parts.rel)  # what it is already, where it was read before
         text = self.prompt.text(marked.ids)
         flags = dict.fromkeys(parts.flags)
         flags |= dict.fromkeys(["length"] if marked.finish == "length" else [])
@@ -240,6 +231,8 @@ class _Short:
 
     def _choose(self, group: Sequence[Question], branches: Contexts) -> None:
         """p of every option: nothing is written, one pass scores all options of all questions behind all passages."""
+        if not group:
+            return
         marks = branches.mark_logprobs
         rows = [
             (question, branch, [*self._opening(branch, marks), *self.prompt.foreign(option)])

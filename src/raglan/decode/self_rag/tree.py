@@ -221,7 +221,11 @@ class Tree:
         grown = [self._child(branch, one, cut) for branch, one in zip(branches, written, strict=True)]
         self._children += grown
         self._parents.update((child.number, branch.parent) for child, branch in zip(grown, branches, strict=True))
-        return [self.unaided(parent) for parent in self._constrain(grown, written)]
+        again = self._constrain(grown, written)
+        if again and self.calls_left < 1:
+            self.end("budget", again)
+            again = []
+        return [self.unaided(parent) for parent in again]
 
     def refuse(self, branch: Branch, why: str) -> None:
         """A branch that cannot be written, and why."""

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from raglan.decode.self_rag.rules import Decision
+from raglan.errors import GeneratorError
 from raglan.records import Hit, Marked
 from raglan.reflection import Components
+from raglan.text import shortened
 
-__all__ = ["Branch", "Question", "Spent", "Written"]
+__all__ = ["Branch", "Question", "Spent", "Written", "nothing_fits"]
 
 
 @dataclass
@@ -136,3 +138,12 @@ class Question:
     def read(self) -> tuple[Hit, ...]:
         """The passages whose text the model was given."""
         return tuple(branch.hit for branch in self.branches if branch.hit is not None and branch.pruned != "too_long")
+
+
+def nothing_fits(query: str, passages: int, *, asked: int, positions: int | None) -> GeneratorError:
+    """The fault of a question of `asked` tokens behind which none of its passages has room."""
+    return GeneratorError(
+        f"question {shortened(query)!r}: none of its {passages} passages fits into the model's {positions} positions "
+        f"behind {asked} tokens of question",
+        hint="prompt.self_rag.passage_max cuts passages; or build the knowledge base with shorter ones",
+    )
