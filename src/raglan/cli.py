@@ -222,6 +222,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
+    from raglan.cli_robustness import evaluate_further
     from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
 
     loaded = load_recipe(recipe, overrides or [])
@@ -236,10 +237,12 @@ def evaluate(
     if calibrate is not None:
         _calibrate(loaded, evaluations[-1], calibrate)
         return
+    further = evaluate_further(loaded, evaluations)
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
-        typer.echo(json.dumps({e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}, indent=2))
+        told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
+        typer.echo(json.dumps(told | further.summary(), indent=2))
         return
     differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
     table = Table("figure", *(e.system for e in evaluations), *(["difference"] if differences else []), box=None)
@@ -257,6 +260,7 @@ def evaluate(
     for evaluation in evaluations:
         _tell_spent(evaluation.system, spent(evaluation.rows))
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+    further.tell(loaded)
 
 
 def _tell_spent(system: str, costs: dict[str, dict[str, float]]) -> None:

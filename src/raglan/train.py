@@ -70,7 +70,7 @@ from raglan.splits import check_leaks
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 from raglan.weights import read_json
 
-__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "stage_parts", "train"]
+__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "learned_from", "stage_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
@@ -241,6 +241,15 @@ def stage_parts(recipe: Recipe, names: Sequence[str]) -> Parts:
 def learned_by(settings: StageSettings) -> set[str]:
     """The parts that a stage's result holds, by their names in `Parts`."""
     return _Stage("", settings, Path()).learned
+
+
+def learned_from(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The data settings that every finished stage was trained with, as its manifest says."""
+    found = {}
+    for stage, _ in _stages(recipe, _trained_on(recipe)):
+        if (stage.result / MANIFEST).is_file():
+            found[stage.name] = read_manifest(stage.result, KIND)["settings"]["data"]
+    return found
 
 
 def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:

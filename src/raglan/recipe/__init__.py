@@ -74,6 +74,7 @@ from raglan.recipe.parts import (
     SelfRagPromptSettings,
     Shot,
 )
+from raglan.recipe.robustness import JudgeSettings, NoiseKind, RobustnessSettings
 from raglan.recipe.self_rag import (
     CalibrationSettings,
     PruneSettings,
@@ -116,6 +117,7 @@ __all__ = [
     "HybridIndex",
     "IndexSettings",
     "InstructionMix",
+    "JudgeSettings",
     "JudgementKind",
     "KnowledgeSettings",
     "LearnedTurns",
@@ -126,6 +128,7 @@ __all__ = [
     "MarginalObjective",
     "MixSource",
     "MoneySettings",
+    "NoiseKind",
     "PassageSettings",
     "PriceSettings",
     "PriorSettings",
@@ -140,6 +143,7 @@ __all__ = [
     "RetrieveAgain",
     "RetrieverSettings",
     "RewriteSettings",
+    "RobustnessSettings",
     "RowSource",
     "RulesTeacher",
     "SampleSettings",

@@ -16,6 +16,7 @@ from raglan.recipe.grid import GridSettings
 from raglan.recipe.knowledge import KnowledgeSettings
 from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
+from raglan.recipe.robustness import JudgeSettings, RobustnessSettings
 from raglan.recipe.sweep import SweepSettings
 from raglan.recipe.synthesis import SynthesisSettings
 
@@ -55,7 +56,8 @@ class StageSettings(Settings):
 
 
 Metric = Literal[
-    "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3"
+    "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3",
+    "match", "str_em", "char_3gram", "macro_f1", "declined", "citations", "quotes",
 ]  # fmt: skip
 
 
@@ -73,6 +75,14 @@ class EvaluateSettings(Settings):
     rare_reference: Path | None = Field(
         None, description="Questions in whose answers `rare_f1` counts how rare words are; default those evaluated."
     )
+    dataset: str | None = Field(
+        None, min_length=1, description="Which data set the questions are of, as nq: in-domain where a stage learned from it."
+    )
+    fold_numbers: bool = Field(
+        False, description="Compare numerals in one spelling (一九七八 = 1978, 3,000 = 3000); published figures do not."
+    )
+    robustness: RobustnessSettings | None = Field(None, description="Measure also under noise, orders and other retrievers.")
+    judge: JudgeSettings | None = Field(None, description="Have the answers judged, too; without it there is no judge.")
 
 
 class Recipe(Settings):
