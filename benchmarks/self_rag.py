@@ -11,12 +11,12 @@ time, the median of the repeats. The model's positions are set so that it writes
   float log-softmax over V kept at each step. Scores by the same functions.
 - lenient: the same, stopping at the end of an answer or a segment.
 
-A: short form, adaptive, K 10, limit 100. B: long form, always, K 5, beam 2, 3 levels, limit 300. B2: B that reads on only the two
-most relevant passages of a path, against the same straightforward search over all. A row counts only if scores and answers of
-both sides are equal; counts are asserted. In B passages leave the context, and a segment's [Retrieval] stays: 24 ids of history
-each, without the boundary. Bound: A with two passages of rel ≥ .9 and eight of ≤ .3, with and without `prune: bound`. Options: A's
-question and passages with five options, scored and not written. Sweep: a thousand settings on a thousand questions of ten
-candidates.
+A: short form, adaptive, K 10, limit 100. B: long form, always, K 5, beam 2, 3 levels, limit 300. B2: B that reads on only the
+two most relevant passages of a path; the straightforward side writes all and then leaves the same ones out. A row counts only
+if scores and answers of both sides are equal; counts are asserted. In B passages leave the context, and a segment's [Retrieval]
+stays: 24 ids of history each, without the boundary. Bound: A with two passages of rel ≥ .9 and eight of ≤ .3, with and without
+`prune: bound`. Options: A's question and passages with five options, scored and not written. Sweep: a thousand settings on a
+thousand questions of ten candidates.
 """
 
 from __future__ import annotations
@@ -294,13 +294,14 @@ def bound(repeats: int) -> None:
     row = rows()[0]
     generator = made(row, sharp=SHARP)
     every = row.settings.model_copy(update={"retrieve": "always"})
-    known = self_rag(generator, asked(row, 120), every)[0]
+    pool = asked(row, 40)
+    known = self_rag(generator, pool, every)[0]
     assert known.trace is not None
-    hits, told = asked(row, 120).hits[0], known.trace["candidates"]
+    hits, told = pool.hits[0], known.trace["candidates"]
     good = [hit for hit, one in zip(hits, told, strict=True) if one["rel"] >= 0.9 and one["final"] >= 3][:2]
     poor = [hit for hit, one in zip(hits, told, strict=True) if one["rel"] <= 0.3][:8]
     assert (len(good), len(poor)) == (2, 8), "the model judges otherwise than it did"
-    question = Asked(asked(row).queries, [sorted([*good, *poor], key=lambda hit: hit.rank)], k=10)
+    question = Asked(pool.queries, [sorted([*good, *poor], key=lambda hit: hit.rank)], k=10)
     times: dict[str, list[float]] = {"none": [], "bound": []}
     found: dict[str, Answer] = {}
     for _ in range(repeats):

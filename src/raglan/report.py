@@ -23,7 +23,7 @@ NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
-    "retrieval_rate": "questions that retrieved", "truncated": "prompts cut", "unfinished": "answers cut off",
+    "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved", "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 TRACED = 50  # examples whose decisions and candidates are drawn
