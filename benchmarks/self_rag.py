@@ -1,6 +1,6 @@
 """Time, forward passes, positions and kept numbers of Self-RAG decoding, raglan against a loop over passages, in one run.
 
-    make bench-self-rag                                    (about 15 minutes of CPU on one core; needs no data)
+    make bench-self-rag                                    (about 20 minutes of CPU on one core; needs no data)
     python benchmarks/self_rag.py --repeats 1 --rows A     (a quick look)
 
 Both sides have the same random model (2 layers, 128 wide, V = 32,016, float32), one thread, and take turns; time is process
@@ -11,9 +11,12 @@ time, the median of the repeats. The model's positions are set so that it writes
   float log-softmax over V kept at each step. Scores by the same functions.
 - lenient: the same, stopping at the end of an answer or a segment.
 
-A: short form, adaptive, K 10, limit 100. B: long form, always, K 5, beam 2, 3 levels, limit 300. A row counts only if scores
-and answers of both sides are equal; counts are asserted. In B passages leave the context, and a segment's [Retrieval] stays: 24
-ids of history each, without the boundary. Sweep: a thousand settings on a thousand questions of ten candidates.
+A: short form, adaptive, K 10, limit 100. B: long form, always, K 5, beam 2, 3 levels, limit 300. B2: B that reads on only the
+two most relevant passages of a path; the straightforward side writes all and then leaves the same ones out. A row counts only
+if scores and answers of both sides are equal; counts are asserted. In B passages leave the context, and a segment's [Retrieval]
+stays: 24 ids of history each, without the boundary. Bound: A with two passages of rel ≥ .9 and eight of ≤ .3, with and without
+`prune: bound`. Options: A's question and passages with five options, scored and not written. Sweep: a thousand settings on a
+thousand questions of ten candidates.
 """
 
 from __future__ import annotations
@@ -38,13 +41,14 @@ from raglan.decode import Asked
 from raglan.decode.self_rag import self_rag
 from raglan.decode.self_rag.table import Table
 from raglan.generator import HFGenerator
-from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, SelfRagPromptSettings
+from raglan.recipe import GeneratorSettings, PromptSettings, PruneSettings, SelfRagDecode, SelfRagPromptSettings
 from raglan.records import Answer, Hit, Marked, Passage
 from raglan.reflection import Components, Schema, Weights, components, retrieve_probability, retrieves, step
 
 WORDS, WIDTH, EOS = 32000, 128, 2
 PROMPT, PASSAGE, SEGMENT = 96, 128, 24
 MARKS_AND_ONE = 14
+SHARP = 12.0  # of the model whose candidates are far apart
 ROLES = ("is_rel", "word", "is_sup", "is_use", "retrieve", "end")
 SCHEMA = Schema.numbered(WORDS)
 
@@ -82,13 +86,19 @@ def rows() -> list[Row]:
             (5 * alone[0] + 10 * alone[1] + 10 * alone[2], PROMPT + 25 * (PASSAGE + behind) + 2 * 2 * SEGMENT),
             (25 * 300 * (WORDS + 16), MARKS_AND_ONE * (1 + 25 * SEGMENT)), (35, 3),
         ),
+        Row(
+            "B2", SelfRagDecode(**tree, prune={"kind": "top_m", "m": 2}), 5, 3, (25 * 300, 1 + 3 * SEGMENT + 2),
+            (5 * alone[0] + 10 * alone[1] + 10 * alone[2], PROMPT + 25 * PASSAGE + 10 * behind + 2 * 2 * SEGMENT),
+            (25 * 300 * (WORDS + 16), MARKS_AND_ONE * (1 + 25 + 10 * behind)), (35, 3),
+        ),
     ]  # fmt: skip
 
 
 # The model: what it writes at a position is of the role that the position has
 
 
-def made(row: Row) -> HFGenerator:
+def made(row: Row, *, sharp: float = 1.0) -> HFGenerator:
+    """`sharp`: what its logits are multiplied by; it writes the same, more surely."""
     torch.manual_seed(7)
     config = GPT2Config(
         vocab_size=WORDS + 16, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=1024, tie_word_embeddings=False,
@@ -114,7 +124,7 @@ def made(row: Row) -> HFGenerator:
         head[SCHEMA.yes] += 0.5 * role["retrieve"]
         head[EOS] += 2 * (role["end"] - role["word"])
         head[[0, 1, 3, WORDS + 15, SCHEMA.opens, SCHEMA.closes]] = 0
-        model.lm_head.weight.copy_(head)
+        model.lm_head.weight.copy_(head * sharp)
     names = {"<x>": 0, "<s>": 1, "</s>": EOS, "<unk>": 3} | {f"w{number}": number for number in range(4, WORDS)}
     inner = Tokenizer(models.WordLevel(names, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -138,13 +148,13 @@ def _roles(row: Row) -> dict[int, str]:
     return found | dict.fromkeys(range(far + 1, 1024), "word")
 
 
-def asked(row: Row) -> Asked:
+def asked(row: Row, passages: int | None = None) -> Asked:
     drawn = np.random.default_rng(5)
 
     def text(length: int) -> str:
         return " ".join(f"w{number}" for number in drawn.integers(4, WORDS, length))
 
-    hits = [Hit(Passage(f"p{rank}", text(PASSAGE - 3)), rank, 0.0, rank + 1) for rank in range(row.passages)]
+    hits = [Hit(Passage(f"p{rank}", text(PASSAGE - 3)), rank, 0.0, rank + 1) for rank in range(passages or row.passages)]
     return Asked([text(PROMPT)], [hits], k=row.passages)
 
 
@@ -176,7 +186,9 @@ class Plain:
         live: list[tuple[list[float], list[int], str]] = [([], asked, "")]
         finished: list[tuple[list[float], list[int], str]] = []
         for _ in range(self.row.levels):
-            grown = [self._child(parent, passage) for parent in live for passage in passages]
+            most = self.row.settings.prune.m or len(passages)
+            every = [[self._child(parent, passage) for passage in passages] for parent in live]
+            grown = [one[:2] for own in every for one in sorted(own, key=lambda one: -one[2])[:most]]
             finished += [path for path, ended in grown if ended]
             going = sorted((path for path, ended in grown if not ended), key=lambda path: np.mean(path[0]))
             distinct = {text: path for path in going for text in path[2:]}  # of equal texts the better one
@@ -185,7 +197,8 @@ class Plain:
 
     def _child(
         self, parent: tuple[list[float], list[int], str], passage: list[int]
-    ) -> tuple[tuple[list[float], list[int], str], bool]:
+    ) -> tuple[tuple[list[float], list[int], str], bool, float]:
+        """The path with this passage, whether it has ended, and how relevant the passage is."""
         scores, context, text = parent
         one = self._generated([*context, *passage])
         one = _cut(one, {EOS, *SCHEMA.ids["retrieve"]})
@@ -194,7 +207,7 @@ class Plain:
         )
         said = f"{text} {self.generator.marked_prompt.text(one.ids)}".strip()
         path = ([*scores, float(step(parts, Weights()))], [*context, SCHEMA.yes, *one.ids[:-1]], said)
-        return path, one.ids[-1] == EOS
+        return path, one.ids[-1] == EOS, parts.rel
 
     @torch.no_grad()
     def _generated(self, ids: Sequence[int]) -> Marked:
@@ -240,7 +253,7 @@ def check(row: Row, answer: Answer, theirs: list[tuple[float, str]]) -> None:
     """The same best answer, and the same scores of all that were written last."""
     assert answer.trace is not None
     told = answer.trace["candidates"] if row.levels == 1 else answer.trace["levels"][-1]["candidates"]
-    ours = sorted((float(one["final"]) for one in told), reverse=True)
+    ours = sorted((float(one["final"]) for one in told if "final" in one), reverse=True)
     assert np.allclose(ours, [score for score, _ in theirs], atol=1e-4), (ours, theirs)
     assert answer.text == theirs[0][1]
 
@@ -276,6 +289,53 @@ def compare(row: Row, repeats: int) -> None:
     print(flush=True)
 
 
+def bound(repeats: int) -> None:
+    """`prune: bound` against none: two passages of rel ≥ .9, eight of ≤ .3, and a best step of 3 or more."""
+    row = rows()[0]
+    generator = made(row, sharp=SHARP)
+    every = row.settings.model_copy(update={"retrieve": "always"})
+    pool = asked(row, 40)
+    known = self_rag(generator, pool, every)[0]
+    assert known.trace is not None
+    hits, told = pool.hits[0], known.trace["candidates"]
+    good = [hit for hit, one in zip(hits, told, strict=True) if one["rel"] >= 0.9 and one["final"] >= 3][:2]
+    poor = [hit for hit, one in zip(hits, told, strict=True) if one["rel"] <= 0.3][:8]
+    assert (len(good), len(poor)) == (2, 8), "the model judges otherwise than it did"
+    question = Asked(pool.queries, [sorted([*good, *poor], key=lambda hit: hit.rank)], k=10)
+    times: dict[str, list[float]] = {"none": [], "bound": []}
+    found: dict[str, Answer] = {}
+    for _ in range(repeats):
+        for kind, taken in times.items():
+            how = every.model_copy(update={"prune": PruneSettings(kind=kind)})
+            seconds, answers = measured(lambda how=how: self_rag(generator, question, how))
+            taken.append(seconds)
+            found[kind] = answers[0]
+    assert (found["bound"].text, found["bound"].ids) == (found["none"].text, found["none"].ids)
+    assert found["bound"].trace is not None
+    left_out = sum(one["pruned"] == "bound" for one in found["bound"].trace["candidates"]) / 10
+    none, less = (statistics.median(taken) for taken in times.values())
+    verdict = "OK" if left_out >= 0.6 else "FAIL"
+    print(f"| prune: bound, equal answers | undecoded {left_out:.0%} | target ≥ 60 % {verdict} |")
+    print(f"| time, prune: none | {none:.3f} s | bound {less:.3f} s | {none / less:.2f} |\n", flush=True)
+
+
+def options(repeats: int) -> None:
+    """A closed set of five options: scored in one pass, nothing written."""
+    row = rows()[0]
+    generator, question = made(row), asked(row)
+    closed = row.settings.model_copy(update={"retrieve": "always", "options": tuple(f"w{number}" for number in range(10, 15))})
+    self_rag(generator, question, closed)  # not counted: the head is checked once
+    times = []
+    for _ in range(repeats):
+        before = generator.cost.copy()
+        seconds, answers = measured(lambda: self_rag(generator, question, closed))
+        spent = generator.cost - before
+        assert (spent.calls, spent.generated, len(answers[0].candidates)) == (3, 0, 5), spent
+        assert spent.positions == PROMPT + 10 * PASSAGE + 10 * 5, spent  # the IsRel token before each option
+        times.append(seconds)
+    print(f"| options, 10 passages × 5 | 3 passes | 0 ids written | {statistics.median(times):.3f} s |\n", flush=True)
+
+
 def sweep(repeats: int) -> None:
     """1,000 settings × 1,000 questions × 10 candidates; nothing but arithmetic."""
     drawn, shape = np.random.default_rng(3), (1000, 10)
@@ -295,14 +355,15 @@ def sweep(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", default="A,B,sweep", help="of A, B and sweep")
+    parser.add_argument("--rows", default="A,B,B2,bound,options,sweep", help="some of these")
     given = parser.parse_args()
     torch.set_num_threads(1)
     wanted = given.rows.split(",")
     libraries = f"torch {version('torch')}, transformers {version('transformers')}"
     print(f"{date.today()}, {platform.machine()}, {libraries}, one thread, median of {given.repeats}\n")
-    if "sweep" in wanted:
-        sweep(given.repeats)
+    for work in (sweep, bound, options):
+        if work.__name__ in wanted:
+            work(given.repeats)
     for row in rows():
         if row.name in wanted:
             compare(row, given.repeats)

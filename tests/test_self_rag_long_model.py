@@ -148,7 +148,10 @@ evaluate: {{questions: dev.jsonl, k: [1], modes: [retrieved], limit: 3}}
     assert told["trace"]["form"] == "long"
     assert strip_citations(told["cited"]) == told["answer"]
     assert len(told["citations"]) >= 1
-    assert call("evaluate", str(recipe), "--json")[0] == 0
+    code, out, _ = call("evaluate", str(recipe), "--json")
+    assert code == 0
+    figures = json.loads(out)["untuned"]
+    assert figures["retrieved/segment_retrieval_rate"]["mean"] == figures["retrieved/retrieval_rate"]["mean"] == 1.0  # always
     pytest.importorskip("plotly")
     assert call("report", str(recipe), "-o", str(tmp_path / "report.html"))[0] == 0
     page = (tmp_path / "report.html").read_text()

@@ -241,6 +241,7 @@ def test_an_abstention_where_two_labels_are_close(letters: ScriptedGenerator) ->
         ({"form": "long", "prune": {"kind": "bound"}}, "belongs to form short"),
         ({"labels": ["A", "B"], "options": ["A", "B"]}, "give either options"),
         ({"options": ["A", "A"]}, "all different"),
+        ({"form": "long", "combine": "by_component", "absent_step": 0.5}, "a number for a whole step"),
         ({"labels": [True, False]}, "put them in quotes"),
         ({"weights": {"sup": -1}}, "greater than or equal to 0"),
         ({"calibration": {"kind": "isotonic", "x": [0.5, 0.1], "y": [0, 1]}}, "x must rise"),

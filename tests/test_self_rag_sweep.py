@@ -50,6 +50,11 @@ def test_the_grid_is_every_combination_and_draws_are_some_of_them() -> None:
         settings_of(SweepSettings(aggregate=("max",)), SHORT, k=3, seed=0)
 
 
+def test_a_setting_confirmed_live_has_its_own_threshold_and_no_rate() -> None:
+    live = Setting(0.3, 1, 2, 1, 0.5, 3, "sum").decode(SelfRagDecode(kind="self_rag", target_rate=0.5))
+    assert (live.threshold, live.target_rate, live.weights.rel) == (0.3, None, 2)
+
+
 def test_nothing_beats_the_front_and_something_beats_the_rest() -> None:
     found = sweep(_table(), settings_of(SweepSettings(draws=60), SHORT, k=3, seed=0), metric="em")
 

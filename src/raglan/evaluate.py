@@ -385,6 +385,9 @@ def _add_reading(
     if answer.trace is not None:  # Self-RAG says itself what it read
         row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
         figures |= {"retrieval_rate": float(answer.trace["retrieved"])} if given else {}
+        if given and answer.trace["form"] == "long":
+            decided = [float(told["retrieve"]) for told in answer.trace["decisions"]]
+            figures["segment_retrieval_rate"] = sum(decided) / len(decided)
     row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}
 
 

@@ -29,7 +29,8 @@ NAMES = {
     "match": "holds the answer", "str_em": "STR-EM", "char_3gram": "3-grams of letters", "macro_f1": "macro F1",
     "declined": "answers that decline", "citation_validity": "valid citations", "citation_precision": "citation precision",
     "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
-    "retrieval_rate": "questions that retrieved", "truncated": "prompts cut", "unfinished": "answers cut off",
+    "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
+    "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 TRACED = 50  # examples whose decisions and candidates are drawn

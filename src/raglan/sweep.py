@@ -81,9 +81,10 @@ class Setting:
     confirmed: float | None = None
 
     def decode(self, settings: SelfRagDecode) -> SelfRagDecode:
-        """The decoding that this is; `k` is the retriever's."""
+        """The decoding that this is; `k` is the retriever's, and δ takes the place of a rate."""
         weights = settings.weights.model_copy(update={name: getattr(self, name) for name in ("seq", "rel", "sup", "use")})
-        return settings.model_copy(update={"threshold": self.threshold, "weights": weights, "aggregate": self.aggregate})
+        own = {"threshold": self.threshold, "target_rate": None, "weights": weights, "aggregate": self.aggregate}
+        return settings.model_copy(update=own)
 
 
 @dataclass(frozen=True)
