@@ -323,6 +323,7 @@ def test_an_end_is_an_end_even_where_it_is_a_stop() -> None:
 
     assert finish_of(row(5, 2), {2, 7}, 2) == "eos"
     assert finish_of(row(5, 7), {2, 7}, 2) == "stop"
+    assert finish_of(row(5, 7, finish="eos"), {2, 7}, 2) == "stop"  # as servers say it of any stop id
     assert finish_of(row(5, 9, finish="eos"), {7}, 2) == "eos"
     assert (finish_of(row(5), {7}, 2), finish_of(row(), {7}, 2)) == ("length", "length")
 

@@ -206,12 +206,17 @@ class AskedContexts(Contexts):
 
 
 def finish_of(row: Marked, stops: Collection[int], eos: int) -> Any:
-    """Why a row ended: `eos`, as an id or as the backend said, which knows further end tokens; else `stop`, by its last id."""
+    """Why a row ended: `eos` or `stop` by its last id, else as the backend said, which knows further end tokens.
+
+    A server says of an end token and of a stop id alike that the row has ended.
+    """
     if not row.ids:
         return "length"
-    if row.ids[-1] == eos or row.finish == "eos":
+    if row.ids[-1] == eos:
         return "eos"
-    return "stop" if row.ids[-1] in stops else "length"
+    if row.ids[-1] in stops:
+        return "stop"
+    return "eos" if row.finish == "eos" else "length"
 
 
 def _choice(told: dict[int, float], temperature: float, seed: int | None, place: int) -> int:

@@ -209,6 +209,12 @@ class SelfRagDecode(Settings):
         return LIMITS["long" if self.form == "long" else "closed" if self.labels else "short"]
 
     @model_validator(mode="after")
+    def _a_step_is_one_thing(self) -> SelfRagDecode:
+        if self.combine == "by_component" and not isinstance(self.absent_step, str):
+            raise ValueError("absent_step is a number for a whole step, and combine by_component reads a step's figures")
+        return self
+
+    @model_validator(mode="after")
     def _one_way(self) -> SelfRagDecode:
         said = self.model_fields_set
         wrong = sorted((ONLY_LONG if self.form == "short" else ONLY_SHORT) & said)
@@ -223,8 +229,6 @@ class SelfRagDecode(Settings):
             raise ValueError(f"samples is {self.samples}, and without temperature they would be one")
         if self.form == "long" and self.prune.kind == "bound":
             raise ValueError("prune.kind bound belongs to form short; the long form has a bound of its own")
-        if self.combine == "by_component" and not isinstance(self.absent_step, str):
-            raise ValueError("absent_step is a number for a whole step, and combine by_component reads a step's figures")
         for name in ("options", "labels"):
             own = getattr(self, name)
             if own and (len(set(own)) < max(2, len(own)) or not all(map(str.strip, own))):
