@@ -1,4 +1,7 @@
-"""A small real server: OpenAI's completions protocol over a tiny causal model, with prompt log-probabilities and faults."""
+"""Small real servers: OpenAI's completions protocol over a tiny causal model, with faults.
+
+`Served` tells log-probabilities of prompts. `ServedMarks` writes as well, and tells log-probabilities of what it writes.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,86 @@ class Served:
 
     def piece(self, token: int) -> str:
         return str(self.tokenizer.decode([(token + self.shift) % len(self.tokenizer)]))
+
+
+OPENAI = {"model", "prompt", "max_tokens", "temperature", "top_p", "logprobs", "seed", "echo"}
+
+
+class ServedMarks(Served):
+    """Writes greedily and tells log-probabilities of what it wrote.
+
+    Attributes:
+        can: `ids` (prompts as ids), `extended` (fields beyond OpenAI's, else refused), `marks` (`logprob_token_ids`, else
+            left out silently), `told` (any log-probabilities at all), `named` (ids in the reply), `content` (llama.cpp's form).
+        most: the largest `logprobs`. `never`: ids whose probability is 0.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "tiny"):
+        super().__init__(model, tokenizer, name)
+        self.can = {"ids", "extended", "marks", "told", "named"}
+        self.most, self.never = 20, set[int]()
+
+    def answer(self, request: dict[str, Any], key: str) -> tuple[int, dict[str, str], dict[str, Any]]:
+        wrong = self._wrong(request) if not self.faults and key == f"Bearer {KEY}" else None
+        return (400, {}, {"error": {"message": wrong}}) if wrong else super().answer(request, key)
+
+    def _wrong(self, request: dict[str, Any]) -> str | None:
+        if isinstance(request["prompt"], list) and "ids" not in self.can:
+            return "prompt must be a string"
+        if set(request) - OPENAI and "extended" not in self.can:
+            return f"unrecognised fields {sorted(set(request) - OPENAI)}"
+        return f"logprobs is at most {self.most}" if (request.get("logprobs") or 0) > self.most else None
+
+    def choice(self, request: dict[str, Any]) -> dict[str, Any]:
+        if {"prompt_logprobs", "echo"} & set(request):
+            return super().choice(request)
+        prompt = request["prompt"]
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        rows = self.written(list(ids), request)
+        ended = rows[-1][0] in self.ends(request)
+        told = {"index": 0, "text": "", "finish_reason": "stop" if ended else "length", "logprobs": None}
+        if "told" not in self.can:
+            return told
+        if "content" in self.can:
+            return {**told, "logprobs": {"content": [self.content(*row) for row in rows]}}
+        spelt = "named" not in self.can or not request.get("return_tokens_as_token_ids")
+        call = self.piece if spelt else "token_id:{}".format
+        told["logprobs"] = {
+            "tokens": [call(token) for token, _, _ in rows], "token_logprobs": [self.number(own) for _, own, _ in rows],
+            "top_logprobs": [{call(token): self.number(value) for token, value in tops.items()} for _, _, tops in rows],
+            "text_offset": None,
+        }  # fmt: skip
+        return told | ({"token_ids": [token for token, _, _ in rows]} if request.get("return_token_ids") and not spelt else {})
+
+    def written(self, ids: list[int], request: dict[str, Any]) -> list[tuple[int, float, dict[int, float]]]:
+        rows = []
+        for _ in range(request["max_tokens"]):
+            with torch.no_grad():
+                logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            logits[list(self.never)] = -torch.inf
+            logprobs = logits.log_softmax(-1)
+            token = int(logprobs.argmax())
+            listed = request.get("logprob_token_ids") if "marks" in self.can else None
+            tops = listed or logprobs.topk(request["logprobs"]).indices.tolist()
+            rows.append((token, float(logprobs[token]), {one: float(logprobs[one]) for one in [token, *tops]}))
+            ids = [*ids, token]
+            if token in self.ends(request):
+                break
+        return rows
+
+    def ends(self, request: dict[str, Any]) -> set[int]:
+        return {self.model.config.eos_token_id, *(request.get("stop_token_ids") or ())}
+
+    def content(self, token: int, own: float, tops: dict[int, float]) -> dict[str, Any]:
+        every = [{"id": one, "token": self.piece(one), "logprob": self.number(value)} for one, value in tops.items()]
+        return {"id": token, "token": self.piece(token), "logprob": self.number(own), "top_logprobs": every}
+
+    def piece(self, token: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens((token + self.shift) % len(self.tokenizer))).replace("▁", " ")
+
+    @staticmethod
+    def number(value: float) -> float:
+        return max(value, -9999.0)
 
 
 @contextmanager

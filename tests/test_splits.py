@@ -253,3 +253,24 @@ def test_shipped_questions_do_not_leak(name: str, request: pytest.FixtureRequest
         root = request.getfixturevalue("data") / "squad"
         sides = [read_examples(root / f"{part}.jsonl.gz") for part in ("train", "dev")]
         assert find_leaks(*sides, level="questions") == []
+
+
+def test_synthetic_examples_are_tied_by_gold_and_support_and_not_by_noise(caplog: pytest.LogCaptureFixture) -> None:
+    def made(identity: str, **roles: str) -> Example:
+        passages = [{"role": role, "document": document} for role, document in roles.items()]
+        return Example(identity, f"what of {identity}", metadata={"synth": {"passages": passages}})
+
+    examples = [
+        made("a", gold="A", noise="C"), made("b", gold="B", support="A"), made("c", gold="C", noise="B"),
+        *(Example(name, f"what of {name}", metadata={"synth": {"job": job}}) for name, job in zip("xyz", "112", strict=True)),
+    ]  # fmt: skip
+    sides = [split_examples(examples, by="document", shares=HALVES, seed=seed) for seed in range(40)]
+    assert {(one.groups, one.largest) for one in sides} == {(4, 2 / 6)}
+    assert all(one.places["a"] == one.places["b"] and one.places["x"] == one.places["y"] for one in sides)
+    assert any(one.places["a"] != one.places["c"] for one in sides)
+    assert any(one.places["x"] != one.places["z"] for one in sides)
+    assert "33 % of the questions are one group" in caplog.text
+    alone = [made(f"q{n}", gold=str(n), noise="0") for n in range(10)]
+    caplog.clear()
+    assert split_examples(alone, by="document").largest == 0.1
+    assert not caplog.text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import json_lines
@@ -32,7 +33,19 @@ from raglan.metrics import (
     rouge_l,
     wilson,
 )
-from raglan.text import answer_words, restore_surface, terms, words
+from raglan.text import (
+    FUNCTION_WORDS,
+    QUESTION_WORDS,
+    answer_words,
+    content_terms,
+    fold_numbers,
+    han_numeral,
+    placed_words,
+    restore_surface,
+    sentences,
+    terms,
+    words,
+)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +112,100 @@ def test_rouge_l_by_hand(prediction: str, answers: list[str], share: float) -> N
     assert rouge_l(prediction, answers) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ("一九七八年", "1978年"),
+        ("三千", "3000"),
+        ("3,000", "3000"),
+        ("３，０００", "3000"),
+        ("1,234,567.5", "1234567.5"),
+        ("二〇〇八年三月十五日", "2008年3月15日"),
+        ("九八年", "98年"),
+        ("第三", "第3"),
+        ("三年", "3年"),
+        ("三点五万 3.5万 1.5亿元", "三点五万 35000 150000000元"),
+        ("两百五，三千六，一万二", "250，3600，12000"),
+        ("一千零一夜", "1001夜"),
+        ("一亿二千万", "120000000"),
+        ("一万亿", "1000000000000"),
+        ("哪一年", "哪一年"),
+        ("三四个", "三四个"),
+        ("统一、一些、千万、万一、百姓", "统一、一些、千万、万一、百姓"),
+        ("in 1998,200 came; 1,2,3", "in 1998,200 came; 1,2,3"),
+        ("100，200人", "100，200人"),
+        ("三百四百", "三百四百"),
+        ("零", "零"),
+    ],
+)
+def test_numerals_in_one_spelling(text: str, folded: str) -> None:
+    assert fold_numbers(text) == folded
+
+
+@given(st.integers(11, 10**8 - 1))
+@settings(deadline=None)
+def test_chinese_numerals_are_read_as_they_are_written(number: int) -> None:
+    assert fold_numbers(han_numeral(number)) == fold_numbers(f"{number:,}") == str(number)
+    assert fold_numbers("".join("〇一二三四五六七八九"[int(digit)] for digit in str(number)) + "年") == f"{number}年"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "folded"),
+    [("一九七八年", "1978年", 1), ("三千人", "3,000人", 1), ("一九七八年", "1979年", 0)],
+)
+def test_exact_match_folds_numerals_only_if_asked(prediction: str, answer: str, folded: float) -> None:
+    assert exact_match(prediction, [answer]) == 0
+    assert exact_match(fold_numbers(prediction), [fold_numbers(answer)]) == folded
+
+
+def test_placed_words_are_words_with_folded_numerals_and_their_places() -> None:
+    text = "Opened １９９８, with 3,000 seats；一九九八年 in Ｐaris"
+    found = placed_words(text)
+    assert [placed.word for placed in found] == words(fold_numbers(text))
+    assert [text[placed.start : placed.end] for placed in found] == [
+        "Opened", "１９９８", "with", "3,000", "seats", "一九九八", "年", "in", "Ｐaris",
+    ]  # fmt: skip
+
+
+@given(st.text("aB3,.三千一年的 è", max_size=30))
+@settings(deadline=None)
+def test_placed_words_are_in_order_and_apart(text: str) -> None:
+    found = placed_words(text)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(found))
+    assert all(placed.start < placed.end and placed.word for placed in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("In which year was the Aldermere observatory opened?", ["year", "aldermere", "observatory", "opened"]),
+        ("Who, of these, is it?", []),
+        ("青浦大桥哪一年通车？", ["青浦", "浦大", "大桥", "通车"]),
+        ("长江的源头", ["长江", "源头"]),
+        ("一九九八年的Ｂ城", ["1998", "年", "b", "城"]),
+    ],
+)
+def test_content_terms(text: str, wanted: list[str]) -> None:
+    assert content_terms(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "Dr. Smith paid $3.5 million. He left at 5 p.m. on Friday.",
+            ["Dr. Smith paid $3.5 million.", "He left at 5 p.m. on Friday."],
+        ),
+        ("他说：“走吧。”然后离开了。北京很冷！", ["他说：“走吧。”", "然后离开了。", "北京很冷！"]),
+        ("他走了……天黑了。", ["他走了……", "天黑了。"]),
+        ("他走了……", ["他走了……"]),
+        ("真的吗？！是的。", ["真的吗？！", "是的。"]),
+    ],
+)
+def test_sentences_end_where_they_do(text: str, wanted: list[str]) -> None:
+    assert sentences(text) == wanted
+
+
 SENTENCES = [
     ("the cat the cat on the mat", ["the cat is on the mat", "there is a cat on the mat"]),
     ("a quick brown fox", ["the quick brown fox jumps over the lazy dog"]),
@@ -146,17 +253,17 @@ def words_of_kind(question: str, kind: str) -> list[str]:
     split = metrics.cased_words(question)
     typed = []
     for place, word in enumerate(split):
-        if word.lower() in metrics.QUESTION_WORDS:
+        if word.lower() in QUESTION_WORDS:
             typed.append(word.lower())
         if place and split[place - 1].lower() in ("what", "which"):
             typed.append(word.lower())
     for word in split:
         capital, small = word != word.lower(), word.lower()
-        if kind == "entities" and capital and small not in metrics.QUESTION_WORDS:
+        if kind == "entities" and capital and small not in QUESTION_WORDS:
             found.append(small)
-        if kind == "function" and small in metrics.FUNCTION_WORDS:
+        if kind == "function" and small in FUNCTION_WORDS:
             found.append(small)
-        if kind == "content" and not capital and small not in metrics.FUNCTION_WORDS and small not in typed:
+        if kind == "content" and not capital and small not in FUNCTION_WORDS and small not in typed:
             found.append(small)
     return typed if kind == "asked" else found
 

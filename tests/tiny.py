@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import string
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -17,18 +21,28 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from raglan.generator.base import Contexts, Cost, MarkedGenerator
+from raglan.marked_prompt import MarkedPrompt, read_schema
+from raglan.recipe import SelfRagPromptSettings
+from raglan.records import Marked
+from raglan.reflection import NAMES, ORDER, Schema
+
 LETTERS = string.ascii_letters + string.digits + string.punctuation + "éü中文北京大學"
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
-def tokenizer(*, begins: bool = False, ends: bool = True) -> PreTrainedTokenizerFast:
-    """One token a character, a space marks the word that follows it; like BART with `begins`, like T5 without."""
-    pieces = [*SPECIALS, "▁", *LETTERS, *(f"▁{letter}" for letter in string.ascii_letters + string.digits), "th", "▁the"]
+def tokenizer(*, begins: bool = False, ends: bool = True, more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a character, a space marks the word that follows it; like BART with `begins`, like T5 without.
+
+    Of `more` pieces nothing is made but what is looked up by name.
+    """
+    pieces = [*SPECIALS, "▁", *LETTERS, *(f"▁{letter}" for letter in string.ascii_letters + string.digits), "th", "▁the", *more]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     merges = [("▁", letter) for letter in string.ascii_letters + string.digits] + [("t", "h"), ("▁t", "h")]
     merges = [pair for pair in merges if "".join(pair) in vocabulary]
@@ -70,6 +84,59 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _saved(LlamaForCausalLM(config), words, folder)
+
+
+def marked_tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A Llama's with the 15 reflection tokens, in the published order; <pad> it has already. `words` are for scripts."""
+    made = tokenizer(begins=True, ends=False, more=["\n", *(word.replace(" ", "▁") for word in words)])
+    made.add_tokens([name for role in ORDER for name in NAMES[role]], special_tokens=True)
+    return made
+
+
+def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> LlamaTokenizer:
+    """A SentencePiece-like tokenizer with bytes behind its letters. `legacy` puts a blank behind control tokens too.
+
+    Args:
+        special: reflection tokens, registered as special or as ordinary ones; none where it is None.
+    """
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *bytes_, "▁", *string.printable[:94], "th", "in", "▁th", "▁the", "▁a", "▁in"]
+    merges = [("t", "h"), ("i", "n"), ("▁", "th"), ("▁th", "e"), ("▁", "a"), ("▁", "in")]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
+    if special is None:
+        return words
+    names = list(Schema.numbered(0).spellings)
+    if special:
+        words.add_special_tokens({"extra_special_tokens": names})
+    else:
+        words.add_tokens(names)
+    words.add_special_tokens({"pad_token": "<pad>"})
+    return words
+
+
+def self_rag(folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True) -> Path:
+    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it."""
+    torch.manual_seed(seed)
+    words = llama_tokenizer(special=special if extended else None)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=words.pad_token_id, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _saved(LlamaForCausalLM(config), words, folder)
+
+
+def marked_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """A Llama with the reflection tokens that is sure of what it writes: no two tokens are nearly as likely."""
+    torch.manual_seed(seed)
+    words = marked_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
 
@@ -196,3 +263,305 @@ def _saved(model: Any, words: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.save_pretrained(str(folder))
     words.save_pretrained(str(folder))
     return folder
+
+
+UNLIKELY = -30.0  # log p of what a script says nothing about
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token that a scripted model writes: its log p, and the probabilities of marks where it is chosen; NaN: not returned."""
+
+    token: str
+    logprob: float
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+
+def group(role: str, probabilities: Sequence[float], *, chosen: str | None = None) -> Step:
+    """A reflection token, by default the likeliest of its group, with its own log p. Probabilities are in `NAMES`' order."""
+    marks = dict(zip(NAMES[role], probabilities, strict=True))
+    token = chosen or max(marks, key=lambda name: -1.0 if math.isnan(marks[name]) else marks[name])
+    return Step(token, UNLIKELY if math.isnan(marks[token]) else _log(marks[token]), marks)
+
+
+def said(
+    *words: str | tuple[str, float], rel: Sequence[float] | None = None, sup: Sequence[float] | None = None,
+    use: Sequence[float] | None = None, then: str | Sequence[float] = "</s>",
+) -> tuple[Step, ...]:  # fmt: skip
+    """What a model writes behind a prompt: [rel] words [sup] [use] and its end.
+
+    Args:
+        words: tokens as they read (" Par", "is"), with log p if it is not −.1.
+        rel: p(Relevant), p(Irrelevant). sup: p(Fully), p(Partially), p(No support). use: p(Utility:1 … 5).
+        then: the last token, or p(No Retrieval), p(Retrieval), p(Continue) at a segment's boundary. The end has log p −.01.
+    """
+    spoken = [Step(word, -0.1) if isinstance(word, str) else Step(*word) for word in words]
+    return (
+        *([group("is_rel", rel[::-1])] if rel is not None else []),
+        *spoken,
+        *([group("is_sup", sup)] if sup is not None else []),
+        *([group("is_use", use)] if use is not None else []),
+        Step(then, -0.01) if isinstance(then, str) else group("retrieve", then),
+    )
+
+
+def decides(no: float, yes: float, cont: float = 0.0) -> tuple[Step, ...]:
+    """What stands behind a question: the decision."""
+    return (group("retrieve", (no, yes, cont)),)
+
+
+Path_ = tuple[str, ...]
+Script = Mapping[Path_, "Sequence[Step] | list[Sequence[Step]]"]
+
+
+class Unforeseen(AssertionError):
+    """A prompt that the script does not know."""
+
+
+class ScriptedGenerator(MarkedGenerator):
+    """A generator that says what a script has it say, with the log-probabilities that the script has it have.
+
+        script = {
+            (): decides(0.05, 0.9),                                             # behind the question
+            ("Paris",): said("Par", "is", rel=(.9, .05), sup=(.7, .2, .05), use=(.01, .02, .05, .12, .8)),
+            ("[No Retrieval]",): said("Lyon"),
+            ("Paris", "Rome"): said(…),                                         # in a tree: Rome below Paris
+        }
+
+    A path names what was put in front of each segment: a passage's title (all of its text where it has none), or
+    "[No Retrieval]" or "[Continue to Use Evidence]". Of several answers in a list, drawing takes one by seed and place. Where a
+    passage has left the context, what was written below it tells which it was. Every context that is asked for is kept in
+    `prompts`; one that no path fits raises `Unforeseen`.
+
+    Args:
+        script: of every question, or a script for each question.
+        scored: path and option → log-probabilities of the option's tokens, for `score`.
+        otherwise: for a prompt that no path fits: its tail behind the question, spelt → path.
+        exact: what `exact_marks` says.
+    """
+
+    def __init__(
+        self, script: Script | Mapping[str, Script], *, scored: Mapping[Path_, Sequence[float]] | None = None,
+        otherwise: Callable[[str], Path_] | None = None, exact: bool = True, settings: SelfRagPromptSettings | None = None,
+    ):  # fmt: skip
+        plain = all(isinstance(key, tuple) for key in script)
+        self.scripts: dict[str, dict[Path_, list[Sequence[Step]]]] = {
+            question: {path: line if isinstance(line, list) else [line] for path, line in lines.items()}
+            for question, lines in ({"": script} if plain else script).items()  # type: ignore[dict-item,union-attr]
+        }
+        every = [step for lines in self.scripts.values() for line in lines.values() for one in line for step in one]
+        names = [name for role in ORDER for name in NAMES[role]]
+        self.tokenizer = marked_tokenizer(words=sorted({step.token for step in every} - {*names, *SPECIALS}))
+        self._words = self.tokenizer.get_vocab()
+        self._schema = read_schema(self.tokenizer, len(self.tokenizer))
+        self.eos, self.exact_marks, self.cost = 2, exact, Cost()
+        self._prompt = MarkedPrompt(self.schema, self.tokenizer, settings or SelfRagPromptSettings(), eos=self.eos)
+        self.scored, self.otherwise = scored or {}, otherwise
+        self.prompts: list[tuple[int, ...]] = []
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def marked_prompt(self) -> MarkedPrompt:
+        return self._prompt
+
+    def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> ScriptedContexts:
+        self.cost.calls += 1
+        self.cost.positions += sum(map(len, prompts))
+        return ScriptedContexts(self, tuple(marks), [self._root(tuple(ids)) for ids in prompts])
+
+    def spelt(self, ids: Sequence[int]) -> str:
+        """Ids as text, control tokens and all."""
+        return str(self.tokenizer.decode(list(ids)))
+
+    def identity(self, token: str) -> int:
+        return int(self._words[token if token in self._words else token.replace(" ", "▁")])
+
+    def line(self, question: str, path: Path_, *, draw: int = 0) -> Sequence[Step]:
+        lines = self.scripts[question][path]
+        return lines[draw % len(lines)]
+
+    def _root(self, ids: tuple[int, ...]) -> _Place:
+        """Which question is asked, and where its own ids end."""
+        controls = self.schema.controls
+        end = next((at for at, token in enumerate(ids) if token in controls), len(ids))
+        text = self.spelt(ids[:end])
+        known = [question for question in self.scripts if question in text]
+        if not known:
+            raise Unforeseen(f"no script for {text!r}")
+        return self.place(max(known, key=len), ids, end)
+
+    def place(self, question: str, ids: tuple[int, ...], end: int) -> _Place:
+        self.prompts.append(ids)
+        path, at = self._path(question, ids[end:])
+        return _Place(question, ids, end, path, at)
+
+    def _path(self, question: str, tail: tuple[int, ...]) -> tuple[Path_, int]:
+        """The path of a context and how many of its last line's steps stand in it already."""
+        path: Path_ = ()
+        said = 0
+        while tail:
+            if path and tail == (self.schema.yes,):  # a boundary that was kept, and whose passage is still to come
+                return path, said + 1
+            opened, tail = self._opened(tail)
+            lines = self.scripts[question]
+            known = [key for key in lines if key[:-1] == path and len(key) == len(path) + 1 and opened in (None, key[-1])]
+            told = [(key, count) for key in known if (count := self._told(question, key, tail)) is not None]
+            if len(told) != 1 and self.otherwise is not None:
+                return self.otherwise(self.spelt(tail)), 0
+            if len(told) != 1:
+                raise Unforeseen(f"behind {path}: {self.spelt(tail)!r} under {opened!r} fits {[key for key, _ in told]}")
+            path, said = told[0]
+            tail = tail[said:]
+        return path, said
+
+    def _opened(self, tail: tuple[int, ...]) -> tuple[str | None, tuple[int, ...]]:
+        """What stands in front of a segment: a title, a decision, or nothing where a passage has left; and the rest."""
+        schema = self.schema
+        if tail[0] in (schema.no, schema.cont):
+            return schema.spelling(tail[0]), tail[1:]
+        rest = tail[1:] if tail[0] == schema.yes else tail
+        if rest and rest[0] == schema.opens:
+            end = rest.index(schema.closes)
+            return self.marked_prompt.text(rest[1:end]).split("\n")[0], rest[end + 1 :]
+        if not rest or rest[0] == schema.yes:  # asked for evidence and given none
+            raise Unforeseen(f"[Retrieval] without a passage: {self.spelt(tail)!r}")
+        return None, rest
+
+    def _told(self, question: str, path: Path_, tail: tuple[int, ...]) -> int | None:
+        """How many ids of `tail` are this line's, all of them or all that there are; None where it goes another way."""
+        for line in self.scripts[question][path]:
+            words = [self.identity(step.token) for step in line]
+            words = words[:-1] if line[-1].token in (*NAMES["retrieve"], "</s>") else words
+            count = min(len(words), len(tail))
+            if tuple(words[:count]) == tail[:count]:
+                return count
+        return None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A context of a scripted generator: where its question ends, and how far the line of its path has come."""
+
+    question: str
+    ids: tuple[int, ...]
+    end: int
+    path: Path_
+    said: int
+
+
+class ScriptedContexts(Contexts):
+    def __init__(self, generator: ScriptedGenerator, marks: tuple[int, ...], places: Sequence[_Place]):
+        self.generator, self.marks, self.places = generator, marks, list(places)
+        self._read = False
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        return [place.ids for place in self.places]
+
+    @property
+    def paths(self) -> list[Path_]:
+        return [place.path for place in self.places]
+
+    @property
+    def mark_logprobs(self) -> np.ndarray:
+        self._count()
+        rows = [self._marked(self._steps(place)[0]) for place in self.places]
+        return np.array(rows, np.float32).reshape(len(rows), len(self.marks))
+
+    @property
+    def best(self) -> np.ndarray:
+        self._count()
+        return np.array([self.generator.identity(self._steps(place)[0].token) for place in self.places], np.int64)
+
+    def branch(self, places: Sequence[int], suffixes: Sequence[Sequence[int]]) -> ScriptedContexts:
+        generator, found = self.generator, []
+        for number, suffix in zip(places, suffixes, strict=True):
+            old = self.places[number]
+            generator.cost.positions += len(suffix)
+            generator.cost.reused += len(old.ids) if suffix else 0
+            found.append(generator.place(old.question, (*old.ids, *suffix), old.end) if suffix else old)
+        generator.cost.calls += any(map(len, suffixes))
+        return ScriptedContexts(generator, self.marks, found)
+
+    def only(self, places: Sequence[int]) -> ScriptedContexts:
+        kept = ScriptedContexts(self.generator, self.marks, [self.places[number] for number in places])
+        kept._read = self._read
+        return kept
+
+    def write(
+        self, *, stop_ids: Collection[int], max_new_tokens: int | Sequence[int], first: Collection[int] | None = None,
+        temperature: float = 0.0, seed: int | None = None,
+    ) -> list[Marked]:  # fmt: skip
+        self._count()
+        limits = [max_new_tokens] * len(self) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        draws = [(seed or 0) + number if temperature else 0 for number in range(len(self))]
+        rows = [
+            self._written(place, {*stop_ids}, limit, first, draw)
+            for place, limit, draw in zip(self.places, limits, draws, strict=True)
+        ]
+        further = [max(0, len(row.ids) - 1) for row in rows]
+        cost = self.generator.cost
+        cost.calls += max(further, default=0)
+        cost.positions += sum(further)
+        cost.logprobs += sum(further) * (len(self.marks) + 1)
+        cost.generated += sum(len(row.ids) for row in rows)
+        return rows
+
+    def score(self, places: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        generator = self.generator
+        generator.cost.calls += any(len(ids) > 1 for ids in continuations)
+        rows = []
+        for number, ids in zip(places, continuations, strict=True):
+            option = generator.marked_prompt.text(ids)
+            values = generator.scored[(*self.places[number].path, option)]
+            assert len(values) == len(ids), f"{option!r} has {len(ids)} tokens: {ids}"
+            rows.append(np.array(values, np.float32))
+        return rows
+
+    def _steps(self, place: _Place, draw: int = 0) -> Sequence[Step]:
+        rest = self.generator.line(place.question, place.path, draw=draw)[place.said :]
+        if not rest:
+            raise Unforeseen(f"nothing is said behind {place.path}")
+        return rest
+
+    def _written(
+        self, place: _Place, stop_ids: Collection[int], limit: int, first: Collection[int] | None, draw: int
+    ) -> Marked:  # fmt: skip
+        ids: list[int] = []
+        logprobs, marks = [], []
+        finish = "length"
+        for step in self._steps(place, draw)[:limit]:
+            row = self._marked(step)
+            token, logprob = self.generator.identity(step.token), step.logprob
+            if first is not None and not ids and token not in first:
+                known = {one: row[self.marks.index(one)] for one in first if one in self.marks}
+                token = max(known, key=lambda one: known[one])
+                logprob = known[token]
+            ids.append(token)
+            logprobs.append(logprob)
+            marks.append(row)
+            if token == self.generator.eos or token in stop_ids:
+                finish = "eos" if token == self.generator.eos else "stop"
+                break
+        else:
+            if len(ids) < limit:
+                raise Unforeseen(f"the script of {place.path} goes on behind its last token, {self.generator.spelt(ids[-1:])}")
+        shaped = np.array(marks, np.float32).reshape(len(ids), len(self.marks))
+        return Marked(tuple(ids), np.array(logprobs, np.float32), shaped, finish)  # type: ignore[arg-type]
+
+    def _marked(self, step: Step) -> list[float]:
+        known = {self.generator.identity(name): _log(p) for name, p in step.marks.items()}
+        known.setdefault(self.generator.identity(step.token), step.logprob)
+        return [known.get(mark, UNLIKELY) for mark in self.marks]
+
+    def _count(self) -> None:
+        if not self._read:
+            self._read = True
+            self.generator.cost.logprobs += len(self.places) * (len(self.marks) + 1)
+
+
+def _log(probability: float) -> float:
+    return probability if math.isnan(probability) else math.log(probability) if probability > 0 else -math.inf

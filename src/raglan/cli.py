@@ -18,9 +18,13 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from raglan import __version__
+from raglan.cli_calls import calls
+from raglan.cli_clean import check_leaks, dedupe, verify
+from raglan.cli_critique import critique
 from raglan.cli_feedback import feedback, split
+from raglan.cli_rows import rows
 from raglan.cli_synthesize import synthesize
-from raglan.errors import RaglanError, RecipeError
+from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.metrics import answer_recall
 from raglan.progress import console
 from raglan.recipe import Recipe, load_recipe, recipe_schema
@@ -35,8 +39,14 @@ app = typer.Typer(
 checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
+app.command()(calls)
 app.add_typer(feedback, name="feedback")
+app.add_typer(rows, name="rows")
 app.command()(split)
+app.command()(dedupe)
+app.command("check-leaks")(check_leaks)
+app.command()(verify)
+app.command()(critique)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a .yaml file.", show_default=False)]
 Overrides = Annotated[
@@ -123,9 +133,15 @@ def answer(
     choice: Annotated[
         list[str] | None, typer.Option(help="An answer that may be given; give it once a choice, and one is chosen.")
     ] = None,
+    with_trace: Annotated[bool, typer.Option("--trace", help="Tell how a self_rag answer came about.")] = False,
+    alce: Annotated[
+        Path | None, typer.Option(help="Also write the answers, with citations and the passages cited, as ALCE reads them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
+    from raglan.decode.self_rag import cited_text
+    from raglan.decode.self_rag.trace import told as told_trace
     from raglan.text import check_history, check_query
     from raglan.train import Parts, finished_parts
 
@@ -140,12 +156,19 @@ def answer(
     loaded = load_recipe(recipe, overrides)
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(loaded)[-1]
     answers = parts.open(loaded).answer(asked, k=k, history=[said] * len(asked), choices=[choice or []] * len(asked))
+    if alce is not None:
+        from raglan.exports import export_alce
+
+        console.print(str(export_alce(answers, alce)), soft_wrap=True)
     if as_json:
         typer.echo(json.dumps([_answer(a) for a in answers], ensure_ascii=False, indent=2))
         return
     console.print(f"[dim]system: {stage}; * marks passages that hold the answer[/dim]")
     for found in answers:
-        typer.echo(f"Q: {found.query}\nA: {found.text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        text = cited_text(found) if found.citations else found.text
+        typer.echo(f"Q: {found.query}\nA: {text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for number, hit in enumerate(found.citations, 1):
+            typer.echo(f"  cites [{number}] {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
         for hit in found.hits:
             mark = "*" if _cited(found, hit) else " "
             shares = _shares(found, hit.rank - 1)
@@ -153,6 +176,8 @@ def answer(
             typer.echo(
                 f" {mark}[{hit.rank}] {hit.score:.4f}{told} {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}"
             )
+        for line in told_trace(found.trace) if with_trace and found.trace is not None else ():
+            typer.echo(f"    {line}")
 
 
 @app.command()
@@ -186,22 +211,38 @@ def evaluate(
     fail_on: Annotated[
         str | None, typer.Option(help="`worse`: exit with 1 if a grid's cell is worse than the base on a task.")
     ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="Self-RAG: write candidates for --rescore and --sweep.")] = False,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Self-RAG: measure from candidates, no model call.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
-    from raglan.evaluate import compare, evaluate_recipe, interval_kinds
+    from raglan.cli_robustness import evaluate_further
+    from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
 
     loaded = load_recipe(recipe, overrides or [])
-    if fail_on not in (None, "worse") or (fail_on is not None and loaded.grid is None):
-        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+    if cache or rescore or sweep or fill or confirm:
+        _candidates(loaded, cache=cache, rescore=rescore, fill=fill, sweep=sweep, confirm=confirm, as_json=as_json)
+        return
+    _check_fail_on(fail_on, loaded)
     if loaded.grid is not None:
         _evaluate_grid(loaded, with_report=with_report, fail_on=fail_on, as_json=as_json)
         return
     evaluations = evaluate_recipe(loaded, every_stage=every_stage)
+    if calibrate is not None:
+        _calibrate(loaded, evaluations[-1], calibrate)
+        return
+    further = evaluate_further(loaded, evaluations)
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
-        typer.echo(json.dumps({e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}, indent=2))
+        told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
+        typer.echo(json.dumps(told | further.summary(), indent=2))
         return
     differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
     table = Table("figure", *(e.system for e in evaluations), *(["difference"] if differences else []), box=None)
@@ -217,7 +258,28 @@ def evaluate(
     ):
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
     for evaluation in evaluations:
+        _tell_spent(evaluation.system, spent(evaluation.rows))
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
+    further.tell(loaded)
+
+
+def _tell_spent(system: str, costs: dict[str, dict[str, float]]) -> None:
+    """What a question took in each mode, where answers have a trace."""
+    for mode, cost in costs.items():
+        told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
+        console.print(f"{system}, {mode}, a question: {told}", soft_wrap=True)
+
+
+def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:
+    """Print the setting that maps r to P(retrieval is needed), as it is written in a recipe or on the command line."""
+    from raglan.calibration import calibration_data, fitted
+
+    if kind not in ("temperature", "isotonic"):
+        raise RecipeError(f"--calibrate is {kind!r}", hint="temperature, or isotonic")
+    r, needed = calibration_data(evaluation, recipe.evaluate.metrics[0])
+    found = fitted(r, needed, kind).model_dump(mode="json", exclude_defaults=True)
+    console.print(f"{len(r)} questions, of which {sum(needed)} are answered better with passages; for the recipe's decode:")
+    typer.echo(f"calibration: {json.dumps(found)}")
 
 
 @app.command()
@@ -300,7 +362,7 @@ def main() -> None:
     except RaglanError as fault:
         text = f"error: {fault.message}" + (f"\nhint: {fault.hint}" if fault.hint else "")
         print(text, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(fault, CallsStopped) else 2)
     except OSError as fault:
         if fault.filename is None:
             raise
@@ -317,6 +379,29 @@ def _report(recipes: list[Recipe], output: Path) -> None:
 
     write_report(recipes, output)
     console.print(f"report: {output}", soft_wrap=True)
+
+
+def _check_fail_on(fail_on: str | None, recipe: Recipe) -> None:
+    if fail_on not in (None, "worse") or (fail_on is not None and recipe.grid is None):
+        raise RecipeError(f"--fail-on is {fail_on!r}", hint="`worse` is all there is, for recipes with a grid")
+
+
+def _candidates(
+    recipe: Recipe, *, cache: bool, rescore: bool, fill: bool, sweep: bool, confirm: bool, as_json: bool
+) -> None:  # fmt: skip
+    from raglan import cli_sweep
+
+    if cache + rescore + sweep != 1 or (fill and not rescore) or (confirm and not sweep):
+        raise RecipeError(
+            "--cache, --rescore and --sweep are three things to do",
+            hint="one at a time; --fill goes with --rescore, --confirm with --sweep",
+        )
+    if cache:
+        cli_sweep.cached(recipe, as_json=as_json)
+    elif rescore:
+        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
+    else:
+        cli_sweep.swept(recipe, confirm=confirm, as_json=as_json)
 
 
 def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:
@@ -377,6 +462,18 @@ def _answer(found: Any) -> dict[str, Any]:
             {**_hit(hit), "cited": _cited(found, hit), **_shares(found, place)} for place, hit in enumerate(found.hits)
         ],
         "candidates": [{"answer": c.text, "logprob": c.logprob, "finished": c.finished} for c in found.candidates],
+        **(_reflected(found) if found.trace is not None else {}),
+    }  # fmt: skip
+
+
+def _reflected(found: Any) -> dict[str, Any]:
+    """What a Self-RAG answer adds."""
+    from raglan.decode.self_rag import cited_text
+
+    return {
+        "cited": cited_text(found), "citations": [hit.passage.id for hit in found.citations],
+        "alternatives": [{"answer": other.text, "cited": cited_text(other)} for other in found.alternatives],
+        "raw": found.raw, "trace": found.trace,
     }  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def split(
     )  # fmt: skip
     for name, count in write_split(output, made, examples).items():
         typer.echo(f"{output / name}.jsonl  {count} questions")
-    console.print(f"{made.groups} groups by {by}" + (", an earlier split honoured" if known else ""))
+    told = f"{made.groups} groups by {by}, the largest {100 * made.largest:.1f} % of the questions"
+    console.print(told + (", an earlier split honoured" if known else ""))
     for identity, reason in made.aside:
         console.print(f"set aside: {identity}, {reason}")
 

@@ -1,4 +1,4 @@
-"""`raglan synthesize …`: training data for others, written and checked."""
+"""`raglan synthesize …`: training data, planned; and for others, written and checked."""
 
 from __future__ import annotations
 
@@ -8,20 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
+from raglan.cli_plan import coverage, run
 from raglan.errors import CorpusError, RecipeError
 from raglan.progress import console
 from raglan.recipe import LsrObjective, Recipe, load_recipe
 
 __all__ = ["synthesize"]
 
-synthesize = typer.Typer(no_args_is_help=True, help="Training data: exported for other trainers, and checked.")
+
+class _RecipeFirst(TyperGroup):
+    """`raglan synthesize recipe.yaml` is short for `raglan synthesize run recipe.yaml`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, ["run", *args] if args and _is_recipe(Path(args[0])) else args)
+
+
+synthesize = typer.Typer(
+    cls=_RecipeFirst, no_args_is_help=True, help="Training data: planned, exported for other trainers, and checked."
+)
 
 As = Annotated[str, typer.Option("--as", help="openai-chat, openai-dpo, trl or sentence-transformers.", show_default=False)]
 Model = Annotated[
     str | None, typer.Option(help="For lengths: a hosted model's name, as gpt-4o, or a folder.", show_default=False)
 ]
 Tokenizer = Annotated[Path | None, typer.Option(help="For lengths: a folder with a tokenizer.", show_default=False)]
+
+
+synthesize.command()(run)
+synthesize.command()(coverage)
 
 
 @synthesize.command()

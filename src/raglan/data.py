@@ -294,11 +294,14 @@ def answer_rows(
 
 
 def choose_passages(examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int) -> list[list[Passage]]:
-    """K passages for each example: `gold` its relevant ones, `retrieved` the search's, `mixed` one gold among the search's.
+    """K passages for each example: `gold` its relevant ones, `retrieved` the search's, `mixed` one gold among the search's,
+    `none` none.
 
     `gold` and `mixed` are shuffled with the seed, so that place tells nothing; an example without relevant passages falls
     back to retrieved ones.
     """
+    if source == "none":
+        return [[] for _ in examples]
     corpus, generator = retriever.base.corpus, random.Random(seed)
     relevant = [[row for identity in example.relevant if (row := corpus.row(identity)) is not None] for example in examples]
     searched: list[list[int]] = [[] for _ in examples]

@@ -33,7 +33,17 @@ from raglan.progress import track
 from raglan.records import Document, Example
 from raglan.text import SPACELESS, check_history, check_query, half_character
 
-__all__ = ["DocumentStream", "Reading", "example_row", "read_documents", "read_examples", "read_texts", "write_examples"]
+__all__ = [
+    "DocumentStream",
+    "Reading",
+    "example_row",
+    "read_documents",
+    "read_examples",
+    "read_objects",
+    "read_texts",
+    "stream_examples",
+    "write_examples",
+]
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
@@ -219,6 +229,20 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
             raise CorpusError(f"{path}: question id {example.id!r} occurs twice", hint="give each question its own id")
         seen.add(example.id)
     return examples
+
+
+def stream_examples(path: Path) -> Iterator[Example]:
+    """The questions of a .jsonl(.gz) file one by one, never all held; ids may occur twice. Raises CorpusError."""
+    if not path.is_file():
+        raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file")
+    return (_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS))
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a .jsonl(.gz) file. Raises CorpusError: a missing file, or a line that is no JSON object."""
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}", hint="give a .jsonl or .jsonl.gz file")
+    return _json_lines(path, "utf-8")
 
 
 def read_texts(path: Path) -> list[tuple[str, str]]:

@@ -6,9 +6,11 @@
     ├── IndexMismatch     a knowledge base opened with an encoder that did not build it
     ├── GeneratorError    a language model that cannot do what is asked of it
     ├── CheckpointError   a folder that is not, or is only half, the artefact it should be
+    ├── CallsStopped      paid calls that ended before all were answered; what came is kept
     └── MissingExtra      an optional library that is not installed
 
-The command line prints these without a traceback and exits with 2. Anything else is a bug of ours and keeps its traceback.
+The command line prints these without a traceback and exits with 2 (`CallsStopped`: 3, since all is well that is there).
+Anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import importlib
 from types import ModuleType
 
 __all__ = [
+    "CallsStopped",
     "CheckpointError",
     "CorpusError",
     "GeneratorError",
@@ -42,6 +45,7 @@ EXTRAS = {
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
     "sqlalchemy": "feedback",
+    "vllm": "vllm",
 }
 
 
@@ -74,6 +78,17 @@ class GeneratorError(RaglanError):
 
 class CheckpointError(RaglanError):
     """A folder that is not, or is only half, the artefact it should be."""
+
+
+class CallsStopped(RaglanError):
+    """Paid calls that ended before all were answered; what came is kept, and the same command goes on from there.
+
+    `reason`: "cap", "fatal", "breaker", "interrupt" or "journal" (it cannot be written).
+    """
+
+    def __init__(self, message: str, *, reason: str, hint: str | None = None):
+        super().__init__(message, hint=hint)
+        self.reason = reason
 
 
 class MissingExtra(RaglanError):

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,39 @@ from raglan.metrics import (
     rouge_l,
 )
 from raglan.rag import RAG
-from raglan.recipe import ClassifyDecode, EvaluateSettings, Recipe
+from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Example, Hit
-from raglan.train import Parts, finished_parts, folder_stamp
+from raglan.reflection import normalise_label
+from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
+from raglan.text import fold_numbers
+from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 
 __all__ = [
     "Evaluation",
     "compare",
+    "compared_systems",
+    "data_sets",
+    "domain",
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
+    "gold",
     "interval_kinds",
     "open_evaluation",
+    "spent",
+    "system_fingerprint",
 ]
 
 log = logging.getLogger(__name__)
 KIND = "evaluation"
 Measures = dict[str, Callable[[str, Example], float]]
-OF_A_QUESTION = {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1}
-TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3")  # of all answers, and no mean over questions
+OF_A_QUESTION = {
+    "em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1,
+    "char_3gram": char_3gram_recall,
+    "match": lambda text, answers: answer_recall([text], answers),
+    "declined": lambda text, answers: float(abstained(text, answers)),
+}  # fmt: skip
+TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3", "macro_f1")  # of all answers, and no mean over questions
 
 
 @dataclass(frozen=True)
@@ -92,14 +107,43 @@ def evaluate_recipe(recipe: Recipe, *, every_stage: bool = False) -> list[Evalua
     settings = recipe.evaluate
     if settings is None:
         raise RecipeError(f"recipe {recipe.name!r} evaluates nothing", hint="give it `evaluate: {questions: …}`")
-    systems = finished_parts(recipe)
-    wanted = systems if every_stage else [systems[0], *systems[1:][-1:]]
+    wanted = finished_parts(recipe) if every_stage else compared_systems(recipe)
     return [evaluate(recipe, settings, name, parts) for name, parts in wanted]
+
+
+def compared_systems(recipe: Recipe) -> list[tuple[str, Parts]]:
+    """The untuned system, and the tuned one if there is one."""
+    systems = finished_parts(recipe)
+    return [systems[0], *systems[1:][-1:]]
+
+
+def domain(recipe: Recipe) -> str | None:
+    """Whether a finished stage learned from the data set of these questions, as the stages' manifests say.
+
+    A manifest names data sets by its sources' names, by the first word of its files' names (nq of nq-train.jsonl.gz), and by
+    what the manifest beside a file says of its own sources.
+    """
+    if recipe.evaluate is None or recipe.evaluate.dataset is None:
+        return None
+    names = {name for data in learned_from(recipe).values() for name in data_sets(data)}
+    return "in-domain" if recipe.evaluate.dataset.casefold() in names else "out of domain"
+
+
+def data_sets(data: Mapping[str, Any]) -> set[str]:
+    """The names of the data sets behind data settings."""
+    found = {name.casefold() for name in data.get("sources") or {}}
+    files = [data.get("path"), *(source.get("path") for source in (data.get("sources") or {}).values())]
+    for path in (Path(name) for name in files if name):
+        found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
+        beside = (path if path.is_dir() else path.parent) / MANIFEST
+        if beside.is_file():
+            found |= {name.casefold() for name in json.loads(beside.read_text(encoding="utf-8")).get("sources") or {}}
+    return found
 
 
 def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
     """Where the measurement of these settings, questions and parts is, or will be."""
-    return recipe.run / "evaluations" / f"{name}-{_fingerprint(recipe, settings, parts)[:8]}"
+    return recipe.run / "evaluations" / f"{name}-{system_fingerprint(recipe, settings, parts)[:8]}"
 
 
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
@@ -119,7 +163,7 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
             "source": str(settings.questions), "k": system.k, "index": recipe.index,
-            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()},
+            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()}, "spent": spent(rows),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
     return open_evaluation(folder)
@@ -155,7 +199,10 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
             answers = system.answer(queries, history=history)
             given = [list(answer.hits) for answer in answers]
         else:
-            answers = system.read(queries, given, history=history, texts=[texts[place] for place in places], choices=choices)
+            answers = system.read(
+                queries, given, history=history, texts=[texts[place] for place in places], choices=choices,
+                again=system.k if mode == "retrieved" else 0,
+            )  # fmt: skip
         for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
     return rows
@@ -167,11 +214,25 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
     figures = {name: bootstrap(column) for name, column in measured.items() if column}
+    for name in (name for name in figures if name.rpartition("/")[2] in settings.metrics and constant(measured[name])):
+        log.warning("%s is %g for every question; look at predictions.jsonl", name, measured[name][0])
     for mode in settings.modes:
         together = [f"{mode}/{metric}" for metric in settings.metrics if metric in TOGETHER]
         wholes = {name: _whole(rows, name) for name in together}
         figures |= {name: jackknife(whole) for name, whole in wholes.items() if not math.isnan(whole.value)}
     return figures
+
+
+def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each mode whose answers have a trace, what one question took on average: calls, tokens, passages, seconds."""
+    costs: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        for mode, prediction in row["predictions"].items():
+            if "trace" in prediction:
+                costs.setdefault(mode, []).append(prediction["trace"]["cost"])
+    return {
+        mode: {name: round(sum(cost[name] for cost in own) / len(own), 4) for name in own[0]} for mode, own in costs.items()
+    }
 
 
 def interval_kinds(figures: Iterable[str]) -> str:
@@ -188,6 +249,9 @@ def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
     mode, _, metric = name.partition("/")
     if metric == "bleu1":
         return bleu1([row["counts"][name] for row in rows if name in row["counts"]])
+    if metric == "macro_f1":
+        read = [row for row in rows if mode in row["predictions"]]
+        return macro_f1([row["predictions"][mode]["text"] for row in read], [row["answers"][0] for row in read])
     texts = [row["predictions"][mode]["text"] for row in rows if mode in row["predictions"]]
     return distinct(texts, int(metric.removeprefix("distinct_")))
 
@@ -252,15 +316,30 @@ def _given(mode: str, system: RAG, example: Example, hits: Sequence[Hit]) -> lis
     return [Hit(corpus[row], row, 0.0, rank) for rank, row in enumerate(rows, 1)]
 
 
+def gold(example: Example, decode: DecodeSettings) -> Sequence[str]:
+    """The answers of a question as its decoding spells them: of Self-RAG's closed set A … E "2" is B, and of 1 … 5 "B" is 2."""
+    closed: Sequence[str] = ()
+    if isinstance(decode, SelfRagDecode):
+        closed = decode.labels or (() if choices_of(example) else decode.options)
+    return [normalise_label(answer, closed) or answer for answer in example.answers] if closed else example.answers
+
+
 def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
     """Name → (answer's text, example) → figure, NaN where it does not apply."""
+    fold = fold_numbers if settings.fold_numbers else str
     known: Measures = {
-        name: lambda text, example, measure=measure: measure(text, example.answers)  # type: ignore[misc]
+        name: lambda text, example, measure=measure: measure(  # type: ignore[misc]
+            fold(text), [*map(fold, gold(example, system.decode))]
+        )
         for name, measure in OF_A_QUESTION.items()
     }
     if settings.answers_are == "regex":  # words have no overlap with a pattern
-        known = {"em": lambda text, example: regex_match(text, example.answers)}
+        known = {
+            "em": lambda text, example: regex_match(text, example.answers),
+            "match": lambda text, example: regex_recall([text], example.answers),
+        }
     known |= {
+        "str_em": lambda text, example: str_em(text, example.metadata.get("short_answers", ())),
         "kf1": lambda text, example: f1(text, told) if (told := _knowledge(example, system)) else math.nan,
     }
     if "rare_f1" in settings.metrics:
@@ -292,14 +371,28 @@ def _add_reading(
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
         "passages": [hit.passage.id for hit in given],
     }  # fmt: skip
+    figures: dict[str, float] = {}
+    if "citations" in settings.metrics and given:
+        gold = [number for number, hit in enumerate(given, 1) if hit.passage.id in example.relevant]
+        figures |= citation_figures(marks(answer.text), len(given), good=gold, needed=gold)
+    if "quotes" in settings.metrics and given:
+        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in given]
+        figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
     if "bleu1" in settings.metrics and settings.answers_are != "regex":
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
-    figures = {name: measure(answer.text, example) for name, measure in measures.items()}
+    figures |= {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
+    if answer.trace is not None:  # Self-RAG says itself what it read
+        row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
+        figures |= {"retrieval_rate": float(answer.trace["retrieved"])} if given else {}
+        if given and answer.trace["form"] == "long":
+            decided = [float(told["retrieve"]) for told in answer.trace["decisions"]]
+            figures["segment_retrieval_rate"] = sum(decided) / len(decided)
     row["figures"] |= {f"{mode}/{name}": None if math.isnan(value) else value for name, value in figures.items()}
 
 
-def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
+def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
+    """Names everything that a system's answers to these questions depend on."""
     base = KnowledgeBase.open(recipe.knowledge.path).version
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
@@ -312,4 +405,7 @@ def _fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> st
         recipe.knowledge.encoder.query_model,
     )
     stamps = [folder_stamp(folder) for folder in folders]
-    return fingerprint([base, shared, encoder, stamps, settings.model_dump(mode="json"), questions, asdict(parts)])
+    asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset"})  # measured apart
+    if not settings.fold_numbers:
+        del asked["fold_numbers"]
+    return fingerprint([base, shared, encoder, stamps, asked, questions, asdict(parts)])

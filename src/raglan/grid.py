@@ -363,7 +363,7 @@ def _asked(plan: _Plan, task: _Task, cell: Cell) -> Asked:
 
 def _joined(decode: DecodeSettings) -> ConcatDecode:
     """`concat` as a task is decoded otherwise."""
-    said = {name: getattr(decode, name) for name in ("max_new_tokens", "scorer") if hasattr(decode, name)}
+    said = {name: own for name in ("max_new_tokens", "scorer") if (own := getattr(decode, name, None)) is not None}
     return ConcatDecode(**said)
 
 

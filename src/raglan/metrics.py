@@ -1,10 +1,11 @@
 """Figures: exact match, F1, ranking measures, and intervals that say how much to believe them.
 
-Answers: EM and F1 are SQuAD's, best over the gold answers; accuracy compares classes as they are spelt; ROUGE-L is
-`rouge-score`'s, also best over the answers. Dialogue: Knowledge-F1 is that F1 against the knowledge an answer should tell,
-Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv 2104.07567, §4). Rankings: recall@k, nDCG@k (gain =
-grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile bootstrap over questions, paired for differences, 10,000
-resamples with a seed; Wilson's for a share of yes-or-no outcomes, which also holds where nearly all or nearly none are yes.
+Answers: EM and F1 are SQuAD's, best over the gold answers, but F1 is EM where the answer is a closed label (yes, no, 是, 否);
+accuracy compares classes as they are spelt; ROUGE-L is `rouge-score`'s, also best over the answers. Dialogue: Knowledge-F1 is
+that F1 against the knowledge an answer should tell, Rare-F1 counts a corpus' rare words only (Shuster et al. 2021, arXiv
+2104.07567, §4). Rankings: recall@k, nDCG@k (gain = grade, discount log2, as in trec_eval), MRR@k. Intervals: percentile
+bootstrap over questions or groups of them, paired for differences, 10,000 resamples with a seed; Wilson's for a share of
+yes-or-no outcomes, which also holds where nearly all or nearly none are yes.
 Generated questions: Q-BLEU-1 (Nema & Khapra 2018, EMNLP), see `q_bleu1`.
 
 Figures of a whole corpus of answers, which are no mean over questions:
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
@@ -27,7 +28,7 @@ from statistics import NormalDist
 import numpy as np
 
 from raglan.errors import require
-from raglan.text import answer_words, cased_words, pattern, words
+from raglan.text import FUNCTION_WORDS, QUESTION_WORDS, answer_words, cased_words, pattern, words
 
 __all__ = [
     "Interval",
@@ -39,6 +40,7 @@ __all__ = [
     "bleu1",
     "bleu1_counts",
     "bootstrap",
+    "bootstraps",
     "distinct",
     "exact_match",
     "f1",
@@ -59,21 +61,10 @@ __all__ = [
 ]
 
 RESAMPLES = 10_000
+CLOSED = frozenset(("yes", "no", "是", "否"))  # labels: "not yes" is not half of it
 NORMAL = NormalDist().inv_cdf(0.975)  # 1.96
 Q_WEIGHTS = {"entities": 0.41, "content": 0.36, "asked": 0.20, "function": 0.03}  # learned on SQuAD
 Q_DELTA = 0.66
-QUESTION_WORDS = frozenset(("what", "which", "who", "whom", "whose", "when", "where", "why", "how"))
-# Articles, pointers and amounts; pronouns; auxiliaries; prepositions; joints; adverbs; what an apostrophe cuts off
-_FUNCTION_WORDS = """a an the this that these those all any both each few more most no other own same some such
-i me my mine myself we us our ours ourselves you your yours yourself he him his himself she her hers herself
-it its itself they them their theirs themselves
-am is are was were be been being have has had having do does did doing will would can could shall should may might must
-of in on at to by for from with into onto about against between among through during before after above below over under
-up down out off upon within without
-and or but nor so if than then because as while until though although
-not only very too just again further once here there now also s t d ll re ve m don
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -83,7 +74,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Word-overlap F1 with the best gold answer, in [0, 1]."""
+    """Word-overlap F1 with the best gold answer, in [0, 1]; with a closed label (yes, no, 是, 否) it is EM."""
     return max(_f1(answer_words(prediction), answer_words(answer)) for answer in answers or ("",))
 
 
@@ -169,7 +160,7 @@ def _asked(lower: Sequence[str]) -> list[str]:
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:
-    if not prediction or not answer:
+    if not prediction or not answer or (len(answer) == 1 and answer[0] in CLOSED):
         return float(prediction == answer)
     common = (Counter(prediction) & Counter(answer)).total()
     if not common:
@@ -276,8 +267,22 @@ class Interval:
         return self.low <= other.high and other.low <= self.high
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Mean and 95 % percentile interval over questions; NaN values (not applicable) are left out."""
+def bootstrap(
+    values: Sequence[float], *, groups: Sequence[Hashable] | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Mean and 95 % percentile interval over questions; NaN values (not applicable) are left out.
+
+    Args:
+        groups: of each question, what it belongs to (a document, a dialogue): whole groups are drawn then, since questions of
+            one group are right or wrong together, and the mean of a resample is over the questions that it holds.
+
+    Raises:
+        ValueError: not one group for each value.
+    """
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"every value needs a group: {len(values)} values, {len(groups)} groups")
+    if groups is not None:
+        return bootstraps({"": values}, groups=groups, seed=seed, resamples=resamples)[""]
     kept = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not len(kept):
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -286,11 +291,45 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMP
     return Interval(float(kept.mean()), float(low), float(high), len(kept))
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstraps(
+    columns: Mapping[str, Sequence[float]], *, groups: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Interval]:
+    """`bootstrap` of many figures of the same questions at once: the same groups are drawn for all of them.
+
+    The mean of a resample is Σ counts · sums / Σ counts · sizes over groups, where a group's size is how many of its questions
+    have the figure; a resample in which none has it tells nothing.
+    """
+    if not columns:
+        return {}
+    number = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    at = np.asarray([number[name] for name in groups], dtype=np.int64)
+    table = np.array(list(columns.values()), dtype=np.float64).T  # (n,C)
+    there = ~np.isnan(table)
+    sums, sizes = np.zeros((len(number), len(columns))), np.zeros((len(number), len(columns)))  # (G,C)
+    np.add.at(sums, at, np.where(there, table, 0.0))
+    np.add.at(sizes, at, there)
+    shapes, shape = np.unique(sizes, axis=1, return_inverse=True)  # most figures are there for the same questions
+    with np.errstate(invalid="ignore"):  # 0/0: no such question
+        means = sums.sum(0) / sizes.sum(0)
+        every = _group_counts(len(number), seed, resamples)
+        drawn = np.concatenate([counts @ sums / (counts @ shapes)[:, shape.ravel()] for counts in every])
+    found = {}
+    for place, name in enumerate(columns):
+        n, own = int(there[:, place].sum()), drawn[:, place]
+        low, high = np.quantile(own[~np.isnan(own)], [0.025, 0.975]) if n else (math.nan, math.nan)
+        found[name] = Interval(float(means[place]), float(low), float(high), n)
+    return found
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], *, groups: Sequence[Hashable] | None = None, seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:  # fmt: skip
     """after − before, question by question: its mean and 95 % interval. Both must list the same questions in order."""
     if len(before) != len(after):
         raise ValueError(f"paired values must be of one length, not {len(before)} and {len(after)}")
-    return bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=seed, resamples=resamples)
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    return bootstrap(changes, groups=groups, seed=seed, resamples=resamples)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -370,3 +409,12 @@ def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarra
         counts = generator.multinomial(n, np.full(n, 1 / n), size=min(1000, resamples - start))
         means.append(counts @ values / n)
     return np.concatenate(means)
+
+
+def _group_counts(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each of n groups is drawn, (at most 500, n) at a time; n draws counted cost a fifth of a multinomial."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, 500):
+        rows = min(500, resamples - start)
+        drawn = generator.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raglan.errors import GeneratorError
 from raglan.generator import HFGenerator
-from raglan.generator.hf import UNSCORED, padded
+from raglan.generator.hf import UNSCORED, learned, padded
 
 __all__ = ["Pack", "Row", "check_packing", "first_fit_decreasing", "pack_rows", "packed_batch", "row_length"]
 
@@ -90,8 +90,10 @@ def packed_batch(packs: Sequence[Pack], pad: int, *, flat: bool) -> dict[str, Te
             at.append(list(range(first, first + len(row["labels"]))))
             own += range(row_length(row))
         positions.append([*own, *range(width - len(own))])  # what fills up is a row of its own, and nobody learns it
-    labels, _ = padded([row["labels"] for pack in packs for row in pack["rows"]], UNSCORED)
-    return {"labels": labels, "at": padded(at, 0)[0], "input_ids": ids, "position_ids": torch.tensor(positions)}
+    rows = [row for pack in packs for row in pack["rows"]]
+    labels, _ = padded([row["labels"] for row in rows], UNSCORED)
+    inputs = {"input_ids": ids, "position_ids": torch.tensor(positions)}
+    return {"labels": labels, "at": padded(at, 0)[0], **learned(rows), **inputs}
 
 
 def reads_flat(generator: HFGenerator) -> bool:

@@ -28,7 +28,7 @@ from raglan.recipe import PromptSettings, Shot
 from raglan.records import Passage
 from raglan.text import shortened
 
-__all__ = ["Prompt", "Rendered"]
+__all__ = ["Prompt", "Rendered", "fit"]
 
 log = logging.getLogger(__name__)
 MARK = "\ue000raglan\ue001"  # stands for the text while the chat template is written around it
@@ -285,6 +285,31 @@ class Prompt:
                 f"{shortened(query)!r}",
                 hint="questions are never cut: raise prompt.max_tokens if the model allows it, or shorten the question",
             )
+
+
+def fit(lengths: Sequence[int], room: int, *, gold: Sequence[int] = ()) -> tuple[int, ...] | None:
+    """Which passages fit whole into a budget, as places in rank order, for prompts in which no passage is cut.
+
+    Without `gold`, which nobody knows at inference, the longest prefix by rank. With it, for making training data, gold is
+    kept first, and then the longest prefix of the rest.
+
+    Args:
+        lengths: tokens of each passage, by rank. room: tokens that prompt and answer leave for passages.
+        gold: places of passages that have to stay.
+
+    Returns:
+        None where gold alone does not fit.
+    """
+    kept = sorted(set(gold))
+    room -= sum(lengths[place] for place in kept)
+    if room < 0:
+        return None
+    for place in (place for place in range(len(lengths)) if place not in gold):
+        room -= lengths[place]
+        if room < 0:
+            break
+        kept.append(place)
+    return tuple(sorted(kept))
 
 
 def _with_history(template: str) -> str:

@@ -6,17 +6,18 @@ a question that has begun is answered from the version it began with, and every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
 from raglan.artifact import read_manifest
-from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn
+from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn, self_rag
+from raglan.decode.self_rag import check_marked
 from raglan.dialogue import Rewriter, retrieve_turns
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
-from raglan.generator import HFGenerator, open_generator
+from raglan.generator import HFGenerator, open_any, open_generator
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import (
     ClassifyDecode,
@@ -25,6 +26,7 @@ from raglan.recipe import (
     RagTokenDecode,
     Recipe,
     RetrieveAgain,
+    SelfRagDecode,
     TurnSettings,
 )
 from raglan.records import Answer, Hit
@@ -73,9 +75,11 @@ class RAG:
         settings = recipe.generator
         if generator is not None:
             settings = settings.model_copy(update={"model": generator})
-        reads = open_generator(settings, recipe.prompt)
+        reads = open_any(settings, recipe.prompt)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
+        if isinstance(recipe.decode, SelfRagDecode):
+            check_marked(reads)
         retriever = Retriever(base, encoder, index=recipe.index, prior=weights, history=asks.history)
         if asks.history == "rewrite":
             own = asks.rewrite.model
@@ -108,7 +112,7 @@ class RAG:
                 priors, sizes = [f.doc_logprobs for f in found], [f.sizes for f in found]
                 return self._decoded(retriever, Asked(queries, [f.hits for f in found], priors, said, sizes), self.decode)
             texts, hits = self._search(retriever, queries, k, history)
-            return self._read(retriever, queries, texts, hits, history, choices=choices)
+            return self._read(retriever, queries, texts, hits, history, choices=choices, again=k)
 
     def search(
         self, queries: Sequence[str], k: int, *, history: Sequence[Sequence[str]] = ()
@@ -120,11 +124,15 @@ class RAG:
 
     def read(
         self, queries: Sequence[str], hits: Sequence[Sequence[Hit]], *, history: Sequence[Sequence[str]] = (),
-        texts: Sequence[str] = (), choices: Sequence[Sequence[str]] = (),
+        texts: Sequence[str] = (), choices: Sequence[Sequence[str]] = (), again: int = 0,
     ) -> list[Answer]:  # fmt: skip
-        """One answer a query from given hits; none means closed book. `texts`: what `search` said it searched for."""
+        """One answer a query from given hits; none means closed book. `texts`: what `search` said it searched for.
+
+        `again`: so many passages may be retrieved where the decoding asks for more (`self_rag`'s long form); 0 for none but
+        the given ones.
+        """
         with self._turn:
-            return self._read(self.retriever, queries, texts, hits, history, choices=choices)
+            return self._read(self.retriever, queries, texts, hits, history, choices=choices, again=again)
 
     def swap(self, path: Path | None = None, *, version: str | None = None) -> str:
         """Answer from another knowledge base, or from another version of this one; no weight is loaded again.
@@ -159,25 +167,33 @@ class RAG:
     def _read(
         self, retriever: Retriever, queries: Sequence[str], texts: Sequence[str], hits: Sequence[Sequence[Hit]],
         history: Sequence[Sequence[str]], decode: DecodeSettings | None = None, choices: Sequence[Sequence[str]] = (),
+        again: int = 0,
     ) -> list[Answer]:  # fmt: skip
         decode = decode or self.decode
         if any(choices) and decode.kind not in CHOOSES:
             raise RecipeError(
                 f"decode.kind is {decode.kind!r}, which does not choose among given answers",
-                hint="decode.kind: ensemble, or concat",
+                hint="decode.kind: ensemble, concat or self_rag",
             )
         prior = None
         if decode.kind in NEEDS_PRIOR:
             prior = retriever.prior(texts or retriever.search_texts(queries, history), hits)
-        return self._decoded(retriever, Asked(queries, hits, prior, history, choices=choices), decode)
+        return self._decoded(retriever, Asked(queries, hits, prior, history, choices=choices, k=again), decode)
 
     def _decoded(self, retriever: Retriever, asked: Asked, decode: DecodeSettings) -> list[Answer]:
         turns = self.turns if asked.turns else None
         if isinstance(decode, RagTokenDecode) and turns is not None and turns.kind == "doc_only":
             answers = rag_turn(self.generator, asked, decode)
+        elif isinstance(decode, SelfRagDecode):
+            answers = self_rag(self.generator, asked, decode, retrieve=_finder(retriever) if asked.k else None)
         else:  # doc-then-turn is a mixture like any other; over whole answers doc-only is the same
             answers = KINDS[decode.kind](self.generator, asked, decode)
         return [replace(answer, knowledge=retriever.base.version) for answer in answers]
+
+
+def _finder(retriever: Retriever) -> Callable[[str, int], list[Hit]]:
+    """The best k passages of one text."""
+    return lambda query, k: list(retriever.retrieve([query], k)[0])
 
 
 def _check(queries: Sequence[str], history: Sequence[Sequence[str]]) -> None:

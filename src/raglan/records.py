@@ -2,16 +2,31 @@
 
 A `Document` is a source text, a `Passage` a span of it, a `Hit` a passage with its score and rank, an `Example` a question
 with what is known of its answer, and an `Answer` what a RAG system made of it. A `DataPoint` is a row that was trained on,
-with the `Context`s it held.
+with the `Context`s it held. `Marked` is what a generator wrote with the log-probabilities of its reflection tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Answer", "Candidate", "Completion", "Context", "DataPoint", "Document", "Example", "Hit", "Passage"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Answer",
+    "AnswerSegment",
+    "Candidate",
+    "Completion",
+    "Context",
+    "DataPoint",
+    "Document",
+    "Example",
+    "Hit",
+    "Marked",
+    "Passage",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,24 @@ class Completion:
     finished: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Marked:
+    """A generated continuation with the log-probabilities of the M reflection tokens ("marks") along it.
+
+    Attributes:
+        ids: (T,) generated ids, the stop or end token included.
+        logprobs: (T,) float32 log p of the ids, raw: as they were before any restriction of the choice.
+        mark_logprobs: (T,M) float32 log p of the marks at the position where ids[t] was chosen, raw; NaN where the reply
+            does not hold one. Row 0 is the next-token distribution behind the prompt.
+        finish: it ended ("eos"), met a token it had to stop at ("stop"), or the limit ("length").
+    """
+
+    ids: tuple[int, ...]
+    logprobs: NDArray[np.float32]
+    mark_logprobs: NDArray[np.float32]
+    finish: Literal["eos", "stop", "length"]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A possible answer with its marginal log-probability, log Σ_k p(z_k|x) p(y|x,z_k) or RAG-Token's; a class's log p(c|x).
@@ -88,6 +121,36 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerSegment:
+    """A sentence of a Self-RAG answer and what the generator thought of it.
+
+    Attributes:
+        text: visible, without reflection tokens. `ids`: with them.
+        decision: whether a passage was retrieved for it, or the one in use read on.
+        hit: the passage that stood before it, retrieved or read on.
+        is_rel, is_sup, is_use: the reflection tokens that were generated; empty where none was.
+        seq, rel, sup, use: the four figures; `score` what they come to.
+        cited: numbers of its citations, from 1, in the answer's `citations`.
+        flags: what was missing or off the grammar.
+    """
+
+    text: str
+    decision: Literal["yes", "no", "continue"]
+    hit: Hit | None = None
+    is_rel: str = ""
+    is_sup: str = ""
+    is_use: str = ""
+    seq: float = 0.0
+    rel: float = 0.0
+    sup: float = 0.0
+    use: float = 0.0
+    score: float = 0.0
+    cited: tuple[int, ...] = ()
+    flags: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt.
 
@@ -95,6 +158,9 @@ class Answer:
     passage's share in the answer, and for `classify` p(z|x,c) of the class; and for `rag_token` also `token_posterior`, a row
     for each token of `ids`. All candidates are kept, the answer first and the rest by their log-probability, or by what choices
     are compared by. `ensemble` adds `passage_logprobs`, log p(y|x,z_k).
+
+    `self_rag` adds its `segments`, the passages cited as [1], [2], … (`citations`), the next best answers (`alternatives`), the
+    text with its reflection tokens (`raw`), and a `trace` of JSON values: every decision, candidate and cost.
     """
 
     query: str
@@ -111,6 +177,11 @@ class Answer:
     token_posterior: tuple[tuple[float, ...], ...] = ()
     candidates: tuple[Candidate, ...] = ()
     passage_logprobs: tuple[float, ...] = ()
+    segments: tuple[AnswerSegment, ...] = ()
+    citations: tuple[Hit, ...] = ()
+    alternatives: tuple[Answer, ...] = ()
+    raw: str = ""
+    trace: Mapping[str, Any] | None = None
 
     @property
     def closed_book(self) -> bool:

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST
+from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, evaluation_folder, open_evaluation
+from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
-from raglan.grid_tables import grid_tables
+from raglan.grid_tables import GridTable, grid_tables
+from raglan.judge import judgements_folder, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
+from raglan.stress import Robustness, open_robustness, robustness_folder
+from raglan.stress_tables import judge_tables, noise_points, robustness_tables
 from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report"]
@@ -22,9 +26,14 @@ NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
+    "match": "holds the answer", "str_em": "STR-EM", "char_3gram": "3-grams of letters", "macro_f1": "macro F1",
+    "declined": "answers that decline", "citation_validity": "valid citations", "citation_precision": "citation precision",
+    "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
+    "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
     "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
+TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
@@ -59,10 +68,17 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "systems": [evaluation.system for evaluation in evaluations],
         "tables": _tables(evaluations, differences),
         "curves": _curves(learning_curves(recipe)),
+        "further": _further(recipe, evaluations),
+        "noise": _noise(recipe),
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
-        "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")},
+        "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),
     }
+
+
+def _domain(recipe: Recipe) -> dict[str, str]:
+    where = domain(recipe)
+    return {} if where is None or recipe.evaluate is None else {str(recipe.evaluate.dataset): where}
 
 
 def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
@@ -76,6 +92,39 @@ def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
         "curves": _curves(learning_curves(recipe)),
         "settings": {"passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed},
     }
+
+
+def _robust(recipe: Recipe) -> list[Robustness]:
+    """What has been measured of `evaluate.robustness` so far."""
+    settings = recipe.evaluate
+    if settings is None or settings.robustness is None:
+        return []
+    folders = [robustness_folder(recipe, settings, *system) for system in compared_systems(recipe)]
+    return [open_robustness(folder) for folder in folders if (folder / MANIFEST).is_file()]
+
+
+def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTable]:
+    """Tables of robustness and of the judge, as far as they have been measured."""
+    tables = robustness_tables(_robust(recipe))
+    if recipe.evaluate is not None and recipe.evaluate.judge is not None:
+        folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
+        tables += judge_tables(open_judged(folder)) if (folder / MANIFEST).is_file() else []
+    return tables
+
+
+def _noise(recipe: Recipe) -> list[dict[str, str]]:
+    """Percent right by the share of noise, one plot with gold and one without, a line a system and kind."""
+    plots = []
+    for gold, title in ((True, "Noise beside gold"), (False, "Noise without gold")):
+        lines = {
+            f"{system.system}: {kind}": points
+            for system in _robust(recipe)
+            for kind, points in noise_points(system, gold=gold).items()
+        }
+        traces = [_trace(name, points, COLOURS[at % len(COLOURS)]) for at, (name, points) in enumerate(lines.items())]
+        if traces:
+            plots.append({"title": title, "figure": _figure(traces, "share of noise", "right, %")})
+    return plots
 
 
 def _evaluations(recipe: Recipe) -> list[Evaluation]:
@@ -189,7 +238,7 @@ def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Every question that was read: passages, answers before and after, gold; at most 500."""
     mode = "retrieved" if any(name.startswith("retrieved/") for name in after.figures) else "gold"
-    found = []
+    found: list[dict[str, Any]] = []
     for old, new in list(zip(before.rows, after.rows, strict=True))[:500]:
         if mode not in new["predictions"]:
             continue
@@ -202,6 +251,8 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
             ],
+            "trace": (trace := new["predictions"][mode].get("trace") if len(found) < TRACED else None),
+            "tree": tree_lines(trace) if trace and trace["form"] == "long" else [],
         })  # fmt: skip
     return found
 

@@ -5,7 +5,8 @@ belongs together is a group:
 
     by question   questions of the same normalised words, after the same turns
     by document   these, and connected components over the documents that questions are about: of Q1 {A}, Q2 {A, B}, Q3 {B}
-                  and Q4 {C}, the first three are one group
+                  and Q4 {C}, the first three are one group. Of a synthetic example these are the documents of its gold and
+                  support passages, noise joins nothing; one that was written from scratch is tied by its job
 
 A group's place is hash(seed, its smallest id) in [0, 1), cut by the shares. An earlier split is honoured: nobody moves, a new
 question joins the group that it touches, and one that would tie groups of two splits together is set aside and listed.
@@ -33,13 +34,24 @@ from raglan.errors import CorpusError, RecipeError
 from raglan.records import Example
 from raglan.text import answer_words, normalise_answer, question_key
 
-__all__ = ["Leak", "Split", "check_leaks", "find_leaks", "jaccard", "read_split", "split_examples", "write_split"]
+__all__ = [
+    "Leak",
+    "Split",
+    "check_leaks",
+    "find_leaks",
+    "gold_passages",
+    "jaccard",
+    "read_split",
+    "split_examples",
+    "write_split",
+]
 
 log = logging.getLogger(__name__)
 KIND = "split"
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 NEAR = 0.8
 RUN = 3  # words
+LARGE = 0.2  # of all questions: so large a group upsets the shares
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Split:
         places: question id → split.
         keys: question id → what ties it to others: its words, and its documents if it was split by them.
         aside: (question id, why it is in no split).
+        largest: share of all placed questions that are in the largest group.
     """
 
     by: str
@@ -59,6 +72,7 @@ class Split:
     keys: Mapping[str, Sequence[str]]
     aside: Sequence[tuple[str, str]] = ()
     groups: int = 0
+    largest: float = 0.0
 
     def of(self, examples: Iterable[Example]) -> dict[str, list[Example]]:
         """The examples of each split, each with `metadata["split"]`."""
@@ -106,8 +120,14 @@ def split_examples(
         name = _drawn(min(group), seed, shares)
         places |= dict.fromkeys(group, name)
     known = {**(earlier.keys if earlier is not None else {}), **{name: own for name, own in keys.items() if name in places}}
-    all_groups = len(_components(sorted(places), known))
-    return Split(by, seed, shares, places, known, aside, all_groups)
+    sizes = [len(group) for group in _components(sorted(places), known)]
+    largest = max(sizes, default=0) / max(1, len(places))
+    if by == "document" and largest > LARGE:
+        log.warning(
+            "%.0f %% of the questions are one group, tied by documents that they share: the shares cannot be kept",
+            100 * largest,
+        )
+    return Split(by, seed, shares, places, known, aside, len(sizes), largest)
 
 
 def _keys(example: Example, by: str, corpus: Corpus | None) -> list[str]:
@@ -115,6 +135,8 @@ def _keys(example: Example, by: str, corpus: Corpus | None) -> list[str]:
     if by == "question":
         return words
     documents = sorted(set(_documents(example, corpus)))
+    if not documents and (job := _synth(example).get("job")):  # written from scratch: from no document, for a job
+        return [*words, f"job {job}"]
     if not documents:
         raise CorpusError(
             f"question {example.id!r} names no document, so it cannot be split by document",
@@ -132,6 +154,21 @@ def _documents(example: Example, corpus: Corpus | None) -> Iterator[str]:
         else:
             head, mark, number = identity.rpartition("#")
             yield head if mark and number.isdigit() and corpus is None else identity
+
+    for passage in gold_passages(example):
+        if document := passage.get("document") or passage.get("id"):
+            yield str(document)
+
+
+def gold_passages(example: Example) -> list[Mapping[str, Any]]:
+    """The passages that a synthetic example's answer rests on, gold or support in `metadata["synth"]["passages"]`; no noise."""
+    listed = _synth(example).get("passages") or ()
+    return [one for one in listed if isinstance(one, Mapping) and one.get("role") in ("gold", "support")]
+
+
+def _synth(example: Example) -> Mapping[str, Any]:
+    found = example.metadata.get("synth")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _earlier(earlier: Split | None, keys: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], dict[str, str]]:

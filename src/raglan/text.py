@@ -2,6 +2,9 @@
 
 Answer normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no punctuation, no English articles, single spaces.
 For scripts without spaces every character is a word (as in DRCD and CMRC evaluation), so the same F1 serves Chinese.
+
+`fold_numbers` makes numerals alike, 一九七八 and 1978, 三千 and 3,000 and 3000: for looking whether an answer stands somewhere.
+Exact match and F1 do not fold them, as no published figure does.
 """
 
 from __future__ import annotations
@@ -9,21 +12,31 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import lru_cache
+from typing import NamedTuple
 
 from raglan.errors import CorpusError
 
 __all__ = [
+    "FUNCTION_WORDS",
     "MAX_QUERY_CHARACTERS",
+    "QUESTION_WORDS",
+    "Placed",
     "answer_words",
     "cased_words",
     "check_history",
     "check_query",
+    "content_terms",
+    "fold_numbers",
     "half_character",
+    "han_numeral",
     "normalise_answer",
     "pattern",
+    "placed_words",
     "question_key",
     "restore_surface",
+    "sentences",
     "shortened",
     "terms",
     "words",
@@ -31,10 +44,56 @@ __all__ = [
 
 MAX_QUERY_CHARACTERS = 100_000
 
+QUESTION_WORDS = frozenset(("what", "which", "who", "whom", "whose", "when", "where", "why", "how"))
+# Articles, pointers and amounts; pronouns; auxiliaries; prepositions; joints; adverbs; what an apostrophe cuts off
+_FUNCTION_WORDS = """a an the this that these those all any both each few more most no other own same some such
+i me my mine myself we us our ours ourselves you your yours yourself he him his himself she her hers herself
+it its itself they them their theirs themselves
+am is are was were be been being have has had having do does did doing will would can could shall should may might must
+of in on at to by for from with into onto about against between among through during before after above below over under
+up down out off upon within without
+and or but nor so if than then because as while until though although
+not only very too just again further once here there now also s t d ll re ve m don
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+_EMPTY_WORDS = FUNCTION_WORDS | QUESTION_WORDS
+
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_CLOSE = "\"'”’»)\\]」』）》"
+_SENTENCE_END = re.compile(
+    rf"(?:[。！？]|……(?=[{_CLOSE}]*[{SPACELESS}“「『《]))+[{_CLOSE}]*|(?:[!?…]+|(?P<stop>\.))[{_CLOSE}]*(?=\s+[^\sa-z]|\s*$)|\n\s*\n|\n(?=\s*(?:[-*•#]|\d+[.)])\s)"
+)
+_ABBREVIATED = re.compile(
+    r"(?:\b[A-Z]|\b(?:Dr|Mr|Mrs|Ms|St|Prof|Sr|Jr|Capt|Col|Gen|Lt|No|vol|pp?|cf|ca|c|ed|eds|vs|etc|e\.g|i\.e|al|Mt|Ft))\.$"
+)
 _TERM = re.compile(rf"[{SPACELESS}]+|(?:(?![{SPACELESS}])[^\W_])+")
+
+_HAN_DIGITS = {sign: value for value, signs in enumerate(["零〇", "一", "二两兩", *"三四五六七八九"]) for sign in signs}
+_HAN_UNITS = {"十": 10, "百": 100, "千": 1000}
+_HAN_GROUPS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+_COUNTERS = "年月日号號时時秒岁歲个個位名座次条條人米公里元块塊层層届屆%％"  # a lone 三 is a number before one of these
+_PRONOUNS = "哪这這那某每另同统統单單唯"  # 哪一年, 每一个: no numbers
+_NUMERAL = re.compile(
+    r"(?<![0-9A-Za-z.,])\d{1,3}(?:,\d{3})+(?!\d)|[０-９]{1,3}(?:，[０-９]{3})+(?![０-９])"
+    r"|\d+(?:\.\d+)?[百千万萬亿億]+"
+    f"|[{''.join((*_HAN_DIGITS, *_HAN_UNITS, *_HAN_GROUPS))}]+"
+)
+# What a Chinese question asks with, then pronouns, particles, prepositions, joints
+_HAN_FUNCTION = re.compile(
+    "哪一年|哪年|哪一|哪里|哪裡|哪个|哪個|什么|什麼|甚么|多少|几个|幾個|何时|何時|何处|何地|为何|為何|为什么|為什麼|怎么|怎麼|怎样|如何|"
+    "是否|请问|請問|我们|你们|他们|她们|它们|自己|这个|这些|那个|那些|以及|因为|所以|但是|"
+    "[哪谁誰何几幾吗嗎呢吧啊我你您他她它这這那此其的地得了着著过過是在于於和与與及或而并並且被把将將给給对對从從向由以为為之所也都就还還又很更最]"
+)
+
+
+class Placed(NamedTuple):
+    """A word in the form in which it is compared, and the characters [start, end) of the text that it was read from."""
+
+    word: str
+    start: int
+    end: int
 
 
 def check_query(query: str) -> None:
@@ -129,6 +188,139 @@ def terms(text: str) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def content_terms(text: str) -> list[str]:
+    """The terms that tell what a text is about, each once, numerals folded: words that are no function or question words.
+
+    Of Chinese and Japanese, pairs of adjacent characters between two function words, and a character that stands alone there.
+    """
+    found: list[str] = []
+    for word in _TERM.findall(unicodedata.normalize("NFKC", fold_numbers(text)).lower()):
+        if not _SPACELESS.match(word):
+            found += [word] if word not in _EMPTY_WORDS else []
+            continue
+        for part in _HAN_FUNCTION.split(word):
+            found += [part[i : i + 2] for i in range(len(part) - 1)] if len(part) != 1 else [part]
+    return list(dict.fromkeys(found))
+
+
+def fold_numbers(text: str) -> str:
+    """Numerals in one spelling: 一九七八年 → 1978年, 三千 → 3000, 3.5万 → 35000, 3,000 → 3000. English words stay words.
+
+    A lone numeral (三) is one before a counter (三年) or behind 第, but not in 哪一年; two digits in a row are a year's only
+    (九八年), since 三四个 are three or four.
+    """
+    return _NUMERAL.sub(lambda found: _numeral(found) or found.group(), text)
+
+
+def placed_words(text: str) -> list[Placed]:
+    """The words of `words`, numerals folded, with their places in the text as it is."""
+    found: list[Placed] = []
+    start = 0
+    for mark in _NUMERAL.finditer(text):
+        if value := _numeral(mark):
+            found += [*_placed(text, start, mark.start()), Placed(value, *mark.span())]
+            start = mark.end()
+    return [*found, *_placed(text, start, len(text))]
+
+
+def _placed(text: str, start: int, end: int) -> list[Placed]:
+    found = []
+    for mark in _TERM.finditer(text, start, end):
+        whole = not _SPACELESS.match(mark.group())
+        for first, last in [mark.span()] if whole else [(i, i + 1) for i in range(*mark.span())]:
+            found.append(Placed(unicodedata.normalize("NFKC", text[first:last]).lower(), first, last))
+    return found
+
+
+def han_numeral(number: int) -> str:
+    """A number from 0 to 99,999,999 in Chinese numerals: 3000 → 三千, 105 → 一百零五, 15 → 十五."""
+    if number >= 10**4:
+        head, rest = divmod(number, 10**4)
+        tail = han_numeral(rest) if rest else ""
+        if 10 <= rest < 20:
+            tail = f"一{tail}"
+        return f"{han_numeral(head)}万{'零' if 0 < rest < 1000 else ''}{tail}"
+    if number < 10:
+        return "零一二三四五六七八九"[number]
+    sign, unit = next((sign, unit) for sign, unit in reversed(_HAN_UNITS.items()) if number >= unit)
+    head, rest = divmod(number, unit)
+    first = "" if 10 <= number < 20 else han_numeral(head)
+    if not rest:
+        return f"{first}{sign}"
+    between = "零" if rest * 10 < unit else ""
+    return f"{first}{sign}{between}{'一' if 10 <= rest < 20 else ''}{han_numeral(rest)}"
+
+
+def _numeral(found: re.Match[str]) -> str | None:
+    """The digits that a numeral stands for; None where it is none."""
+    run = found.group()
+    if not run[0].isdecimal():
+        return _han_value(run, before=found.string[: found.start()][-1:], after=found.string[found.end() :][:1])
+    digits = unicodedata.normalize("NFKC", run).rstrip("百千万萬亿億")
+    value = Decimal(digits.replace(",", ""))
+    for sign in run[len(digits) :]:
+        value *= (_HAN_UNITS | _HAN_GROUPS)[sign]
+    return str(int(value)) if value == int(value) else None
+
+
+def _han_value(run: str, *, before: str, after: str) -> str | None:
+    if len(run) == 1:
+        counted = after and after in _COUNTERS and not (before and before in _PRONOUNS)
+        if not (counted or before == "第") or run in (_HAN_GROUPS | _HAN_UNITS).keys() - {"十"}:
+            return None
+        return "10" if run == "十" else str(_HAN_DIGITS[run])
+    if all(sign in _HAN_DIGITS for sign in run):
+        return "".join(str(_HAN_DIGITS[sign]) for sign in run) if len(run) > 2 or after == "年" else None
+    broken = before and before in "点點" and run[-1] in _HAN_GROUPS  # the tail of 三点五万
+    value = None if broken else _composed(run)
+    return None if value is None else str(value)
+
+
+def _composed(run: str) -> int | None:
+    """一百零五 → 105, 一亿二千万 → 120000000, 三千六 → 3600; None of what is no number, as 千万 in front of a verb."""
+    total, section, digit, last, zero = 0, 0, None, 10**12, False
+    for sign in run:
+        if sign in "零〇":
+            zero = digit is None
+            if not zero:
+                return None
+        elif sign in _HAN_DIGITS:
+            if digit is not None:
+                return None
+            digit = _HAN_DIGITS[sign]
+        elif sign in _HAN_UNITS:
+            unit = _HAN_UNITS[sign]
+            if (digit is None and sign != "十") or (last < 10**4 and unit >= last):
+                return None
+            section += (1 if digit is None else digit) * unit
+            digit, last, zero = None, unit, False
+        else:
+            group = _HAN_GROUPS[sign]
+            section += digit or 0
+            if not section and last != 10**4:
+                return None
+            total = total + section * group if section else total * group
+            section, digit, last, zero = 0, None, group, False
+    if digit is None:
+        return total + section
+    return total + section + (digit if zero or last <= 10 else digit * last // 10)
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences, without the blanks around them; a line break ends one too, but not in the middle of a sentence.
+
+    English and other scripts with capitals, Chinese and Japanese. A full stop behind an initial or a usual abbreviation ends
+    nothing, and neither does one before a small letter.
+    """
+    found, start = [], 0
+    for mark in _SENTENCE_END.finditer(text):
+        if mark.group("stop") and _ABBREVIATED.search(text, start, mark.end("stop")):
+            continue
+        found.append(text[start : mark.end()].strip())
+        start = mark.end()
+    return [sentence for sentence in (*found, text[start:].strip()) if sentence]
 
 
 def restore_surface(answer: str, sources: list[str]) -> str:

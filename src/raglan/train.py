@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from transformers import set_seed
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.datapoints import points_figures
@@ -37,6 +37,7 @@ from raglan.feedback import FeedbackStore
 from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
 from raglan.knowledge import KnowledgeBase, reencoded
+from raglan.marked_rows import asked_in, marked_rows
 from raglan.mixture import mix
 from raglan.objective import (
     AnswerObjective,
@@ -51,18 +52,29 @@ from raglan.objective.staleness import Refresher, StaleRetriever
 from raglan.preference import judged
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
-from raglan.recipe import ClassifyDecode, FeedbackData, InstructionMix, LsrMixData, QuestionData, Recipe, StageSettings
+from raglan.recipe import (
+    ClassifyDecode,
+    FeedbackData,
+    InstructionMix,
+    LsrMixData,
+    QuestionData,
+    Recipe,
+    SelfRagData,
+    StageSettings,
+)
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import Plan
 from raglan.splits import check_leaks
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
+from raglan.weights import read_json
 
-__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "stage_parts", "train"]
+__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "learned_from", "stage_parts", "train"]
 
 log = logging.getLogger(__name__)
 KIND = "stage"
+ROWS = "rows.json"  # what became of the rows of `data.kind: self_rag`
 LEARNED = {"answer": "generator", "lsr": "query_encoder"}
 # How a scorer is reached and how fast it goes changes no score; where a stage starts is told by the stages behind it.
 NOT_LEARNED: Any = {"starts_from": True, "data": {"allow_test"}, "objective": {"scorer": {
@@ -231,6 +243,15 @@ def learned_by(settings: StageSettings) -> set[str]:
     return _Stage("", settings, Path()).learned
 
 
+def learned_from(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The data settings that every finished stage was trained with, as its manifest says."""
+    found = {}
+    for stage, _ in _stages(recipe, _trained_on(recipe)):
+        if (stage.result / MANIFEST).is_file():
+            found[stage.name] = read_manifest(stage.result, KIND)["settings"]["data"]
+    return found
+
+
 def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
     """The trainer's log of every stage that has one, of the stages whose parts `finished_parts` gives."""
     curves = {}
@@ -303,7 +324,8 @@ def _held_out_files(recipe: Recipe, stage: StageSettings) -> list[Path]:
     measured = [recipe.evaluate.questions] if recipe.evaluate is not None else []
     measured += [task.questions for task in recipe.grid.tasks.values()] if recipe.grid is not None else []
     data = stage.data
-    dev = [task.path for task in data.dev.values()] if isinstance(data, InstructionMix) else [data.dev] if data.dev else []
+    asked = data.dev is not None and not isinstance(data, SelfRagData)  # held-out rows of Self-RAG are no questions file
+    dev = [task.path for task in data.dev.values()] if isinstance(data, InstructionMix) else [data.dev] if asked else []
     files = [*measured, *dev, *(data.exclude if isinstance(data, FeedbackData) else ())]
     return [path for path in dict.fromkeys(files) if path.exists()]
 
@@ -329,7 +351,7 @@ def _check_leaks(recipe: Recipe, stage: _Stage) -> None:
         return
     measured = {path: read_examples(path) for path in _held_out_files(recipe, stage.settings)}
     for path in _learned_files(stage.settings.data) if measured else ():
-        learned = read_examples(path, split="train")
+        learned = asked_in(path) if isinstance(stage.settings.data, SelfRagData) else read_examples(path, split="train")
         for held, examples in measured.items():
             check_leaks(learned, examples, level=recipe.leak_check, names=(str(path), str(held)))
 
@@ -388,6 +410,7 @@ def _finish(
         "knowledge": system.retriever.base.version, "rows": rows, "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step, "seconds": round(time.monotonic() - began, 1),
         **({"data": points_figures(stage.folder / "data")} if (stage.folder / "data").is_dir() else {}),
+        **({"data": read_json(stage.folder / ROWS)} if (stage.folder / ROWS).is_file() else {}),
     })  # fmt: skip
     shutil.rmtree(stage.folder / "work", ignore_errors=True)
 
@@ -398,6 +421,8 @@ def _answer(
     data, corpus = stage.settings.data, system.retriever.base.corpus
     if isinstance(data, InstructionMix):
         return _mixed(recipe, stage, system, settings, data)
+    if isinstance(data, SelfRagData):
+        return _marked(recipe, stage, system, settings, data)
     assert not isinstance(data, LsrMixData)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
@@ -421,6 +446,18 @@ def _mixed(
     mixture = mix(data, system, seed=recipe.seed, folder=stage.folder)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, measure=mixture.measure)
     return objective, mixture.rows, mixture.held_out
+
+
+def _marked(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: SelfRagData
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    if recipe.generator.lora is None:
+        system.generator.model.float()
+    made = marked_rows(data, system.generator, seed=recipe.seed)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    write_json(stage.folder / ROWS, made.figures)
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, group_weights=settings.group_weights)
+    return objective, made.rows, made.held_out
 
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
@@ -528,7 +565,7 @@ def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Exa
     if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
         examples = class_texts(examples, recipe.decode)
     data = stage.settings.data
-    assert not isinstance(data, LsrMixData)
+    assert not isinstance(data, LsrMixData | SelfRagData)
     return learned_answers(examples, data, system.retriever, recipe.seed)
 
 

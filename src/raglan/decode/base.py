@@ -27,6 +27,7 @@ class Asked:
         choices: of each question, the answers it may have; none where any will do, none at all where it is empty.
         together: one prompt a question with all its passages, which is sure of itself, and not one a passage.
         turns: of each question, how many of its hits, in their order, each dialogue turn found (RAG-Turn).
+        k: passages that a further retrieval gives (Self-RAG).
     """
 
     queries: Sequence[str]
@@ -36,6 +37,7 @@ class Asked:
     turns: Sequence[Sequence[int]] = ()
     choices: Sequence[Sequence[str]] = ()
     together: bool = False
+    k: int = 0
 
     def prompts(self, prompt: Prompt) -> list[list[Rendered]]:
         """One prompt a passage, or one for all; a question without hits has one, without a passage."""

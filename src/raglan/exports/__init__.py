@@ -1,5 +1,6 @@
 """Training files for others: written from data points, questions or pairs of answers, and checked by their readers' rules."""
 
+from raglan.exports.alce import export_alce
 from raglan.exports.check import FORMS, Fault, Form, Lengths, check_file, failed, shared_questions
 from raglan.exports.sentences import export_sentences
 from raglan.exports.source import Preference, cut, found_points, holds_pairs, holds_points, points_at, read_pairs, with_passages
@@ -14,6 +15,7 @@ __all__ = [
     "Written",
     "check_file",
     "cut",
+    "export_alce",
     "export_pairs",
     "export_points",
     "export_sentences",

@@ -4,28 +4,23 @@ A pair goes out as token ids, [prompt | w1 … wT EOS], made here as for a model
 BOS, white space at the head of the answer. The server's text is never asked for, so its own template and tokenisation cannot
 get in between. Back come log-probabilities of the prompt's tokens, in one of two ways: `prompt_logprobs` (vLLM's) or `echo`
 with `logprobs` (OpenAI's, which vLLM has too). Which of them a server has, one pair tells, before anything else is asked; on
-the same pair the pieces of the answer must spell the answer. Repeated failures are the `openai` client's affair: it waits
-longer each time, or as long as Retry-After says, and gives up after `retries`.
+the same pair the pieces of the answer must spell the answer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from raglan.artifact import directory_fingerprint, fingerprint
-from raglan.errors import CheckpointError, GeneratorError, require
+from raglan.errors import GeneratorError, require
 from raglan.generator.base import Scorer, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.server import Server, local_tokenizer
 from raglan.prompt import Prompt, Rendered
-from raglan.quiet import quietly
 from raglan.recipe import PromptSettings, ScorerSettings
 
 __all__ = ["EndpointScorer"]
@@ -45,7 +40,7 @@ class EndpointScorer(Scorer):
 
     def __init__(self, settings: ScorerSettings, prompt: PromptSettings):
         assert settings.endpoint is not None
-        self.settings, self.tokenizer = settings, _tokenizer(settings.tokenizer or settings.model)
+        self.settings, self.tokenizer = settings, local_tokenizer(settings.tokenizer or settings.model, field="scorer")
         if self.tokenizer.eos_token_id is None:
             raise GeneratorError(f"the tokenizer of {settings.model!r} names no end token", hint="set its eos_token")
         own = int(self.tokenizer.eos_token_id)
@@ -54,7 +49,8 @@ class EndpointScorer(Scorer):
         closes = end_of_turn(self.tokenizer, [own]) if layout == "chat" else None
         self.eos = own if closes is None else closes
         self.prompt = Prompt(prompt, self.tokenizer, layout=layout, end=own)
-        self._key = _key(settings.api_key_env)
+        kept = "what is scored is kept; "
+        self.server = Server(settings, field="scorer", purpose="to score on an endpoint", kept=kept)
         self._read: _Reading | None = None
 
     @property
@@ -81,34 +77,18 @@ class EndpointScorer(Scorer):
             GeneratorError: a server that cannot be reached, refuses the key or the model, or cannot score prompts.
         """
         rows = [self.row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        with ThreadPoolExecutor(1) as apart:  # notebooks have a loop of their own running in this thread
-            values = apart.submit(asyncio.run, self._score_all(rows)).result()
+        values = self.server.together(self._one, rows, first=self._find_way)
         return [own if score_eos else own[:-1] for own in values]
 
-    async def _score_all(self, rows: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
-        openai = require("openai", "to score on an endpoint")
-        places = asyncio.Semaphore(self.settings.concurrency)
-        try:
-            async with openai.AsyncOpenAI(
-                base_url=self.settings.endpoint, api_key=self._key or "none", max_retries=self.settings.retries,
-                timeout=self.settings.timeout,
-            ) as client:  # fmt: skip
-                self._read = self._read or await self._way(client)
+    async def _find_way(self, client: Any) -> None:
+        self._read = self._read or await self._way(client)
 
-                async def score(row: dict[str, list[int]]) -> np.ndarray:
-                    async with places:
-                        assert self._read is not None
-                        return await self._one(client, row, self._read)
-
-                return await _together([score(row) for row in rows])
-        except openai.OpenAIError as fault:
-            raise self._told(openai, fault) from None
-
-    async def _one(self, client: Any, row: dict[str, list[int]], read: _Reading) -> np.ndarray:
-        ids, first = [*row["input_ids"], *row["labels"]], len(row["input_ids"])
+    async def _one(self, client: Any, row: dict[str, list[int]]) -> np.ndarray:
+        read, ids, first = self._read, [*row["input_ids"], *row["labels"]], len(row["input_ids"])
+        assert read is not None
         found = read(await self._asked(client, ids, read), ids, first)
         if found is None:
-            raise GeneratorError(f"{self._name} left out log-probabilities of an answer's tokens", hint=HINT)
+            raise GeneratorError(f"{self.server.name} left out log-probabilities of an answer's tokens", hint=HINT)
         return np.array([logprob for logprob, _ in found], dtype=np.float32)
 
     async def _asked(self, client: Any, ids: list[int], read: _Reading) -> Any:
@@ -128,12 +108,12 @@ class EndpointScorer(Scorer):
             try:
                 found = read(await self._asked(client, ids, read), ids, len(ids) - len(labels))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as fault:
-                why = f": {self._without_key(fault)}"
+                why = f": {self.server.without_key(fault)}"
                 continue  # a server that knows this way would not refuse so short a prompt
             if found is not None:
                 self._check_spelling([piece for _, piece in found], labels, answer)
                 return read
-        raise GeneratorError(f"{self._name} gives no log-probabilities of a prompt's tokens{why}", hint=HINT)
+        raise GeneratorError(f"{self.server.name} gives no log-probabilities of a prompt's tokens{why}", hint=HINT)
 
     def _check_spelling(self, pieces: Sequence[str], labels: Sequence[int], answer: str) -> None:
         """What the server holds for the answer's ids must be the answer: its tokenizer has to be the one used here."""
@@ -141,36 +121,9 @@ class EndpointScorer(Scorer):
         told = "".join(pieces).translate({ord(mark): None for mark in "▁Ġ \n"})
         if list(pieces) != ours and told != answer.replace(" ", ""):
             raise GeneratorError(
-                f"{self._name} reads the tokens of {answer!r} as {''.join(pieces)!r}",
+                f"{self.server.name} reads the tokens of {answer!r} as {''.join(pieces)!r}",
                 hint="scorer.tokenizer must be the served model's own, a folder or hub name",
             )
-
-    def _told(self, openai: Any, fault: Exception) -> GeneratorError:
-        """The client's fault as ours."""
-        said = self._without_key(fault)
-        if isinstance(fault, openai.AuthenticationError | openai.PermissionDeniedError):
-            named = self.settings.api_key_env
-            hint = f"check the key in {named}" if named else "scorer.api_key_env names the variable that holds the key"
-            return GeneratorError(f"{self._name} refuses the key: {said}", hint=hint)
-        if isinstance(fault, openai.NotFoundError):
-            return GeneratorError(
-                f"{self._name} has no such model or path: {said}",
-                hint="scorer.endpoint ends in /v1, and scorer.model is the name that is served",
-            )
-        if isinstance(fault, openai.BadRequestError | openai.UnprocessableEntityError):
-            return GeneratorError(f"{self._name} refuses a prompt: {said}", hint="lower prompt.max_tokens if it is too long")
-        return GeneratorError(
-            f"{self._name} still fails after {self.settings.retries} more tries: {said}",
-            hint="what is scored is kept; run the same command again when the server is there, or lower scorer.concurrency",
-        )
-
-    def _without_key(self, fault: Exception) -> str:
-        """What a fault says; servers like to repeat the key."""
-        return str(fault).replace(self._key, "…") if self._key else str(fault)
-
-    @property
-    def _name(self) -> str:
-        return f"{self.settings.endpoint} (model {self.settings.model!r})"
 
 
 _Found = list[tuple[float, str]] | None  # log-probability and piece of each answer token, or nothing
@@ -205,30 +158,3 @@ ASKS: dict[_Reading, dict[str, Any]] = {
 def _all_told(found: list[tuple[Any, str]], wanted: int) -> _Found:
     numbers = len(found) == wanted and all(isinstance(value, float | int) and not math.isnan(value) for value, _ in found)
     return found if numbers else None
-
-
-async def _together(tasks: Sequence[Awaitable[np.ndarray]]) -> list[np.ndarray]:
-    """All results in order; the first fault calls off the rest."""
-    running = [asyncio.ensure_future(task) for task in tasks]
-    try:
-        return list(await asyncio.gather(*running))
-    finally:
-        for task in running:
-            task.cancel()
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is not None and not os.environ.get(variable):
-        raise GeneratorError(f"the environment variable {variable} holds no key", hint=f"export {variable}=…")
-    return os.environ.get(variable) if variable else None
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        with quietly():
-            return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise CheckpointError(
-            f"tokenizer {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="scorer.tokenizer is the served model's: a folder, or a hub name and a network",
-        ) from None

@@ -14,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,24 +31,31 @@ from transformers import (
     PreTrainedModel,
 )
 
-from raglan.artifact import fingerprint, write_manifest
+from raglan.artifact import MANIFEST, fingerprint, write_manifest
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
-from raglan.generator.base import Generator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
+from raglan.generator.causal import causal_from_encoder
+from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.likelihood import chunked_token_logprobs
+from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.memory import give_back, keep_freed
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly, without_bars
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
+from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
+from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of, save_tokenizer
+from raglan.weights import read_json
 
-__all__ = ["HFGenerator", "open_generator", "padded"]
+__all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
 
 log = logging.getLogger(__name__)
+EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
 UNSCORED = -100
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
@@ -56,7 +64,7 @@ MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 CPU_TOKENS = 2048  # scored in one pass on a CPU: more keeps its cores no busier, and leaves the cache
 
 
-class HFGenerator(Generator):
+class HFGenerator(Generator, MarkedGenerator):
     """A transformers model, its tokenizer and its prompt.
 
     Attributes:
@@ -91,6 +99,7 @@ class HFGenerator(Generator):
         self.prompt = Prompt(prompt, tokenizer, layout=layout, limit=self._limit(), end=end)
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
+        self.cost, self.exact_marks = Cost(), True
         self._head_is_checked = False
         if self.reader is not None and self.device.type == "cpu":
             self.reader.use_plain_attention()
@@ -129,6 +138,19 @@ class HFGenerator(Generator):
         self.model.train(was_training)
         return [found[place] for place in range(len(prompts))]
 
+    def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> HFContexts:
+        if self.is_seq2seq:
+            raise GeneratorError(
+                f"{self.settings.model!r} reads a prompt apart from its answer: its prompts cannot be branched",
+                hint="decode.kind: self_rag takes a causal model",
+            )
+        made = prompt_contexts(self, prompts, marks)
+        if not self._head_is_checked and prompts:
+            ids = torch.tensor([list(prompts[0])], device=self.device)
+            with self.autocast():
+                self._check_head({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return made
+
     def row(self, prompt: Rendered, answer: str) -> dict[str, list[int]]:
         """One training row: prompt ids, and the answer's own ids with the end token, tokenised apart.
 
@@ -166,28 +188,48 @@ class HFGenerator(Generator):
         return [*answer_ids(self.tokenizer, answer, "" if self.is_seq2seq else space), self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer."""
+        """Rows → {input_ids (B,L), attention_mask (B,L), labels (B,T)}; masks come from lengths, −100 is no answer.
+
+        Where a row has `learned`, the batch has it too, (B,T): False where a label is only read.
+        """
         inputs, mask = padded([row["input_ids"] for row in rows], self.pad)
         labels, _ = padded([row["labels"] for row in rows], UNSCORED)
-        return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+        return {"input_ids": inputs, "attention_mask": mask, "labels": labels, **learned(rows)}
 
     def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100.
+        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100, or only read.
 
-        `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
+        Labels may be read and not scored, as evidence inside an answer is: `learned` (B,T) is False there, and the head is not
+        applied. `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
         """
         model = model or self.model
         moved = {name: value.to(self.device) for name, value in batch.items()}
         if "at" in batch:
             return self._packed_logprobs(moved, model)
-        given, batch = moved["labels"] >= 0, _aligned(moved)
-        labels, real = batch["labels"], batch["labels"] >= 0
+        given, batch = scored(moved), _aligned(moved)
+        labels, real = batch["labels"], scored(batch)
+        batch.pop("learned", None)
         if self.reader is not None:
             values = self._reader_logprobs(batch, model)[real]
         else:
             hidden = self.answer_states(batch, model)
             values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return values.new_zeros(labels.shape).masked_scatter(given, values)
+
+    @torch.no_grad()
+    def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """token_logprobs (B,T) as `forward` gives them, and whether each label is the likeliest of all words, (B,T)."""
+        moved = {name: value.to(self.device) for name, value in batch.items()}
+        given, aligned = scored(moved), _aligned(moved)
+        labels, real = aligned["labels"], scored(aligned)
+        states = self.answer_states({name: value for name, value in aligned.items() if name != "learned"})[real]
+        logprobs, right = [], []
+        for rows, wanted in zip(*(part.split(self.settings.head_chunk) for part in (states, labels[real])), strict=True):
+            logits = self.head_logits(rows).float()
+            logprobs.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
+            right.append(logits.argmax(-1) == wanted)
+        none = torch.zeros(labels.shape, device=labels.device)
+        return none.masked_scatter(given, torch.cat(logprobs)), none.bool().masked_scatter(given, torch.cat(right))
 
     def answer_states(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """What the LM head reads to predict the answer's tokens, (B,T,D), with gradient.
@@ -202,6 +244,16 @@ class HFGenerator(Generator):
         model = model or self.model
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The reflection tokens of this model's vocabulary. Raises CheckpointError where they are not there."""
+        return read_schema(self.tokenizer, rows_of(self.model))
+
+    @cached_property
+    def marked_prompt(self) -> MarkedPrompt:
+        """Prompts with reflection tokens. Raises CheckpointError where the vocabulary has none."""
+        return MarkedPrompt(self.schema, self.tokenizer, self.prompt.settings.self_rag, eos=self.eos)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32 or next(self.model.parameters()).dtype == self.dtype:
@@ -228,10 +280,15 @@ class HFGenerator(Generator):
 
     def save(self, folder: Path, **figures: Any) -> None:
         """Write weights (or the adapter) and tokenizer in the transformers (peft) layout, then the manifest."""
+        # An adapter holds the rows that it learned; peft would add both matrices whole, because they have grown.
+        own = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
         with without_bars():
-            self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, "generator", {"model": self.settings.model, "lora": self.settings.lora, **figures})
+            self.model.save_pretrained(str(folder), **own)
+        save_tokenizer(self.tokenizer, folder)
+        told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
+        if self.settings.vocabulary == "self_rag":
+            told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
+        write_manifest(folder, "generator", {**told, **figures})
 
     def check_positions(self, prompt: int, answer: int, which: str = "") -> None:
         """Learned positions end somewhere; behind them lies an IndexError."""
@@ -349,7 +406,7 @@ class HFGenerator(Generator):
     def _packed_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         """token_logprobs (R,T) of packed rows: see `raglan.packing`."""
         hidden = self.states_before_head(model, {name: batch[name] for name in ("input_ids", "position_ids")})
-        labels, real = batch["labels"], batch["labels"] >= 0
+        labels, real = batch["labels"], scored(batch)
         states = hidden.flatten(0, 1)[batch["at"][real]]
         values = chunked_token_logprobs(states, self.head_logits, labels[real], chunk=self.settings.head_chunk)
         return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
@@ -378,7 +435,9 @@ class HFGenerator(Generator):
 
     def head_logits(self, rows: Tensor) -> Tensor:
         """The model's logits from the head's input, (n,D) → (n,V)."""
-        return self._finished(self.model.get_output_embeddings()(rows))
+        head = self.model.get_output_embeddings()
+        kind = head.weight.dtype  # a trainer's autocast ends with the model's forward pass, and states may be bfloat16
+        return self._finished(head(rows.to(kind) if kind.is_floating_point else rows))
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What architectures do to their logits behind the head: BART adds a bias, Cohere scales, Gemma caps."""
@@ -423,12 +482,19 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
     Raises:
         CheckpointError: a folder without config or weights.
-        RecipeError: LoRA settings that peft refuses.
+        RecipeError: LoRA settings that peft refuses; another kind than hf.
     """
+    if settings.kind != "hf":
+        raise RecipeError(
+            f"generator.kind is {settings.kind!r}, and only hf learns, scores, and answers for decodings other than self_rag",
+            hint="generator.kind=hf here; the other kinds are for answer, evaluate and serve",
+        )
     keep_freed()
     model, tokenizer = _load(settings.model, settings)
+    if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
+        prepare_vocabulary(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
-        model = _with_lora(model, settings)
+        model = _with_lora(model, tokenizer, settings)
     for name, parameter in model.named_parameters():
         if any(part in name for part in settings.freeze):
             parameter.requires_grad_(False)
@@ -436,9 +502,9 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
 
 
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    if name == "embedded":
+    if name in EMBEDDED:
         with quietly():
-            return reader_from_encoder(str(embedded_model()))
+            return EMBEDDED[name](str(embedded_model()))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(name, settings)
     try:
@@ -452,7 +518,7 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give `embedded`, a folder with config.json, weights and tokenizer, or a hub name and a network",
+            hint="give `embedded`, `embedded_causal`, a folder of config, weights and tokenizer, or a hub name and a network",
         ) from None
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
@@ -484,6 +550,9 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
         raise CheckpointError(f"adapter {folder!r} has no weights: neither {' nor '.join(ADAPTER_WEIGHTS)}", hint=whole)
     model, tokenizer = _load(str(base), settings)
+    extended = _extended(folder, settings)
+    if extended is not None:
+        prepare_vocabulary(model, tokenizer, extended)
     try:
         with quietly():
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None)
@@ -501,6 +570,15 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     return adapted, tokenizer
 
 
+def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
+    """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
+    path = Path(folder) / MANIFEST
+    told = read_json(path) if path.is_file() else {}
+    if told.get("vocabulary") == "self_rag":
+        return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
+    return settings if settings.vocabulary == "self_rag" else None
+
+
 def _lacking_adapter(peft: Any, model: Any, file: Path) -> list[str]:
     """Weights that the adapter's config tells of and its file does not hold; peft leaves them as they were drawn."""
     if not file.is_file():
@@ -514,11 +592,19 @@ def _first_line(fault: BaseException) -> str:
     return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
-def _with_lora(model: PreTrainedModel, settings: GeneratorSettings) -> Any:
+def _with_new_rows(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> dict[str, Any]:
+    """LoRA's fields; an extended vocabulary's rows learn too, unless it is said which embeddings do."""
+    given = dict(settings.lora or {})
+    if settings.vocabulary != "self_rag" or {"trainable_token_indices", "modules_to_save"} & set(given):
+        return given
+    return {**given, "trainable_token_indices": new_rows(model, read_schema(tokenizer, rows_of(model)))}
+
+
+def _with_lora(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> Any:
     peft = require("peft", "for generator.lora")
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     try:
-        config = peft.LoraConfig(**{"task_type": kind, **(settings.lora or {})})
+        config = peft.LoraConfig(**{"task_type": kind, **_with_new_rows(model, tokenizer, settings)})
         config.base_model_name_or_path = settings.model
         wrapped = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as fault:
@@ -541,12 +627,26 @@ def _aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         "input_ids": _moved(batch["input_ids"], real), "attention_mask": _moved(batch["attention_mask"], real),
         "labels": _moved(labels, labels >= 0),
+        **({"learned": _moved(batch["learned"], labels >= 0)} if "learned" in batch else {}),
     }  # fmt: skip
+
+
+def scored(batch: dict[str, Tensor]) -> Tensor:
+    """Which labels of a batch have a log-probability that counts, (B,T): those that are there, and are not only read."""
+    there = batch["labels"] >= 0
+    return there & batch["learned"].bool() if "learned" in batch else there
 
 
 def _moved(values: Tensor, first: Tensor) -> Tensor:
     """Each row's values that are to come first, then its others, in their order. (B,L), (B,L) → (B,L)."""
     return values.gather(1, (~first).int().argsort(dim=1, stable=True))
+
+
+def learned(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """`learned` (B,T) of rows, where one of them has labels that are only read; else nothing."""
+    if not any("learned" in row for row in rows):
+        return {}
+    return {"learned": padded([row.get("learned", [1] * len(row["labels"])) for row in rows], 0)[0].bool()}
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

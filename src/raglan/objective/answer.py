@@ -6,14 +6,16 @@ not know. Full weights or LoRA is a setting of the generator; the objective does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from raglan.generator import HFGenerator
+from raglan.generator.hf import padded, scored
 from raglan.likelihood import answer_nll
+from raglan.marked_prompt import GROUPS
 from raglan.objective.base import Objective
 from raglan.packing import packed_batch, reads_flat
 
@@ -25,6 +27,9 @@ class AnswerObjective(Objective):
 
     With `tokens` "first" an answer's first token alone is scored, without the end token. A row's `weight`, 1 if it has none,
     multiplies its loss; the division by tokens or rows stays as it is. `measure` adds figures of its own to the held-out loss.
+
+    Rows of Self-RAG have `learned`, which is False where a label is evidence that is only read, and `groups`, each label's
+    place in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each.
     """
 
     def __init__(
@@ -34,8 +39,10 @@ class AnswerObjective(Objective):
         reduction: Literal["token", "example"] = "token",
         tokens: Literal["all", "first"] = "all",
         measure: Callable[[], dict[str, float]] | None = None,
+        group_weights: Mapping[Any, float] | None = None,
     ):
         self.measure = measure
+        self.weights = torch.tensor([float((group_weights or {}).get(name, 1.0)) for name in GROUPS])
         self.generator, self.reduction, self.tokens = generator, reduction, tokens
         self.module = generator.model
         self.division = "items" if reduction == "token" else "mean"
@@ -44,9 +51,12 @@ class AnswerObjective(Objective):
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = dict(batch)
-        weights = batch.pop("weights", None)
-        mask = batch["labels"] >= 0
+        weights, groups = batch.pop("weights", None), batch.pop("groups", None)
+        mask = scored(batch)
         token_logprobs = self.generator.forward(batch, module)
+        figures = {} if groups is None else _by_group(-token_logprobs.detach(), groups, mask, "loss")
+        if groups is not None:
+            token_logprobs = token_logprobs * self.weights[groups].to(token_logprobs.device)
         if weights is not None:
             token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)
         mask = mask.to(token_logprobs.device)
@@ -54,14 +64,15 @@ class AnswerObjective(Objective):
             loss = answer_nll(token_logprobs, mask, reduction="none").sum() / items
         else:
             loss = answer_nll(token_logprobs, mask, reduction=self.reduction)
-        return loss, {}
+        return loss, {name: total / count for name, (total, count) in figures.items()}
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "rows" in rows[0]:
-            return dict(packed_batch(rows, self.generator.pad, flat=reads_flat(self.generator)))
+            packed: dict[str, Any] = dict(packed_batch(rows, self.generator.pad, flat=reads_flat(self.generator)))
+            return packed | _groups([row for pack in rows for row in pack["rows"]])
         if self.tokens == "first":
             rows = [{**row, "labels": row["labels"][:1]} for row in rows]
-        batch: dict[str, Any] = dict(self.generator.collate(rows))
+        batch: dict[str, Any] = dict(self.generator.collate(rows)) | _groups(rows)
         if any("weight" in row for row in rows):
             batch["weights"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
         return batch
@@ -75,15 +86,33 @@ class AnswerObjective(Objective):
         was_training = self.module.training
         self.module.eval()
         total, count = 0.0, 0
+        sums: dict[str, tuple[float, int]] = {}
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         for start in range(0, len(ordered), 32):
             batch = self.collate(ordered[start : start + 32])
             batch.pop("weights", None)
+            groups = batch.pop("groups", None)
             with self.generator.autocast():
-                logprobs = self.generator.forward(batch)
-            mask = (batch["labels"] >= 0).to(logprobs.device)
+                logprobs, right = (self.generator.forward(batch), None) if groups is None else self.generator.judged(batch)
+            mask = scored(batch).to(logprobs.device)
             total += float(answer_nll(logprobs, mask, reduction="none").sum())
             count += int(mask.sum())
+            if right is not None:
+                found = _by_group(-logprobs, groups, mask, "loss") | _by_group(right.float(), groups, mask, "accuracy")
+                for name, (value, number) in found.items():
+                    before = sums.get(name, (0.0, 0))
+                    sums[name] = before[0] + float(value), before[1] + int(number)
         self.module.train(was_training)
         own = {} if self.measure is None else self.measure()
-        return {"loss": total / max(count, 1), **own}
+        return {"loss": total / max(count, 1), **{name: s / n for name, (s, n) in sums.items()}, **own}
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    return {"groups": padded([row["groups"] for row in rows], 0)[0]} if all("groups" in row for row in rows) else {}
+
+
+def _by_group(values: Tensor, groups: Tensor, mask: Tensor, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum and number of values (B,T) that count, for each group that has any."""
+    groups, mask = groups.to(values.device), mask.to(values.device)
+    own = {group: mask & (groups == place) for place, group in enumerate(GROUPS)}
+    return {f"{name}/{group}": (values[at].sum(), at.sum()) for group, at in own.items() if at.any()}

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from raglan.generator.hf import scored
+
 __all__ = ["Objective"]
 
 
@@ -40,7 +42,7 @@ class Objective(ABC):
     def items(self, batch: dict[str, Any]) -> int:
         """How much of what the loss is divided by a batch has: its answer tokens where `division` is `items`, else its rows."""
         if self.division == "items":
-            return int((batch["labels"] >= 0).sum())
+            return int(scored(batch).sum())
         return len(batch.get("labels", next(iter(batch.values()))))  # packed rows are several in one input
 
     @abstractmethod

@@ -19,6 +19,7 @@ __all__ = [
     "LsrMixData",
     "MixSource",
     "QuestionData",
+    "SelfRagData",
     "Unanswerable",
 ]
 
@@ -40,8 +41,8 @@ class QuestionData(Settings):
     kind: Literal["questions"]
     path: Path = Field(description="Questions with answers, .jsonl or .jsonl.gz.")
     dev: Path | None = Field(None, description="Held-out questions for the validation loss or the validation search.")
-    source: Literal["gold", "mixed", "retrieved"] = Field(
-        "mixed", description="Which passages a row holds: relevant ones, relevant plus retrieved, or only retrieved."
+    source: Literal["gold", "mixed", "retrieved", "none"] = Field(
+        "mixed", description="Which passages a row holds: relevant ones, relevant plus retrieved, only retrieved, or none."
     )
     passages: int = Field(3, ge=1, description="Passages a question.")
     passages_a_row: int | None = Field(None, ge=1, description="Default all in one row; 1 is RA-DIT's one row a passage.")
@@ -276,4 +277,23 @@ class FeedbackData(Settings):
         return self
 
 
-Data = Annotated[QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData, Field(discriminator="kind")]
+class SelfRagData(Settings):
+    """Rows of a Self-RAG generator, as `critique` writes them: segments with passages between, and judgements of both."""
+
+    kind: Literal["self_rag"]
+    path: Path = Field(description="Rows, .jsonl or .jsonl.gz.")
+    dev: Path | None = Field(None, description="Held-out rows for the validation loss, and for loss and accuracy by group.")
+    passage_max: int | None = Field(None, ge=1, description="Tokens of a passage; what exceeds them is cut.")
+    max_length: int = Field(2048, ge=8, description="Tokens of a row; longer ones lose segments at their end, and so IsUse.")
+    markups: Literal["train", "mask"] = Field("train", description="Whether <paragraph> and </paragraph> are learned.")
+    released: tuple[Literal["mask"], ...] = Field(
+        (), description="`mask` learns what the authors' code learns: of several passages only the text behind the last, and "
+        "the prompt's last token. For comparison only.",
+    )  # fmt: skip
+    packing: Literal["none", "fit"] = Field("none", description="`fit`: rows are packed to max_length.")
+    limit: int | None = Field(None, ge=1, description="Use so many rows, drawn with the seed.")
+
+
+Data = Annotated[
+    QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData, Field(discriminator="kind")
+]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raglan.recipe.base import Settings
+from raglan.recipe.self_rag import SelfRagDecode
 
 __all__ = [
     "ABSTENTION",
@@ -166,7 +167,7 @@ def _concat_unless_said(value: Any) -> Any:
 
 
 DecodeSettings = Annotated[
-    ConcatDecode | RagSequenceDecode | RagTokenDecode | ClassifyDecode | EnsembleDecode,
+    ConcatDecode | RagSequenceDecode | RagTokenDecode | ClassifyDecode | EnsembleDecode | SelfRagDecode,
     Field(discriminator="kind"),
     BeforeValidator(_concat_unless_said),
 ]

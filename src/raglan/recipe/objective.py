@@ -41,12 +41,18 @@ class LearnedTurns(TurnSettings):
         return self
 
 
+Group = Literal["retrieve", "is_rel", "is_sup", "is_use", "text", "markup", "eos"]
+
+
 class AnswerObjective(Settings):
     """Masked answer likelihood: the generator learns to use (and to ignore) passages."""
 
     kind: Literal["answer"]
     reduction: Literal["token", "example"] = Field("token", description="Divide by answer tokens, or average rows.")
     tokens: Tokens = "all"
+    group_weights: dict[Group, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="Of `self_rag` rows: what the losses of a token group are multiplied by; default 1."
+    )
 
 
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]

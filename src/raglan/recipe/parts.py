@@ -18,6 +18,7 @@ __all__ = [
     "RetrieverSettings",
     "RewriteSettings",
     "ScorerSettings",
+    "SelfRagPromptSettings",
     "Shot",
 ]
 
@@ -78,6 +79,29 @@ class RetrieverSettings(Settings):
     retrieve_again: RetrieveAgain | None = Field(None, description="Search a second time, with a drafted answer.")
 
 
+class SelfRagPromptSettings(Settings):
+    """How a model with reflection tokens is asked (Self-RAG)."""
+
+    template: str = Field("### Instruction:\n{instruction}\n\n### Response:\n", description="Must hold {instruction}.")
+    with_input: str = Field(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        description="Of training rows with an input of their own; must hold {instruction} and {input}.",
+    )
+    separator: str = Field(
+        "## Input:\n\n",
+        description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
+    )
+    passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> SelfRagPromptSettings:
+        for name, parts in (("template", ("instruction",)), ("with_input", ("instruction", "input"))):
+            for part in parts:
+                if f"{{{part}}}" not in getattr(self, name):
+                    raise ValueError(f"{name} must hold {{{part}}}")
+        return self
+
+
 class Shot(Settings):
     """A question with its answer, shown before the question that is asked."""
 
@@ -113,6 +137,7 @@ class PromptSettings(Settings):
         16, ge=1, description="Warn when a passage is left with fewer; history leaves each so many."
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
+    self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
     shots: tuple[Shot, ...] = Field(
         (),
         description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
@@ -138,18 +163,62 @@ class PromptSettings(Settings):
         return self
 
 
-class GeneratorSettings(Settings):
-    """A transformers seq2seq or causal model, or the embedded reader."""
+SERVED = ("endpoint", "tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout")
+OF_KIND = {  # what belongs to some kinds of generator only
+    **dict.fromkeys(SERVED, ("endpoint",)), "engine": ("vllm",), "dtype": ("hf", "vllm"),
+    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
+}  # fmt: skip
 
-    model: str = Field("embedded", description="`embedded`, a folder, or a hub name.")
+
+class GeneratorSettings(Settings):
+    """A transformers seq2seq or causal model, or the embedded reader; for Self-RAG also one in vLLM or on a server."""
+
+    kind: Literal["hf", "vllm", "endpoint"] = Field(
+        "hf",
+        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
+    )
+    model: str = Field(
+        "embedded",
+        description="`embedded` (the reader), `embedded_causal`, a folder, or a hub name; on a server the name that it knows.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="`auto`: bfloat16 where faster.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
+    )
+    vocabulary: Literal["own", "self_rag"] = Field(
+        "own", description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none."
+    )
+    vocabulary_init: Literal["mean", "words", "random"] = Field(
+        "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="endpoint: the server, as http://localhost:8000/v1."
+    )
+    tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
+    revision: str | None = Field(None, description="endpoint: any name; another one stands for other weights there.")
+    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, description="endpoint: requests at a time.")
+    retries: int = Field(5, ge=0, description="endpoint: further tries of a request that fails, each after a longer wait.")
+    timeout: float = Field(120.0, gt=0, description="endpoint: seconds a request may take.")
+
+    @model_validator(mode="after")
+    def _kind_has_its_settings(self) -> GeneratorSettings:
+        fields = type(self).model_fields  # a recipe that was written out holds every default
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in self.model_fields_set}
+        said = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if wrong := sorted(name for name in said if self.kind not in OF_KIND.get(name, (self.kind,))):
+            kinds = " or ".join(OF_KIND[wrong[0]])
+            raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")
+        if self.kind == "endpoint" and self.endpoint is None:
+            raise ValueError("kind endpoint needs endpoint, the server's address")
+        if self.kind != "hf" and self.model == "embedded":
+            raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
+        return self
 
 
 class ScorerSettings(Settings):

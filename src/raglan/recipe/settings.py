@@ -8,12 +8,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raglan.recipe.base import Arguments, Settings
+from raglan.recipe.clean import DecontaminateSettings
+from raglan.recipe.critique import CritiqueSettings
 from raglan.recipe.data import AnswersAre, Data
 from raglan.recipe.decode import ConcatDecode, DecodeSettings
 from raglan.recipe.grid import GridSettings
 from raglan.recipe.knowledge import KnowledgeSettings
 from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
+from raglan.recipe.robustness import JudgeSettings, RobustnessSettings
+from raglan.recipe.sweep import SweepSettings
+from raglan.recipe.synthesis import SynthesisSettings
 
 __all__ = [
     "EvaluateSettings",
@@ -43,13 +48,16 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
-        if self.data.kind == "instruction_mix" and getattr(self.objective, "tokens", "all") == "first":
+        if self.data.kind in ("instruction_mix", "self_rag") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
+        if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
+            raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
         return self
 
 
 Metric = Literal[
-    "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3"
+    "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3",
+    "match", "str_em", "char_3gram", "macro_f1", "declined", "citations", "quotes",
 ]  # fmt: skip
 
 
@@ -67,6 +75,14 @@ class EvaluateSettings(Settings):
     rare_reference: Path | None = Field(
         None, description="Questions in whose answers `rare_f1` counts how rare words are; default those evaluated."
     )
+    dataset: str | None = Field(
+        None, min_length=1, description="Which data set the questions are of, as nq: in-domain where a stage learned from it."
+    )
+    fold_numbers: bool = Field(
+        False, description="Compare numerals in one spelling (一九七八 = 1978, 3,000 = 3000); published figures do not."
+    )
+    robustness: RobustnessSettings | None = Field(None, description="Measure also under noise, orders and other retrievers.")
+    judge: JudgeSettings | None = Field(None, description="Have the answers judged, too; without it there is no judge.")
 
 
 class Recipe(Settings):
@@ -87,9 +103,15 @@ class Recipe(Settings):
         "questions", description="What training questions may not share with those measured: the question; also an answer from "
         "the same passage; or also nearly the same words.",
     )  # fmt: skip
+    decontaminate: DecontaminateSettings | None = Field(None, description="What `raglan check-leaks` compares with.")
     stages: dict[str, StageSettings] = Field(default_factory=dict, description="Trainings, in this order.")
     evaluate: EvaluateSettings | None = None
+    critique: CritiqueSettings | None = Field(None, description="What `raglan critique` makes: Self-RAG's training data.")
+    synthesis: SynthesisSettings | None = Field(
+        None, description="What `raglan synthesize` plans: training data over many topics, tasks and formats."
+    )
     grid: GridSettings | None = Field(None, description="What `raglan evaluate` measures instead, where it is given.")
+    sweep: SweepSettings | None = Field(None, description="What `raglan evaluate --sweep` tries.")
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:
@@ -102,8 +124,20 @@ class Recipe(Settings):
             raise ValueError(f"retriever.index is {self.retriever.index!r}; knowledge.indexes has {known}")
         if self.retriever.retrieve_again is not None and getattr(self.decode, "turns", None) is not None:
             raise ValueError("give either retriever.retrieve_again or decode.turns")
+        if self.generator.kind != "hf" and self.decode.kind != "self_rag":
+            raise ValueError(f"generator.kind {self.generator.kind} is for decode.kind self_rag, not {self.decode.kind}")
+        if self.generator.kind != "hf" and self.retriever.history == "rewrite" and self.retriever.rewrite.model is None:
+            raise ValueError(f"generator.kind {self.generator.kind} rewrites no questions: name retriever.rewrite.model")
         self._stages_are_named()
         self.trainings()
+        return self
+
+    @model_validator(mode="after")
+    def _retrievers_are_indexes(self) -> Recipe:
+        for name in (self.synthesis.retrievers or {}) if self.synthesis is not None else ():
+            if name not in (*self.knowledge.indexes, "pooled"):
+                known = ", ".join(self.knowledge.indexes)
+                raise ValueError(f"synthesis.retrievers names {name!r}; knowledge.indexes has {known}, and there is pooled")
         return self
 
     def _stages_are_named(self) -> None:

@@ -1,0 +1,125 @@
+"""`raglan synthesize recipe.yaml --plan`, and `raglan synthesize coverage`: what is to be written, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from raglan.errors import CorpusError, RecipeError
+from raglan.progress import console
+from raglan.recipe import load_recipe
+
+__all__ = ["coverage", "run"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a .yaml file with `synthesis`.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, as in synthesis.n=500.", show_default=False)
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Plan the examples, and write none.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan training data by the recipe's `synthesis`: plan/plan.jsonl has a line an example, and every margin is exact."""
+    from raglan.synthesis import make_plan, write_plan
+
+    if not plan:
+        raise RecipeError("a plan is all that this command makes", hint="say so: --plan")
+    settings = load_recipe(recipe, overrides or [])
+    made = make_plan(settings)
+    assert settings.synthesis is not None
+    folder = write_plan(made, settings.synthesis.path / "plan")
+    if as_json:
+        told = {"n": len(made.cells), "margins": made.margins, "left_out": made.left_out}
+        typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        _tell_margins(made)
+    console.print(f"[dim]{len(made.cells)} cells: {folder / 'plan.jsonl'}[/dim]", soft_wrap=True)
+
+
+def coverage(
+    dataset: Annotated[Path, typer.Argument(help="The folder of `synthesis.path`, with attempts.jsonl.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Planned, attempted, kept and missing by factor value; writes coverage.json. Exits with 3 if examples are missing."""
+    from raglan.artifact import write_json
+    from raglan.synthesis import complete, read_plan
+    from raglan.synthesis import coverage as covered
+
+    told = covered(read_plan(dataset / "plan"), _attempts(dataset / "attempts.jsonl"))
+    write_json(dataset / "coverage.json", told)
+    if as_json:
+        typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        _tell_coverage(told)
+    console.print(f"[dim]{dataset / 'coverage.json'}[/dim]", soft_wrap=True)
+    if not complete(told):
+        raise typer.Exit(3)
+
+
+def _attempts(path: Path) -> list[Any]:
+    from raglan.synthesis import Attempt
+
+    if not path.is_file():
+        raise CorpusError(f"there is no {path}", hint='lines are {"cell": 0, "ordinal": 0, "reason": null, "query": "…"}')
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            found.append(_attempt(Attempt, line, f"{path}:{number}"))
+    return found
+
+
+def _attempt(kind: Any, line: str, place: str) -> Any:
+    try:
+        row = json.loads(line)
+        reason, query = row.get("reason"), row.get("query", "")
+        if not (isinstance(reason, str | None) and isinstance(query, str)):
+            raise ValueError("reason and query are texts")
+        return kind(int(row["cell"]), int(row["ordinal"]), reason, query)
+    except (AttributeError, KeyError, TypeError, ValueError) as fault:
+        raise CorpusError(f"{place} is no attempt: {fault}", hint="it needs cell and ordinal, two numbers") from None
+
+
+def _tell_margins(plan: Any) -> None:
+    """A line a value; of topics the first level, of positions the least and the most."""
+    table = Table("factor", "value", Column("planned", justify="right"), box=None)
+    for factor, counts in plan.margins.items():
+        for place, (value, count) in enumerate(_shown(factor, counts).items()):
+            table.add_row(factor if place == 0 else "", value, str(count))
+    Console(width=100, highlight=False).print(table)
+    for factor, values in plan.left_out.items():
+        typer.echo(f"left out of {factor}, since nothing here takes it: {', '.join(values)}")
+
+
+def _shown(factor: str, counts: dict[str, int]) -> dict[str, Any]:
+    if factor.startswith("position"):
+        least, most = min(counts.values()), max(counts.values())
+        return {f"each of {len(counts)}": str(least) if least == most else f"{least} to {most}"}
+    heads: dict[str, int] = {}
+    for value, count in counts.items():
+        heads[value.partition("/")[0]] = heads.get(value.partition("/")[0], 0) + count
+    return heads
+
+
+def _tell_coverage(told: dict[str, Any]) -> None:
+    typer.echo(f"{told['requested']} requested, {told['kept']} kept, {told['surplus']} surplus, {told['attempts']} attempts")
+    columns = (Column(name, justify="right") for name in ("planned", "attempted", "kept", "deficit"))
+    table = Table("factor", "value", *columns, box=None)
+    for factor, values in told["factors"].items():
+        if factor != "topic":
+            for place, (value, row) in enumerate(values.items()):
+                table.add_row(factor if place == 0 else "", value, *map(str, row.values()))
+    Console(width=100, highlight=False).print(table)
+    for name, pairs in told["pairs"].items():
+        typer.echo(f"{name}: {pairs['covered']} of {pairs['allowed']} pairs")
+    for name in ("topic_entropy", "type_token_ratio", "mean_cosine"):
+        typer.echo(f"{name}: {'–' if told[name] is None else format(told[name], '.4f')}")
+    for reason, count in told["funnel"].items():
+        typer.echo(f"{'' if reason == 'attempts' else '  rejected: '}{reason}: {count}")

@@ -1,0 +1,64 @@
+"""Self-RAG (Asai et al. 2023): the generator's own probabilities of its reflection tokens decide and rank.
+
+`short`: one answer a passage, the best or the best label. `long`: a tree of segments. Both read the same settings, call the
+same arithmetic (`reflection`), and answer with the same record, `trace` included.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from raglan.decode.base import Asked
+from raglan.decode.self_rag.drawing import tree_lines
+from raglan.decode.self_rag.long import cited_text, long
+from raglan.decode.self_rag.short import short
+from raglan.errors import RecipeError
+from raglan.generator.base import MarkedGenerator
+from raglan.recipe import SelfRagDecode
+from raglan.records import Answer, Hit
+
+__all__ = ["Retrieve", "check_marked", "cited_text", "self_rag", "tree_lines"]
+
+log = logging.getLogger(__name__)
+Retrieve = Callable[[str, int], list[Hit]]
+
+
+def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve: Retrieve | None = None) -> list[Answer]:
+    """One answer a query, from its hits, and in the long form from what `retrieve(query, asked.k)` finds further.
+
+    Args:
+        generator: a `MarkedGenerator`: its vocabulary holds the reflection tokens.
+
+    Raises:
+        RecipeError: it is none. CheckpointError: its vocabulary lacks them.
+    """
+    check_marked(generator)
+    for name in settings.released:
+        log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
+    if settings.form == "long":
+        answers = long(generator, asked, settings, retrieve=retrieve)
+    else:
+        answers = short(generator, asked, settings)
+    return [_disarmed(generator, answer) for answer in answers]
+
+
+def _disarmed(generator: Any, answer: Answer) -> Answer:
+    """The answer, whose trace says how many control tokens were spelt by question and passages, where these were changed."""
+    trace, prompt = answer.trace or {}, generator.marked_prompt
+    shown = [trace.get("prompt") or [], *(prompt.passage(hit.passage) for hit in answer.hits)]
+    changed = sum(generator.neutralised(ids) for ids in shown if ids)
+    return replace(answer, trace={**trace, "neutralised": changed}) if changed else answer
+
+
+def check_marked(generator: Any) -> None:
+    """Raises RecipeError if a generator gives no reflection tokens, CheckpointError if its vocabulary lacks them."""
+    if not isinstance(generator, MarkedGenerator) or getattr(generator, "is_seq2seq", False):
+        raise RecipeError(
+            f"decode.kind self_rag reads the reflection tokens of a causal model, and {type(generator).__name__} gives none",
+            hint="generator.model: a causal checkpoint with reflection tokens, or any causal model with "
+            "generator.vocabulary: self_rag, trained for them",
+        )
+    assert generator.schema is not None  # reads the vocabulary, and raises where it lacks them

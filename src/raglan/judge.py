@@ -1,0 +1,286 @@
+"""A chat model as the judge of answers, over the call engine: a rubric from 1 to 5, and pairs in both orders.
+
+    runs/<name>/judgements/<fingerprint>/
+        judgements.jsonl    one line a question: scores, verdicts of both orders, outcome, why
+        manifest.json       means, win rate, inconsistency, missing, strata of length, κ; the judge's name
+    runs/<name>/calls/      the journal of calls: nothing is paid twice
+
+The judge sees the passages that were read, the question, its reference answers where there are any, and answers without
+names. What it does not answer, or not as the schema wants it, is missing. Prompts are data, in judge.yaml, in the language of
+the question; their content is part of the fingerprint. The arithmetic is `judging`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from raglan.artifact import fingerprint, read_manifest, write_manifest
+from raglan.calls import Ask, CallEngine
+from raglan.corpus import Corpus
+from raglan.critique.agreement import agreement
+from raglan.errors import CorpusError, RecipeError
+from raglan.evaluate import Evaluation
+from raglan.judging import STRATA, Better, Pairs, Rubric, family, length_stratum, pair_outcome, pairs, rubric
+from raglan.knowledge import KnowledgeBase
+from raglan.metrics import Interval
+from raglan.recipe import JudgeSettings, Recipe
+from raglan.text import answer_words
+
+__all__ = ["Choice", "Judged", "Score", "judge", "judgements_folder", "messages", "open_judged"]
+
+log = logging.getLogger(__name__)
+KIND = "judgements"
+LIMIT = 300  # tokens of a reason and a verdict
+
+
+class Score(BaseModel):
+    """The reply to a rubric; the reason comes first, so that it is not an excuse."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str
+    score: Literal[1, 2, 3, 4, 5]
+
+
+class Choice(BaseModel):
+    """The reply to a pair."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str
+    better: Literal["first", "second", "tie"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge made of an evaluation.
+
+    Attributes:
+        model: the judge. scores: system → rubric.
+        pair: the last system (a) against the first (b). strata: the same by length of a against b.
+        kappa: system → rows, agreement and κ with hand labels, where there are any.
+    """
+
+    model: str
+    folder: Path
+    scores: dict[str, Rubric]
+    pair: Pairs | None
+    strata: dict[str, Pairs]
+    kappa: dict[str, Any]
+
+
+@dataclass
+class _Row:
+    """What is known of one question."""
+
+    id: str
+    texts: dict[str, str]
+    scores: dict[str, int | None] = field(default_factory=dict)
+    verdicts: dict[str, Better | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Judged:
+    """Judge the answers of an evaluation; what the journal of calls knows is not asked again.
+
+    Raises:
+        RecipeError: no judge is named, or the mode was not measured. CallsStopped: cap, fatal answer, Ctrl-C; run it again.
+        CorpusError: hand labels that cannot be read.
+    """
+    settings = _settings(recipe)
+    labels = _hand_labels(Path(settings.labels)) if settings.labels is not None else {}
+    _warn_of_family(settings)
+    corpus = KnowledgeBase.open(recipe.knowledge.path).corpus
+    rows = [
+        _Row(row["id"], {e.system: e.rows[place]["predictions"][settings.mode]["text"] for e in evaluations})
+        for place, row in _read_rows(evaluations, settings.mode)
+    ]
+    asks = _asks(evaluations, settings, corpus)
+    known = {row.id: row for row in rows}
+    with CallEngine(settings.endpoint, recipe.run / "calls", money=settings.money) as engine:
+        for outcome in engine.run(asks):
+            kind, identity, which = json.loads(outcome.ask.ref)
+            row, value = known[identity], outcome.value if outcome.cls == "ok" else None
+            if kind == "rubric":
+                row.scores[which] = value.score if isinstance(value, Score) else None
+            else:
+                row.verdicts[which] = value.better if isinstance(value, Choice) else None
+            row.reasons[f"{kind} {which}"] = (
+                value.reason if isinstance(value, Score | Choice) else f"{outcome.cls}: {outcome.error}"
+            )
+    folder = judgements_folder(recipe, evaluations)
+    _write(folder, recipe, settings, evaluations, rows, labels)
+    return open_judged(folder)
+
+
+def judgements_folder(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Path:
+    """Where the judgements of these evaluations are, or will be."""
+    settings = _settings(recipe)
+    judged = settings.model_dump(mode="json", exclude={"money": True, "endpoint": {"concurrency", "rpm", "tpm", "api_key_env"}})
+    name = fingerprint([judged, _prompts(), [evaluation.folder.name for evaluation in evaluations]])[:8]
+    return recipe.run / "judgements" / name
+
+
+def open_judged(folder: Path) -> Judged:
+    """Judgements from their folder. Raises CheckpointError."""
+    told = read_manifest(folder, KIND)
+    scores = {name: Rubric(Interval(**own["score"]), own["missing"], own["n"]) for name, own in told["scores"].items()}
+    pair = None if told["pair"] is None else _pairs_of(told["pair"])
+    return Judged(told["model"], folder, scores, pair, {k: _pairs_of(v) for k, v in told["strata"].items()}, told["kappa"])
+
+
+def messages(
+    row: Mapping[str, Any], passages: Sequence[tuple[str, str]], answers: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the judge reads: one answer to score, or two to compare.
+
+    Args:
+        row: of an evaluation: query, history, answers. passages: title and text of each.
+    """
+    told = _prompts()["zh" if _is_chinese(str(row["query"])) else "en"]
+    heads = told["heads"]
+    shown = [f"[{number}] {title}\n{text}".replace("] \n", "]\n") for number, (title, text) in enumerate(passages, 1)]
+    parts = [
+        *([(heads["history"], "\n".join(row["history"]))] if row.get("history") else []),
+        (heads["question"], str(row["query"])),
+        (heads["passages"], "\n\n".join(shown)),
+        *([(heads["reference"], " | ".join(row["answers"]))] if row.get("answers") else []),
+        *zip([heads["answer"]] if len(answers) == 1 else [heads["first"], heads["second"]], answers, strict=True),
+    ]
+    body = "\n\n".join(f"## {head}\n{text.strip() or heads['none']}" for head, text in parts)
+    task = told["rubric" if len(answers) == 1 else "pair"]
+    return {"role": "system", "content": task}, {"role": "user", "content": body}
+
+
+def _settings(recipe: Recipe) -> JudgeSettings:
+    if recipe.evaluate is None or recipe.evaluate.judge is None:
+        raise RecipeError(f"recipe {recipe.name!r} names no judge", hint="give it `evaluate: {judge: {endpoint: …, money: …}}`")
+    return recipe.evaluate.judge
+
+
+def _warn_of_family(settings: JudgeSettings) -> None:
+    if settings.teacher is not None and family(settings.teacher) == family(settings.endpoint.model):
+        log.warning(
+            "the judge %s is of the teacher's family (%s): judges prefer what sounds like themselves",
+            settings.endpoint.model, settings.teacher,
+        )  # fmt: skip
+
+
+def _read_rows(evaluations: Sequence[Evaluation], mode: str) -> list[tuple[int, dict[str, Any]]]:
+    """The questions that every system answered, with their places."""
+    rows = [
+        (place, row) for place, row in enumerate(evaluations[0].rows)
+        if all(mode in evaluation.rows[place]["predictions"] for evaluation in evaluations)
+    ]  # fmt: skip
+    if not rows:
+        raise RecipeError(
+            f"no question was answered in mode {mode!r}", hint="name a mode of evaluate.modes in evaluate.judge.mode"
+        )
+    return rows
+
+
+def _asks(evaluations: Sequence[Evaluation], settings: JudgeSettings, corpus: Corpus) -> Iterator[Ask]:
+    systems = [evaluation.system for evaluation in evaluations]
+    for place, row in _read_rows(evaluations, settings.mode):
+        said = {e.system: e.rows[place]["predictions"][settings.mode] for e in evaluations}
+        if settings.rubric:
+            for name, own in said.items():
+                yield _ask("rubric", row, name, _passages(own["passages"], corpus), [own["text"]])
+        if settings.pairwise and len(systems) > 1:
+            a, b = said[systems[-1]], said[systems[0]]
+            shown = _passages([*a["passages"], *b["passages"]], corpus)
+            yield _ask("pair", row, "a first", shown, [a["text"], b["text"]])
+            yield _ask("pair", row, "b first", shown, [b["text"], a["text"]])
+
+
+def _ask(
+    kind: Literal["rubric", "pair"], row: Mapping[str, Any], which: str, passages: Sequence[tuple[str, str]],
+    answers: Sequence[str],
+) -> Ask:  # fmt: skip
+    schema: type[BaseModel] = Score if kind == "rubric" else Choice
+    sampling = {"temperature": 0.0, "max_tokens": LIMIT}
+    return Ask(f"judge/{kind}", messages(row, passages, answers), schema, sampling, ref=json.dumps([kind, row["id"], which]))
+
+
+def _passages(ids: Sequence[str], corpus: Corpus) -> list[tuple[str, str]]:
+    rows = [row for identity in dict.fromkeys(ids) if (row := corpus.row(identity)) is not None]
+    return [(corpus[row].title, corpus[row].text) for row in rows]
+
+
+def _write(
+    folder: Path, recipe: Recipe, settings: JudgeSettings, evaluations: Sequence[Evaluation], rows: Sequence[_Row],
+    labels: Mapping[str, Mapping[str, str]],
+) -> None:  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    systems = [evaluation.system for evaluation in evaluations]
+    verdicts = [(row.verdicts.get("a first"), row.verdicts.get("b first")) for row in rows]
+    compared = settings.pairwise and len(systems) > 1
+    with open(folder / "judgements.jsonl", "w", encoding="utf-8") as file:
+        for row, verdict in zip(rows, verdicts, strict=True):
+            told = asdict(row) | ({"outcome": pair_outcome(*verdict)[0]} if compared else {})
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+    strata: dict[str, list[tuple[Better | None, Better | None]]] = {name: [] for name in STRATA}
+    for row, verdict in zip(rows, verdicts, strict=True):
+        strata[length_stratum(row.texts[systems[-1]], row.texts[systems[0]])].append(verdict)
+    scored = {name: [row.scores.get(name) for row in rows] for name in systems} if settings.rubric else {}
+    write_manifest(folder, KIND, {
+        "model": settings.endpoint.model, "mode": settings.mode, "systems": systems, "questions": len(rows),
+        "scores": {name: _rubric_dict(rubric(own, seed=recipe.seed)) for name, own in scored.items()},
+        "pair": asdict(pairs(verdicts, seed=recipe.seed)) if compared else None,
+        "strata": {name: asdict(pairs(own, seed=recipe.seed)) for name, own in strata.items() if own and compared},
+        "kappa": {name: _agreed(name, rows, labels) for name in scored if name in labels},
+    })  # fmt: skip
+
+
+def _agreed(system: str, rows: Sequence[_Row], labels: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    own = labels[system]
+    return agreement(
+        (str(score), own[row.id]) for row in rows if (score := row.scores.get(system)) is not None and row.id in own
+    )
+
+
+def _rubric_dict(found: Rubric) -> dict[str, Any]:
+    return asdict(found)
+
+
+def _pairs_of(told: Mapping[str, Any]) -> Pairs:
+    return Pairs(**{**told, "rate": Interval(**told["rate"])})
+
+
+def _hand_labels(path: Path) -> dict[str, dict[str, str]]:
+    """System → question id → score."""
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}", hint="evaluate.judge.labels is a .csv with id, system and score")
+    found: dict[str, dict[str, str]] = {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"id", "system", "score"} <= set(reader.fieldnames or ()):
+            raise CorpusError(f"{path} has the columns {reader.fieldnames}", hint="they must be id, system, score")
+        for row in reader:
+            if (score := (row["score"] or "").strip()) not in ("1", "2", "3", "4", "5"):
+                raise CorpusError(f"{path}: {row['id']!r} has the score {row['score']!r}", hint="1, 2, 3, 4 or 5")
+            found.setdefault(row["system"], {})[row["id"]] = score
+    return found
+
+
+@cache
+def _prompts() -> dict[str, Any]:
+    return cast(dict[str, Any], yaml.safe_load(Path(__file__).with_name("judge.yaml").read_text(encoding="utf-8")))
+
+
+def _is_chinese(text: str) -> bool:
+    """Whether half of the words are Han characters."""
+    words = answer_words(text)
+    return 2 * sum("\u4e00" <= word[0] <= "\u9fff" for word in words) >= len(words) > 0

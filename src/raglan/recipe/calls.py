@@ -1,0 +1,74 @@
+"""Settings of calls to a language model behind an OpenAI-compatible server, and of what they may cost."""
+
+from __future__ import annotations
+
+from datetime import date
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from raglan.recipe.base import Settings
+
+__all__ = ["EndpointSettings", "MoneySettings", "PriceSettings"]
+
+Dollars = Annotated[Decimal, Field(ge=0, max_digits=12, decimal_places=6)]
+
+
+class PriceSettings(Settings):
+    """US dollars per million tokens, at most six places behind the point."""
+
+    input: Dollars
+    cached: Dollars | None = Field(None, description="Prompt tokens that the server had in its cache; default as `input`.")
+    output: Dollars
+    as_of: date | None = Field(None, description="When the price list said so.")
+
+    @model_validator(mode="after")
+    def _cached_is_no_dearer(self) -> PriceSettings:
+        if self.cached is not None and self.cached > self.input:
+            raise ValueError("cached tokens cannot cost more than new ones: the reserve reckons with `input`")
+        return self
+
+
+class MoneySettings(Settings):
+    """What calls cost, and how much they may cost together."""
+
+    price: PriceSettings | Literal["free"] | None = Field(
+        None, description="US dollars per million tokens, or `free`; without it no call is sent."
+    )
+    cap_usd: Dollars | None = Field(
+        None, description="All that the journal's calls may ever cost; a call that could exceed it is not sent."
+    )
+
+
+class EndpointSettings(Settings):
+    """A chat model behind an OpenAI-compatible server."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    base_url: str = Field(pattern=r"^https?://[^@\s]+$", description="As https://host/v1.")
+    model: str = Field(min_length=1, description="The name that the server knows.")
+    api_key_env: str | None = Field(None, description="The environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, le=1024, description="Requests at a time, at most.")
+    rpm: int | None = Field(None, ge=1, description="Requests a minute.")
+    tpm: int | None = Field(None, ge=1, description="Tokens a minute, of prompt and reply.")
+    timeout: float = Field(120.0, gt=0, description="Seconds a request may take.")
+    attempts: int = Field(6, ge=1, description="Tries of one call that fails for a passing reason.")
+    max_wait: float = Field(600.0, gt=0, description="Seconds that its requests and the waits between them may take in all.")
+    max_tokens: int = Field(1024, ge=1, description="Longest reply, where the call does not say.")
+    larger_limit: int | None = Field(
+        None, ge=2, description="A reply cut off by `max_tokens` is asked for once more with so many; default is not at all."
+    )
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the server calls the limit."
+    )
+    structured: Literal["auto", "strict", "json", "text"] = Field(
+        "auto", description="How JSON is asked for: a strict schema, JSON mode, or in words; `auto` tries them once."
+    )
+    tokenizer: str | None = Field(
+        None, description="The model's own, a folder or hub name, to bound prompts closer than by their bytes."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_slash(cls, value: str) -> str:
+        return value.rstrip("/")

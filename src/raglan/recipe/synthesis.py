@@ -1,0 +1,63 @@
+"""Settings of training data that is planned, written and checked: what is planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from raglan.recipe.base import Settings
+
+__all__ = ["PassageSettings", "SynthesisSettings"]
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LanguageName = Literal["en", "zh", "cross"]
+FactorName = Literal[
+    "task", "relation", "answer_format", "query_format", "topic", "genre", "length", "clarity", "difficulty", "tailness",
+    "persona", "template", "passage_form", "passage_head", "verdict", "absent_policy", "noise",
+]  # fmt: skip
+
+
+class PassageSettings(Settings):
+    """Which passages stand in an example."""
+
+    k: dict[Annotated[int, Field(ge=1)], Share] = Field(
+        {1: 1, 3: 2, 5: 4, 8: 2, 10: 2, 20: 1}, min_length=1, description="How many passages → weight."
+    )
+    gold_absent: float = Field(0.2, ge=0, le=1, description="Share of examples in which no passage answers: relation R5.")
+    order: Literal["uniform", "first", "middle", "last", "rank"] = Field(
+        "uniform", description="Where evidence stands: everywhere as often; at one place; or where its rank puts it."
+    )
+
+
+class SynthesisSettings(Settings):
+    """Training data over many topics, tasks and formats, planned to exact numbers before anything is written."""
+
+    path: Path = Field(description="The folder of the dataset; the plan goes to plan/ in it.")
+    n: int = Field(ge=1, description="Examples.")
+    from_scratch: float = Field(0, ge=0, le=1, description="Share of examples whose passages are written, not found.")
+    retrievers: dict[str, Share] | None = Field(
+        None, description="Index → weight; `pooled` takes from all in turn. Default: all indexes, each as often."
+    )
+    passages: PassageSettings = PassageSettings()
+    languages: dict[LanguageName, Share] = Field(
+        {"en": 1}, min_length=1, description="Language → weight; `cross` asks in one language over passages in the other."
+    )
+    weights: dict[FactorName, dict[str, Share] | Literal["fit"]] = Field(
+        default_factory=dict, description="Factor → value → weight, in place of raglan's own; values not named are left out. "
+        "Or `fit`: a factor's shares follow from what was dealt before it.",
+    )  # fmt: skip
+    factors: Path | None = Field(
+        None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _r5_has_one_knob(cls, weights: dict[str, dict[str, float] | str]) -> dict[str, dict[str, float] | str]:
+        relation = weights.get("relation", {})
+        if relation == "fit":
+            raise ValueError("relation cannot be `fit`: the share of R5 is passages.gold_absent")
+        if "R5" in relation:
+            raise ValueError("relation names R5, whose share is passages.gold_absent")
+        return weights

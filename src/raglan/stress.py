@@ -1,0 +1,535 @@
+"""The questions of an evaluation again, with worse passages: noise, other orders, other retrievers; deltas against clean.
+
+    runs/<name>/robustness/<system>-<fingerprint>/
+        answers.jsonl    one line a question: what was read and answered under every condition
+        manifest.json    figures of every condition, and what it differs from clean by, with 95 % intervals
+
+    clean                    K passages: gold, and the best hits behind it
+    noise/KIND/present/r     the share r of the hits exchanged for one kind of noise, gold left where it was
+    noise/KIND/absent/r      K passages without gold, of which the share r is noise; with r = 0 of no kind
+    distractors/n            gold alone, and n hard passages beside it
+    conflict/1               one gold passage against one that says something else instead
+    order/i                  the retrieved passages, as they came (0) and in other permutations
+    retriever/INDEX          the best passages of every index in turn
+
+Passages are made by `perturb`, behind its guard, once, from the first system's search; all systems read the same ones, and gold
+stands at the same place whatever the kind. A question without gold passages, or for which there is too little noise of a kind,
+is missing under that condition, and the share of these stands beside every figure. Intervals draw whole documents, since
+questions about one passage fail together. Deltas are paired by question: noise against clean, distractors and conflict against
+gold alone, orders against the search's, retrievers against the recipe's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
+from raglan.corpus import Corpus
+from raglan.data import choices_of, load_examples
+from raglan.decode import CHOOSES, NEEDS_PRIOR
+from raglan.errors import CorpusError, RecipeError
+from raglan.evaluate import compared_systems, system_fingerprint
+from raglan.metrics import Interval, answer_recall, bootstraps, exact_match, f1, regex_match, regex_recall
+from raglan.perturb import (
+    Frequencies,
+    Guard,
+    Slot,
+    Sources,
+    arrange,
+    deal_positions,
+    decidable,
+    fill,
+    gold_slots,
+    neighbours,
+    orders,
+    sweep,
+)
+from raglan.rag import RAG
+from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
+from raglan.records import Answer, Example, Hit, Passage
+from raglan.robustness import abstained, abstention, citation_figures, constant, disagreement, flipped, follows, marks
+from raglan.train import Parts
+
+__all__ = [
+    "CLEAN",
+    "Condition",
+    "Robustness",
+    "conditions",
+    "draw_prompts",
+    "evaluate_robustness",
+    "open_robustness",
+    "robustness_folder",
+    "summarise_conditions",
+]
+
+log = logging.getLogger(__name__)
+KIND = "robustness"
+CLEAN, ALONE = "clean", "distractors/0"
+FIGURES = (
+    "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
+    "citation_recall", "truncated", "unfinished",
+)  # fmt: skip
+MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
+WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
+COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
+Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id → condition → slots
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What noise a prompt holds: a share of its hits (`noise`), so many passages (`distractors`), or a contradiction."""
+
+    form: Literal["noise", "distractors", "conflict"]
+    kind: NoiseKind | None = None
+    gold: bool = True
+    amount: Fraction = Fraction(0)
+
+    @property
+    def name(self) -> str:
+        amount = f"{float(self.amount):g}"
+        if self.form != "noise":
+            return f"{self.form}/{amount}"
+        return (
+            CLEAN
+            if self.gold and not self.amount
+            else f"noise/{self.kind or 'none'}/{'present' if self.gold else 'absent'}/{amount}"
+        )
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What a system is worth under every condition.
+
+    Attributes:
+        figures: condition → figure → mean; "delta" is that of "right" against clean, or against the recipe's own index.
+        missing: condition → share of questions that it could not be made for.
+        abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
+        orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
+    """
+
+    system: str
+    folder: Path
+    figures: dict[str, dict[str, Interval]]
+    missing: dict[str, float]
+    abstention: dict[str, dict[str, float]]
+    orders: dict[str, Interval]
+    retrievers: dict[str, Any]
+
+
+def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
+    """The untuned system and the tuned one under every condition of `evaluate.robustness`, or found measured already.
+
+    Raises:
+        RecipeError: the recipe asks for none, no question has gold passages, or an index that the knowledge base lacks.
+    """
+    settings = recipe.evaluate
+    if settings is None or settings.robustness is None:
+        raise RecipeError(f"recipe {recipe.name!r} measures no robustness", hint="give it `evaluate: {robustness: {}}`")
+    systems = compared_systems(recipe)
+    prompts: Prompts | None = None
+    for name, parts in systems:
+        folder = robustness_folder(recipe, settings, name, parts)
+        if (folder / MANIFEST).is_file():
+            continue
+        if prompts is None:
+            prompts = _prompts_of(recipe, settings, systems[0][1])
+        _measure(recipe, settings, name, parts, prompts=prompts, folder=folder)
+    return [open_robustness(robustness_folder(recipe, settings, *system)) for system in systems]
+
+
+def robustness_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
+    """Where the measurement of these settings, questions and parts is, or will be."""
+    asked = None if settings.robustness is None else settings.robustness.model_dump(mode="json")
+    first = compared_systems(recipe)[0][1]  # its search gives the noise
+    named = [system_fingerprint(recipe, settings, one) for one in (parts, first)]
+    return recipe.run / "robustness" / f"{name}-{fingerprint([*named, asked])[:8]}"
+
+
+def open_robustness(folder: Path) -> Robustness:
+    """A measurement from its folder. Raises CheckpointError."""
+    told = read_manifest(folder, KIND)
+    figures = {name: {key: Interval(**value) for key, value in own.items()} for name, own in told["figures"].items()}
+    orders = {name: Interval(**value) for name, value in told["orders"].items()}
+    return Robustness(told["system"], folder, figures, told["missing"], told["abstention"], orders, told["retrievers"])
+
+
+def conditions(settings: RobustnessSettings) -> list[Condition]:
+    """All conditions of noise, each once; clean is always among them, and gold alone where something is compared with it."""
+    found = [Condition("noise")]
+    for kind in settings.noise:
+        for gold in settings.gold:
+            if gold == "absent" and kind not in WITHOUT_GOLD:
+                continue
+            ratios = [Fraction(str(ratio)) for ratio in settings.ratios]
+            found += [Condition("noise", kind if ratio else None, gold == "present", ratio) for ratio in ratios]
+    conflict = [Condition("conflict", "counterfactual", amount=Fraction(1))] if "counterfactual" in settings.noise else []
+    counts = [0, *settings.distractors] if settings.distractors or conflict else []
+    found += [Condition("distractors", "hard" if count else None, amount=Fraction(count)) for count in counts]
+    return list(dict.fromkeys(found + conflict))
+
+
+def draw_prompts(
+    examples: Sequence[Example],
+    hits: Sequence[Sequence[Hit]],
+    corpus: Corpus,
+    settings: RobustnessSettings,
+    *,
+    k: int,
+    seed: int,
+    regex: bool = False,
+) -> Prompts:
+    """The passages of every question under every condition of noise that can be made for it.
+
+    Args:
+        hits: what a search found for each question, best first: the first k are clean, `hard` noise is from all of them.
+        regex: answers are patterns: the guard asks whether one fits, and no false value is made.
+    """
+    gold = {example.id: _passages(example.relevant, corpus) for example in examples}
+    guard = _guard(examples, corpus, regex=regex)
+    shown = [replace(example, answers=()) for example in examples] if regex else examples
+    every = [passage for own in gold.values() for passage in own]  # the guard knows a question's own
+    values = list(dict.fromkeys(answer for example in shown for answer in example.answers))
+    sources = {
+        example.id: Sources(found[: settings.depth], "", corpus, neighbours(corpus, gold[example.id]), every, values)
+        for example, found in zip(examples, hits, strict=True)
+    }
+    drawn: Prompts = {example.id: {} for example in examples}
+    for condition in conditions(settings):
+        made: dict[str, tuple[Slot, ...]] = {}
+        for example, found in zip(shown, hits, strict=True):
+            if gold[example.id]:
+                slots = _slots(condition, example, found[:k], gold[example.id], sources[example.id], guard, seed)
+                made |= {example.id: slots} if slots is not None else {}
+        for identity, slots in _arranged(made, settings, seed).items():
+            drawn[identity][condition.name] = slots
+    return drawn
+
+
+def _slots(
+    condition: Condition, example: Example, hits: Sequence[Hit], gold: Sequence[Passage], sources: Sources, guard: Guard,
+    seed: int,
+) -> tuple[Slot, ...] | None:  # fmt: skip
+    """One prompt; None where there is too little noise of the kind."""
+    try:
+        if condition.form == "noise":
+            return sweep(
+                example, hits, gold=gold, kind=condition.kind or "hard", ratio=condition.amount,
+                gold_absent=not condition.gold, sources=sources, guard=guard, seed=seed,
+            )  # fmt: skip
+        placed = gold_slots(gold[:1] if condition.form == "conflict" else gold)
+        return fill(
+            example, placed, kinds=[str(condition.kind)] * int(condition.amount), gold=gold, sources=sources, guard=guard,
+            seed=seed, conflict=condition.form == "conflict", found="replace", fallback=(),
+        )  # fmt: skip
+    except CorpusError as why:
+        log.debug("%s, %s: %s", condition.name, example.id, why.message)
+        return None
+
+
+def _arranged(made: Mapping[str, tuple[Slot, ...]], settings: RobustnessSettings, seed: int) -> dict[str, tuple[Slot, ...]]:
+    """Gold at its place: positions dealt evenly, the same ones under every kind of noise."""
+    sizes = [(len(slots), sum(slot.role == "gold" for slot in slots)) for slots in made.values()]
+    places = deal_positions(sizes, seed=seed)
+    return {
+        name: arrange(slots, seed=f"{seed}:{name}", order=settings.position, positions=own)
+        for (name, slots), own in zip(made.items(), places, strict=True)
+    }
+
+
+def _guard(examples: Sequence[Example], corpus: Corpus, *, regex: bool) -> Guard:
+    step = max(1, len(corpus) // COUNTED)
+    answers = () if regex else [answer for example in examples for answer in example.answers]
+    known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), answers)
+    patterns = {example.id: example.answers for example in examples}
+
+    def fits(example: Example, passage: Passage) -> bool:
+        return bool(regex_recall([f"{passage.title}\n{passage.text}"], patterns[example.id]))
+
+    return Guard(known, judge=fits if regex else None)
+
+
+def _passages(ids: Sequence[str], corpus: Corpus) -> list[Passage]:
+    return [corpus[row] for identity in ids if (row := corpus.row(identity)) is not None]
+
+
+def _prompts_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Prompts:
+    asked = settings.robustness
+    assert asked is not None
+    system = parts.open(recipe)
+    made = [kind for kind in asked.noise if kind in MADE]
+    if made and system.decode.kind in NEEDS_PRIOR:
+        raise RecipeError(
+            f"decode.kind {system.decode.kind} weighs passages by their vectors, and {made[0]} passages are in no index",
+            hint=f"leave {', '.join(made)} out of evaluate.robustness.noise, or decode with concat",
+        )
+    corpus = system.retriever.base.corpus
+    examples = _examples(recipe, settings, corpus)
+    depth = min(max(asked.depth, system.k), len(corpus))
+    _, hits = system.search([e.query for e in examples], depth, history=[e.history for e in examples])
+    return draw_prompts(examples, hits, corpus, asked, k=system.k, seed=recipe.seed, regex=settings.answers_are == "regex")
+
+
+def _examples(recipe: Recipe, settings: EvaluateSettings, corpus: Corpus) -> list[Example]:
+    every = load_examples(settings.questions, corpus, limit=settings.limit, seed=recipe.seed)
+    examples = [example for example in every if example.answers]
+    if not any(example.relevant for example in examples):
+        raise RecipeError(
+            f"no question of {settings.questions} has both answers and relevant passages",
+            hint="evaluate.robustness puts noise beside gold passages; name them under `relevant`",
+        )
+    return examples
+
+
+def _measure(
+    recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts, *, prompts: Prompts, folder: Path
+) -> None:  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    system = parts.open(recipe)
+    asked = settings.robustness
+    assert asked is not None
+    examples = _examples(recipe, settings, system.retriever.base.corpus)
+    indexes = _indexes(system, asked)
+    rows = [
+        {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}}
+        for e in examples
+    ]
+    for condition, given in chain(
+        _noisy(system, examples, prompts, asked), _ordered(system, examples, asked, recipe.seed),
+        _retrieved(system, examples, indexes),
+    ):  # fmt: skip
+        if not given:
+            log.warning("%s: no question has gold passages and enough such noise; it is left out", condition)
+            continue
+        log.info("reading: %s, %d questions", condition, len(given))
+        answers = _read(system, [examples[place] for place in given], list(given.values()))
+        for (place, hits), answer in zip(given.items(), answers, strict=True):
+            rows[place]["conditions"][condition] = _row(  # type: ignore[index]
+                examples[place], answer, hits, prompts[examples[place].id].get(condition, ()), settings, asked
+            )
+    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    figures = summarise_conditions(rows, own=f"retriever/{system.retriever.name}", seed=recipe.seed)
+    figures["retrievers"] |= {"unseen": list(asked.unseen)} if indexes else {}
+    content = {
+        "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
+        "source": str(settings.questions), "settings": asked.model_dump(mode="json"),
+    }  # fmt: skip
+    write_manifest(folder, KIND, content | _plain(figures))
+
+
+def _read(system: RAG, examples: Sequence[Example], hits: Sequence[Sequence[Hit]]) -> list[Answer]:
+    choices = [choices_of(example) for example in examples] if system.decode.kind in CHOOSES else []
+    return system.read([e.query for e in examples], hits, history=[e.history for e in examples], choices=choices)
+
+
+def _plain(value: Any) -> Any:
+    """Intervals as JSON objects, wherever they stand."""
+    if isinstance(value, Interval):
+        return asdict(value)
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _indexes(system: RAG, settings: RobustnessSettings) -> list[str]:
+    known = list(system.retriever.base.settings.indexes)
+    wanted = known if settings.retrievers is None else list(settings.retrievers)
+    for name in (*wanted, *settings.unseen):
+        if name not in known:
+            raise RecipeError(
+                f"evaluate.robustness names the index {name!r}; the knowledge base has {', '.join(known)}",
+                hint="add it under knowledge.indexes and build again",
+            )
+    own = system.retriever.name
+    return list(dict.fromkeys([own, *wanted])) if wanted else []
+
+
+def _group(example: Example, system: RAG) -> str:
+    """The document of the first gold passage: questions about it are drawn together."""
+    corpus = system.retriever.base.corpus
+    rows = [row for identity in example.relevant[:1] if (row := corpus.row(identity)) is not None]
+    return f"document {corpus[rows[0]].document or corpus[rows[0]].id}" if rows else f"question {example.id}"
+
+
+def _noisy(
+    system: RAG, examples: Sequence[Example], prompts: Prompts, settings: RobustnessSettings
+) -> Iterator[tuple[str, dict[int, list[Hit]]]]:
+    """Condition → question's place → passages, for the questions that it can be made for."""
+    corpus = system.retriever.base.corpus
+    for name in (condition.name for condition in conditions(settings)):
+        there = {place: slots for place, e in enumerate(examples) if (slots := prompts[e.id].get(name)) is not None}
+        yield name, {place: _hits(slots, corpus) for place, slots in there.items()}
+
+
+def _hits(slots: Sequence[Slot], corpus: Corpus) -> list[Hit]:
+    """Row −1 is in no corpus: made by an operator."""
+    rows = [-1 if slot.origin == "made" else corpus.row(slot.passage.id) for slot in slots]
+    return [
+        Hit(slot.passage, -1 if row is None else row, slot.score or 0.0, rank)
+        for rank, (slot, row) in enumerate(zip(slots, rows, strict=True), 1)
+    ]
+
+
+def _ordered(
+    system: RAG, examples: Sequence[Example], settings: RobustnessSettings, seed: int
+) -> Iterator[tuple[str, dict[int, list[Hit]]]]:
+    if settings.orders < 2 or system.k < 2:
+        return
+    _, found = system.search([e.query for e in examples], system.k, history=[e.history for e in examples])
+    dealt = [
+        orders(len(hits), settings.orders, seed=f"{seed}:{example.id}:order")
+        for example, hits in zip(examples, found, strict=True)
+    ]
+    for number in range(settings.orders):
+        given = {
+            place: [hits[at] for at in own[number]]
+            for place, (hits, own) in enumerate(zip(found, dealt, strict=True))
+            if len(own) > max(1, number)
+        }
+        if given:
+            yield f"order/{number}", given
+
+
+def _retrieved(
+    system: RAG, examples: Sequence[Example], indexes: Sequence[str]
+) -> Iterator[tuple[str, dict[int, list[Hit]]]]:  # fmt: skip
+    own = system.retriever
+    for index in indexes:
+        other = replace(system, retriever=own.by(index))
+        _, found = other.search([e.query for e in examples], system.k, history=[e.history for e in examples])
+        if len(examples) > 1 and len({tuple(hit.row for hit in hits) for hits in found}) == 1 and found[0]:
+            log.warning("index %s finds the same passages for all %d questions", index, len(examples))
+        yield f"retriever/{index}", dict(enumerate(map(list, found)))
+
+
+def _row(
+    example: Example, answer: Answer, hits: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
+    asked: RobustnessSettings,
+) -> dict[str, Any]:  # fmt: skip
+    """One answer. `slots`: the records of the passages, where `perturb` put them there."""
+    regex = settings.answers_are == "regex"
+    gold = [number for number, hit in enumerate(hits, 1) if hit.passage.id in example.relevant]
+    good = [number for number, slot in enumerate(slots, 1) if slot.role != "noise"]
+    own = marks(answer.text)
+    cited = citation_figures(own, len(hits), good={*gold, *good}, needed=gold)
+    false = [slot.value for slot in slots if slot.value]
+    figures = {
+        "right": _right(answer.text, example, asked.correct, regex=regex),
+        "f1": math.nan if regex else f1(answer.text, example.answers),
+        "declined": float(abstained(answer.text, () if regex else example.answers)),
+        "follow": float(follows(answer.text, false, example.answers)) if false else math.nan,
+        "citation_precision": cited["citation_precision"],
+        "citation_recall": cited["citation_recall"] if own else math.nan,
+        "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
+    }  # fmt: skip
+    told: dict[str, Any] = {"text": answer.text, "passages": [hit.passage.id for hit in hits]}
+    if slots:
+        made = [slot for slot in slots if slot.origin == "made"]
+        told |= {
+            "slots": [slot.record() for slot in slots], "decidable": decidable(slots),
+            "made": {slot.passage.id: {"title": slot.passage.title, "text": slot.passage.text} for slot in made},
+        }  # fmt: skip
+    return told | {"figures": {name: None if math.isnan(value) else value for name, value in figures.items()}}
+
+
+def _right(text: str, example: Example, correct: str, *, regex: bool) -> float:
+    if correct == "em":
+        return regex_match(text, example.answers) if regex else exact_match(text, example.answers)
+    return regex_recall([text], example.answers) if regex else answer_recall([text], example.answers)
+
+
+def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: int = 0) -> dict[str, Any]:
+    """Figures of all rows by condition; `own` is the condition that other retrievers are compared with.
+
+    Returns:
+        figures, missing, abstention, orders, retrievers, as `Robustness` has them.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row["conditions"]))
+    columns = {(name, figure): _column(rows, name, figure) for name in names for figure in FIGURES}
+    for name in names:
+        base = _base(name, own)
+        follow = columns[name, "follow"]
+        columns[name, "follow_of_right"] = _where(follow, [value == 1 for value in columns.get((base, "right"), ())])
+        settled = [row["conditions"].get(name, {}).get("decidable", True) for row in rows]
+        columns[name, "follow_majority"] = _where(follow, settled)
+        columns[name, "follow_conflict"] = _where(follow, [not yes for yes in settled])
+        if name != base and base in names:
+            before = columns[base, "right"]
+            columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
+    if alike := [name for name in names if constant(columns[name, "right"])]:
+        log.warning("every answer is alike right or wrong under %s; look at answers.jsonl", ", ".join(alike))
+    columns |= {("order", figure): column for figure, column in _orders(rows, names).items()}
+    there = {"\t".join(key): column for key, column in columns.items() if not all(map(math.isnan, column))}
+    figures: dict[str, dict[str, Interval]] = {name: {} for name in (*names, "order")}
+    for key, value in bootstraps(there, groups=[row["group"] for row in rows], seed=seed).items():
+        name, _, figure = key.partition("\t")
+        figures[name][figure] = value
+    missing = {name: sum(name not in row["conditions"] for row in rows) / len(rows) for name in names}
+    orders = figures.pop("order")
+    return {
+        "figures": figures,
+        "missing": missing,
+        "abstention": _abstention(rows, names),
+        "orders": orders,
+        "retrievers": _spread(figures, own),
+    }
+
+
+def _base(name: str, own: str) -> str:
+    """What a condition is compared with."""
+    form = name.partition("/")[0]
+    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE}.get(form, CLEAN)
+
+
+def _where(values: Sequence[float], kept: Sequence[bool]) -> list[float]:
+    return [value if keep else math.nan for value, keep in zip(values, kept or [False] * len(values), strict=True)]
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[float]:
+    """A figure question by question; NaN where it does not apply or the condition is missing."""
+    values = [row["conditions"].get(name, {}).get("figures", {}).get(figure) for row in rows]
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of every kind and amount of noise: gold present is answerable, gold absent is not."""
+    found: dict[str, dict[str, float]] = {}
+    for absent in (name for name in names if "/absent/" in name):
+        _, kind, _, count = absent.split("/")
+        present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"  # the amount is a ratio
+        if present not in names:
+            continue
+        asked = [(value, True) for value in _column(rows, present, "declined")]
+        asked += [(value, False) for value in _column(rows, absent, "declined")]
+        kept = [(bool(value), can) for value, can in asked if not math.isnan(value)]
+        rates = abstention([value for value, _ in kept], [can for _, can in kept])
+        told = "none" if count == "0" else f"{kind}/{count}"
+        found[told] = {name: value for name, value in rates.items() if not math.isnan(value)}
+    return found
+
+
+def _orders(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
+    """Flip and disagreement of every question."""
+    orders = [_column(rows, name, "right") for name in names if name.startswith("order/")]
+    if not orders:
+        return {}
+    right = [[bool(value) for value in own if not math.isnan(value)] for own in zip(*orders, strict=True)]
+    return {"flip": [flipped(own) for own in right], "disagreement": [disagreement(own) for own in right]}
+
+
+def _spread(figures: Mapping[str, Mapping[str, Interval]], own: str) -> dict[str, Any]:
+    means = {
+        name.removeprefix("retriever/"): own["right"].mean for name, own in figures.items() if name.startswith("retriever/")
+    }
+    if not means:
+        return {}
+    worst = min(means, key=lambda name: means[name])
+    return {"own": own.removeprefix("retriever/"), "worst": worst, "spread": max(means.values()) - means[worst]}

@@ -1,0 +1,99 @@
+"""vLLM's own server: R-ft's scores and Self-RAG's marks come over HTTP as they come from the model run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from raglan.generator import EndpointScorer, HFGenerator, open_any
+from raglan.recipe import GeneratorSettings, PromptSettings, ScorerSettings
+from raglan.records import Passage
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
+
+PROMPT = PromptSettings(max_tokens=300)
+TOWER = Passage("1", "The tower was built by Odo Marrack, a miller, in 1831.", "Tower")
+PASSAGES = [TOWER, Passage("2", "Lit with oil.", "Light")]
+QUESTIONS = (("who built it?", "Odo Marrack"), ("when?", "1831"))
+ASKED = [(query, passage, answer) for query, answer in QUESTIONS for passage in PASSAGES]
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "", "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.marked_llama(tmp_path_factory.mktemp("served"), width=64)
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> HFGenerator:
+    return open_any(GeneratorSettings(model=str(folder), dtype="float32"), PROMPT)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
+        "--block-size", "32", "--max-num-seqs", "16",
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}) as process:
+        try:
+            _wait(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        try:
+            with urllib.request.urlopen(address, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text(encoding="utf-8", errors="replace")[-3000:])
+
+
+def test_scores_of_answers(folder: Path, local: HFGenerator, server: str) -> None:
+    scorer = EndpointScorer(ScorerSettings(model="tiny", endpoint=server, tokenizer=str(folder)), PROMPT)
+    here, there = (
+        generator.token_logprobs(
+            [generator.prompt.render(query, [passage]) for query, passage, _ in ASKED], [answer for *_, answer in ASKED]
+        )
+        for generator in (local, scorer)
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        np.testing.assert_allclose(theirs, ours, atol=1e-3)
+
+
+def test_marks(folder: Path, local: HFGenerator, server: str) -> None:
+    settings = GeneratorSettings(kind="endpoint", model="tiny", endpoint=server, tokenizer=str(folder))
+    remote = open_any(settings, PROMPT)
+    assert remote.exact_marks
+    marks = local.schema.marks
+    found = []
+    for generator in (local, remote):
+        roots = generator.contexts([generator.marked_prompt.question(query) for query, *_ in ASKED], marks=marks)
+        behind = roots.branch(range(len(ASKED)), [generator.marked_prompt.passage(passage) for _, passage, _ in ASKED])
+        found.append((behind.mark_logprobs, [row.ids for row in behind.write(stop_ids=(), max_new_tokens=6)]))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-3)
+    assert found[1][1] == found[0][1]

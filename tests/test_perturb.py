@@ -1,0 +1,706 @@
+"""Noise: the palette, the guard, false values, what is refused, and where gold stands. Figures by hand, properties drawn."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from raglan.corpus import Corpus, write_corpus
+from raglan.encoder import Encoder
+from raglan.errors import CorpusError, IndexMismatch, RecipeError
+from raglan.knowledge import build_knowledge
+from raglan.perturb import (
+    KINDS,
+    PALETTE,
+    Cell,
+    Frequencies,
+    Guard,
+    Slot,
+    Sources,
+    arrange,
+    boilerplate,
+    check_target,
+    content_hash,
+    counterfactual,
+    deal_kinds,
+    deal_positions,
+    decidable,
+    fill,
+    garbled,
+    gold_slots,
+    held,
+    near_duplicate,
+    neighbours,
+    orders,
+    readings,
+    shown_answers,
+    swap,
+    sweep,
+    value_type,
+)
+from raglan.perturb.guard import numeric
+from raglan.perturb.values import replaced
+from raglan.pooled import check_varied, pool, retrieve_pooled
+from raglan.prompt import fit
+from raglan.recipe import KnowledgeSettings
+from raglan.records import Example, Hit, Passage
+from raglan.retriever import Retriever
+from raglan.text import content_terms
+
+ALDERMERE = Example("q1", "In which year was the Aldermere observatory opened?", ("1873",), ("gold",))
+QINGPU = Example("q2", "青浦大桥哪一年通车？", ("1998年",))
+GOLD = Passage("gold", "The Aldermere observatory opened its doors in 1873. It stands on a hill.", "", "almanac", 100, 172)
+SECOND = Passage("second", "Since 1873 the Aldermere observatory has been opened to guests. Many come.", "", "guide", 0, 70)
+COUNTS = Frequencies(1000, {"aldermere": 4, "observatory": 20, "opened": 100, "year": 250})
+GUARD = Guard(COUNTS)
+
+
+def passage(text: str, identity: str = "p", **more: object) -> Passage:
+    return Passage(identity, text, **more)  # type: ignore[arg-type]
+
+
+# The guard, by hand
+
+
+def test_terms_weigh_what_the_worked_example_says() -> None:
+    assert content_terms(ALDERMERE.query) == ["year", "aldermere", "observatory", "opened"]
+    weights = {term: COUNTS.idf(term) for term in content_terms(ALDERMERE.query)}
+    assert weights == pytest.approx({"aldermere": 5.5215, "observatory": 3.9120, "opened": 2.3026, "year": 1.3863}, abs=5e-5)
+    assert sum(weights.values()) == pytest.approx(13.1224, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "coverage", "verdict"),
+    [
+        ("The Aldermere observatory admitted its first visitors in 1873", 0.7189, "also_gold"),
+        ("In the year 1873 a fire destroyed the Harwick mill", 0.1056, "answer_string_only"),
+        ("In the year 1874 a fire destroyed the Harwick mill", 0.1056, "clean"),
+        ("The Aldermere observatory opened in 1874", log(250) + log(50) + log(10), "clean"),
+    ],
+)
+def test_a_number_counts_only_if_the_question_agrees(text: str, coverage: float, verdict: str) -> None:
+    whole = log(250) + log(50) + log(10) + log(4)
+    wanted = coverage / whole if coverage > 1 else coverage
+    assert COUNTS.coverage(ALDERMERE.query, passage(text)) == pytest.approx(wanted, abs=5e-5)
+    assert GUARD.verdict(ALDERMERE, passage(text), [GOLD]) == verdict
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"),
+    [
+        (Passage("gold", "something else"), "same"),
+        (Passage("copy", GOLD.text.replace(" ", "\n")), "same"),
+        (Passage("chunk", "It stands on a hill, near the mill.", "", "almanac", 150, 190), "overlap"),
+        (Passage("chunk", "It stands on a hill, near the mill.", "", "almanac", 172, 190), "clean"),
+        (Passage("chunk", "The Aldermere observatory opened its doors in 1873. It", "", "almanac", 90, 150), "also_gold"),
+    ],
+)
+def test_what_the_evidence_itself_is_no_noise(other: Passage, verdict: str) -> None:
+    assert GUARD.verdict(ALDERMERE, other, [GOLD]) == verdict
+
+
+def test_evidence_that_was_not_given_is_known_by_its_id() -> None:
+    assert GUARD.verdict(ALDERMERE, Passage("gold", "Stars."), [SECOND]) == "also_gold"
+
+
+def test_a_chinese_year_is_found_in_numerals() -> None:
+    text = passage("青浦大桥于一九九八年建成通车")
+    counts = Frequencies(1000, dict.fromkeys(content_terms(QINGPU.query), 10))
+    assert counts.coverage(QINGPU.query, text) >= 0.5
+    assert Guard(counts).verdict(QINGPU, text) == "also_gold"
+    assert "1998年" not in text.text, "only folding finds it"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "found"),
+    [
+        ("1873", "from 1873–1880", True),
+        ("1873", "the 18730th", False),
+        ("Eiffel Tower", "the Eiffel-Tower", True),
+        ("EiffelTower", "the Eiffel-Tower", True),
+        ("no", "not now", False),
+        ("3,000", "三千人", True),
+        ("U.S.", "in the US navy", True),
+        ("The", "the", False),
+        ("北京", "北京大学", True),
+    ],
+)
+def test_an_answers_words_stand_side_by_side(answer: str, text: str, found: bool) -> None:
+    assert held(passage(text), [answer]) is found
+    assert held(passage("", title=text), [answer]) is found, "a title is shown too"
+
+
+@pytest.mark.parametrize(
+    "answer", ["yes", "No.", "是", "B", "1873", "12 March 1873", "1998年", "三千", "twenty-one", "the 1870s"]
+)
+def test_generic_answers_by_form(answer: str) -> None:
+    assert GUARD.generic(answer)
+
+
+@pytest.mark.parametrize("answer", ["Aldermere", "青浦大桥", "3 km", "May Harwick"])
+def test_answers_that_are_not_generic(answer: str) -> None:
+    assert not GUARD.generic(answer)
+    assert not numeric(answer)
+
+
+def test_an_answer_is_generic_where_it_stands_everywhere() -> None:
+    texts = ["in London"] * 5 + ["in Harwick town"] * 3 + ["elsewhere"] * 1000
+    counts = Frequencies.of([passage(text, str(n)) for n, text in enumerate(texts)], ["London", "Harwick Town", "Rome"])
+    assert counts.answers == {"london": 5, "harwick town": 3}
+    guard = Guard(counts)
+    assert [guard.generic(name) for name in ("London", "Harwick Town", "Rome", "not counted")] == [True, False, False, False]
+    assert guard.verdict(Example("q", "Where is it?", ("London",)), passage("in London")) == "answer_string_only"
+
+
+@pytest.mark.parametrize(("opinion", "verdict"), [(None, "unchecked"), (True, "also_gold"), (False, "clean")])
+def test_answers_that_are_no_strings_go_to_the_judge(opinion: bool | None, verdict: str) -> None:
+    example = Example("q", "Why?", ("?",))
+    assert Guard(COUNTS).verdict(example, GOLD) == "unchecked"
+    assert Guard(COUNTS, judge=lambda example, passage: opinion).verdict(example, GOLD) == verdict
+
+
+def test_frequencies_are_those_of_counting_one_by_one() -> None:
+    texts = ["the observatory of Aldermere", "Aldermere, Aldermere", "青浦大桥", "大桥 in 1998"]
+    counts = Frequencies.of(passage(text, str(n)) for n, text in enumerate(texts))
+    for term in {term for text in texts for term in content_terms(text)}:
+        assert counts.terms[term] == sum(term in content_terms(text) for text in texts)
+    assert counts.passages == 4
+    assert counts.idf("aldermere") == log(2)
+    assert counts.idf("never") == log(4)
+    assert Frequencies(0, {}).coverage("Aldermere?", GOLD) == 0
+
+
+# False values
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        (["1998年", "一九九八年"], "year"),
+        (["1873"], "year"),
+        (["12 March 1873", "March 12, 1873"], "date"),
+        (["3月12日"], "date"),
+        (["March"], "date"),
+        (["3,000"], "number"),
+        (["三千"], "number"),
+        (["3 km"], "number"),
+        (["twenty-one"], "number"),
+        (["北京大学"], "name"),
+        (["张伟"], "name"),
+        (["Barack Obama", "Obama"], "name"),
+        (["Vistula River"], "name"),
+        (["Lake Geneva"], "name"),
+    ],
+)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=12, deadline=None)
+def test_a_false_value_is_of_the_same_type_and_another(answers: list[str], kind: str, seed: int) -> None:
+    values = swap(answers, seed=str(seed))
+    assert value_type(answers[0]) == kind
+    assert set(answers) <= set(values)
+    assert value_type(values[answers[0]]) == kind
+    assert not held(passage("\n".join(values.values())), answers)
+    assert values == swap(answers, seed=str(seed))
+    assert bool(values) == (values[answers[0]] != answers[0])
+
+
+def test_what_has_no_false_value_has_none() -> None:
+    assert swap(["yes"], seed="1") == swap(["?"], seed="1") == swap(["a red barn"], seed="1") == swap([], seed="1") == {}
+    assert swap(["red barn"], seed="1", pool=["grey mill", "Harwick", "red barn"]) == {"red barn": "grey mill"}
+    assert swap(["Paris"], seed="1", pool=["Rome"]) == {"Paris": "Rome"}
+    assert swap(["Paris"], seed="1", pool=["Rome"], avoid="Is it Rome?") == {}
+
+
+def test_a_false_value_is_written_as_the_true_one_was() -> None:
+    values = {"1998年": "2003年", "3,000": "4,700", "Paris": "Rome"}
+    text = "一九九八年, 1998年; 3000 三千 3,000 in PARIS and Paris"
+    assert replaced(text, values) == "二〇〇三年, 2003年; 4700 四千七百 4,700 in ROME and Rome"
+
+
+ANSWERED = st.sampled_from([
+    (("1873",), "The mill of 1873 burnt. In 1873, people say, it was old.", "Year 1873"),
+    (("1998年", "一九九八年"), "大桥于一九九八年建成，1998年通车。", "1998年的桥"),
+    (("Barack Obama", "Obama"), "Obama spoke. BARACK OBAMA left. Obama's car came.", "Barack Obama"),
+    (("3,000",), "三千人来了。Of 3000 guests 3,000 stayed.", ""),
+    (("北京大学",), "北京大学位于海淀。", "北京大学"),
+    (("12 March 1873", "March 12, 1873"), "On 12 March 1873, that is March 12, 1873, it rained.", ""),
+])  # fmt: skip
+
+
+@given(ANSWERED, st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_a_counterfactual_keeps_no_alias_of_the_truth(case: tuple[tuple[str, ...], str, str], seed: int) -> None:
+    answers, text, title = case
+    example = Example("q", "What?", answers)
+    source = gold_slots([passage(text, title=title)])[0]
+    made = counterfactual(example, source, seed=str(seed))
+    assert made is not None
+    assert not held(made.passage, answers)
+    assert held(made.passage, [made.value])
+    assert (made.role, made.kind, made.origin, made.parents, made.guard) == ("noise", "counterfactual", "made", ("p",), "clean")
+    assert made.operator.startswith("swap_")
+
+
+def test_the_worked_counterfactual() -> None:
+    made = counterfactual(ALDERMERE, gold_slots([GOLD])[0], seed="1")
+    assert made is not None
+    assert made.value != "1873"
+    assert GUARD.verdict(ALDERMERE, made.passage) == "clean"
+    with pytest.raises(RecipeError, match="counterfactual is made from gold and may not stand where gold is absent"):
+        fill_with(["counterfactual"], absent=True)
+
+
+def test_a_counterfactual_of_what_cannot_be_swapped_is_none() -> None:
+    assert counterfactual(Example("q", "Is it?", ("yes",)), gold_slots([passage("yes it is")])[0], seed="1") is None
+    assert counterfactual(ALDERMERE, gold_slots([passage("no year here")])[0], seed="1") is None
+
+
+# Other operators
+
+
+@pytest.mark.parametrize(
+    ("text", "operator"),
+    [
+        ("It opened in 1873. It is old. It is on a hill.", "reorder"),
+        ("It became known in 1873 because of its dome", "reword"),
+        ("大桥于1873年建成。全长很长。", "reorder"),
+        ("大桥位于河上，1873年建成", "reword"),
+    ],
+)
+def test_a_near_duplicate_says_the_same_otherwise(text: str, operator: str) -> None:
+    source = gold_slots([passage(text)])[0]
+    made = [near_duplicate(ALDERMERE, source, seed=str(seed)) for seed in range(8)]
+    kept = [slot for slot in made if slot is not None and slot.operator == operator]
+    assert kept
+    for slot in kept:
+        assert held(slot.passage, ["1873"])
+        assert content_hash(slot.passage) != content_hash(source.passage)
+        assert (slot.role, slot.parents) == ("redundant", ("p",))
+        if operator == "reorder":
+            assert Counter(slot.passage.text.replace(" ", "")) == Counter(text.replace(" ", ""))
+
+
+def test_nothing_to_reword_makes_no_near_duplicate() -> None:
+    assert near_duplicate(ALDERMERE, gold_slots([passage("1873 it was")])[0], seed="1") is None
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_garbled_gold_is_labelled_by_what_is_left(seed: int) -> None:
+    made = garbled(ALDERMERE, gold_slots([GOLD])[0], seed=str(seed))
+    assert made is not None
+    left = held(made.passage, ["1873"])
+    assert (made.role, made.guard) == (("redundant", "also_gold") if left else ("noise", "clean"))
+    assert made.operator in ("truncate", "scan")
+    if made.operator == "truncate":
+        assert GOLD.text.startswith(made.passage.text)
+
+
+def test_garbled_gold_is_of_both_kinds_and_both_roles() -> None:
+    made = [garbled(ALDERMERE, gold_slots([GOLD])[0], seed=str(seed)) for seed in range(60)]
+    assert {(slot.operator, slot.role) for slot in made if slot} == {
+        (operator, role) for operator in ("truncate", "scan") for role in ("redundant", "noise")
+    }
+
+
+def test_boilerplate_speaks_the_questions_language() -> None:
+    english = [boilerplate("Who is it?", seed=str(seed)).passage.text for seed in range(40)]
+    chinese = [boilerplate("他是谁？", seed=str(seed)).passage.text for seed in range(40)]
+    assert len({*english}) > 10
+    assert all(text.isascii() for text in english)
+    assert not any(text.isascii() for text in chinese)
+    assert not any("{" in text for text in [*english, *chinese])
+
+
+# Dealing kinds and positions
+
+PALETTE_OF_37 = dict(zip(KINDS, (15, 4, 7, 4, 3, 2, 1, 1), strict=True))
+
+
+def test_the_palette_is_whole() -> None:
+    assert sum(float(kind.weight) for kind in PALETTE) == pytest.approx(1)
+    assert [kind.name for kind in PALETTE if not kind.without_gold] == ["counterfactual", "near_duplicate", "garbled"]
+
+
+def test_rare_kinds_occur_because_all_slots_are_dealt_together() -> None:
+    cells = [Cell(4, gold_absent=number % 5 == 0, decidable=number % 2 == 0) for number in range(9)] + [Cell(1)]
+    dealt = deal_kinds(cells, PALETTE_OF_37, seed=13)
+    assert [len(kinds) for kinds in dealt] == [4] * 9 + [1]
+    assert Counter(kind for kinds in dealt for kind in kinds) == PALETTE_OF_37
+    assert all(cell.takes(kind) for cell, kinds in zip(cells, dealt, strict=True) for kind in kinds)
+    assert dealt == deal_kinds(cells, PALETTE_OF_37, seed=13) != deal_kinds(cells, PALETTE_OF_37, seed=14)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"garbled": 3, "hard": 3}, "3 slots are to be garbled, and only 2 may be"),
+        ({"hard": 5}, "5 kinds for 6 slots"),
+        ({"loud": 6}, "'loud' is no kind of noise"),
+    ],
+)
+def test_kinds_that_do_not_fit_are_refused(counts: dict[str, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        deal_kinds([Cell(4, gold_absent=True), Cell(2)], counts, seed=1)
+
+
+def test_gold_positions_of_23_examples() -> None:
+    dealt = deal_positions([(5, 1)] * 23, seed=13)
+    assert [sum(place in places for places in dealt) for place in range(1, 6)] == [5, 5, 5, 4, 4]
+
+
+@given(st.lists(st.integers(1, 6).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k))), max_size=40), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_positions_of_each_k_differ_by_at_most_one(prompts: list[tuple[int, int]], seed: int) -> None:
+    dealt = deal_positions(prompts, seed=seed)
+    used: dict[int, Counter[int]] = {}
+    for (k, gold), places in zip(prompts, dealt, strict=True):
+        assert len(places) == len(set(places)) == gold
+        assert set(places) <= set(range(1, k + 1))
+        used.setdefault(k, Counter(dict.fromkeys(range(1, k + 1), 0))).update(places)
+    for counts in used.values():
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_too_much_gold_is_refused() -> None:
+    with pytest.raises(RecipeError, match="3 gold passages do not fit into 2 slots"):
+        deal_positions([(2, 3)], seed=1)
+
+
+def slots_of(roles: str) -> list[Slot]:
+    """g for gold, n for noise; ranks descend, so that `rank` has something to do."""
+    names: dict[str, Slot] = {}
+    for place, letter in enumerate(roles):
+        role = "gold" if letter == "g" else "noise"
+        names[f"{letter}{place}"] = Slot(passage("", f"{letter}{place}"), role, role, "search", rank=len(roles) - place)
+    return list(names.values())
+
+
+def names(slots: Sequence[Slot]) -> list[str]:
+    return [slot.passage.id for slot in slots]
+
+
+@pytest.mark.parametrize(
+    ("order", "wanted"),
+    [
+        ("first", ["g0", "n1", "n2", "n3", "n4"]),
+        ("middle", ["n1", "n2", "g0", "n3", "n4"]),
+        ("last", ["n1", "n2", "n3", "n4", "g0"]),
+        ("rank", ["n4", "n3", "n2", "n1", "g0"]),
+    ],
+)
+def test_controlled_orders(order: str, wanted: list[str]) -> None:
+    assert names(arrange(slots_of("gnnnn"), seed="1", order=order)) == wanted  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 99), st.permutations(range(1, 7)))
+@settings(deadline=None)
+def test_gold_stands_where_it_was_dealt(seed: int, places: list[int]) -> None:
+    slots = slots_of("ggnnnn")
+    arranged = arrange(slots, seed=str(seed), positions=places[:2])
+    assert sorted(names(arranged)) == sorted(names(slots))
+    assert [place for place, slot in enumerate(arranged, 1) if slot.role == "gold"] == sorted(places[:2])
+
+
+def test_positions_that_do_not_fit_are_refused() -> None:
+    for positions in ([1], [1, 1], [1, 7]):
+        with pytest.raises(RecipeError, match="do not fit 2 gold passages of 6"):
+            arrange(slots_of("ggnnnn"), seed="1", positions=positions)
+
+
+@pytest.mark.parametrize(("k", "count"), [(5, 4), (3, 6), (2, 2), (1, 1)])
+def test_four_different_orders_or_all_there_are(k: int, count: int) -> None:
+    found = orders(k, max(4, count), seed="1")
+    assert len(found) == len(set(found)) == count
+    assert found[0] == tuple(range(k))
+    assert all(sorted(order) == list(range(k)) for order in found)
+
+
+# Filling
+
+FILLER = [passage(f"Page {n} tells of barley, tides and the weaver number {n}.", f"c{n}") for n in range(40)]
+BURNT = passage("In the year 1873 a fire destroyed the Harwick mill", "burnt")
+ALSO = passage("The Aldermere observatory admitted its first visitors in 1873", "also")
+POOL = [*FILLER, BURNT, ALSO, GOLD, SECOND, passage(GOLD.text, "copy")]
+
+
+def hits(passages: Sequence[Passage]) -> list[Hit]:
+    return [Hit(found, row, 9.0 - row / 10, row + 1) for row, found in enumerate(passages)]
+
+
+SOURCES = Sources(
+    hits=hits([GOLD, BURNT, ALSO, *FILLER[:8]]), retriever="bm25", corpus=POOL,
+    neighbours=[
+        Passage("next", "The hill is steep.", "", "almanac", 200, 220), Passage("lap", "It stands", "", "almanac", 160, 180),
+    ],
+    other_gold=[passage("The mill of Harwick turned slowly.", "other"), *FILLER[8:12]],
+)  # fmt: skip
+
+
+def fill_with(kinds: Sequence[str], *, seed: int = 1, absent: bool = False, gold: Sequence[Passage] = (GOLD,), **more: object):  # type: ignore[no-untyped-def]
+    placed = () if absent else gold_slots(gold)
+    settings = {"sources": SOURCES, "guard": GUARD} | more
+    return fill(ALDERMERE, placed, kinds=kinds, gold=gold, seed=seed, gold_absent=absent, **settings)  # type: ignore[arg-type]
+
+
+WITHOUT_GOLD = [kind.name for kind in PALETTE if kind.without_gold]
+
+
+@given(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=9), st.integers(0, 999), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_k_never_shrinks_and_no_text_stands_twice(kinds: list[str], seed: int, two: bool) -> None:
+    gold = [GOLD, SECOND] if two else [GOLD]
+    slots = fill_with(kinds, seed=seed, gold=gold)
+    assert len(slots) == len(gold) + len(kinds)
+    assert slots == fill_with(kinds, seed=seed, gold=gold)
+    assert len({content_hash(slot.passage) for slot in slots}) == len({slot.passage.id for slot in slots}) == len(slots)
+    assert decidable(slots)
+    for slot in slots[len(gold) :]:
+        answers = held(slot.passage, ["1873"])
+        if slot.kind == "counterfactual":
+            assert not answers
+        elif answers:
+            assert slot.role in ("support", "redundant") or slot.guard == "answer_string_only"
+        assert slot.record()["kind"] in KINDS
+
+
+@given(st.lists(st.sampled_from(WITHOUT_GOLD), min_size=1, max_size=9), st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_without_gold_nothing_answers_even_when_rendered(kinds: list[str], seed: int) -> None:
+    slots = fill_with(kinds, seed=seed, absent=True)
+    assert len(slots) == len(kinds)
+    assert all(slot.role == "noise" and KINDS[slot.kind].without_gold for slot in slots)
+    assert not shown_answers(ALDERMERE, "\n\n".join(f"[{slot.passage.title}] {slot.passage.text}" for slot in slots))
+    assert not {"lap", "also", "burnt", "second", "copy", "gold"} & set(names(slots))
+
+
+def test_an_answer_in_the_rendered_passages_is_seen() -> None:
+    assert shown_answers(ALDERMERE, "title: since 1873\ntext: none") == ["1873"]
+
+
+def test_a_neighbour_that_answers_is_relabelled_or_replaced() -> None:
+    sources = Sources(neighbours=[Passage("near", ALSO.text, "", "almanac", 300, 360)], corpus=FILLER)
+    (_, found) = fill_with(["neighbour"], sources=sources)
+    assert (found.passage.id, found.role, found.guard, found.kind) == ("near", "support", "also_gold", "neighbour")
+    (_, found) = fill_with(["neighbour"], sources=sources, found="replace")
+    assert (found.role, found.guard, found.kind) == ("noise", "clean", "random")
+    (found,) = fill_with(["neighbour"], sources=sources, absent=True)
+    assert (found.role, found.kind) == ("noise", "random")
+
+
+def test_hard_noise_is_of_rank_2_to_30_and_says_so() -> None:
+    found = fill_with(["hard"] * 10, gold=[GOLD], sources=Sources(hits=hits([*POOL]), retriever="dense", corpus=FILLER))[1:]
+    assert all(2 <= slot.rank <= 30 and slot.retriever == "dense" for slot in found)
+    assert all(slot.score == 9.0 - (slot.rank - 1) / 10 for slot in found)
+    assert found[0].record() == {
+        "passage": found[0].passage.id, "parents": [], "role": "noise", "kind": "hard", "origin": "search", "operator": "",
+        "guard": "clean", "retriever": "dense", "rank": found[0].rank, "score": found[0].score, "value": "",
+    }  # fmt: skip
+
+
+def test_too_small_a_corpus_is_an_error_and_no_endless_search() -> None:
+    with pytest.raises(CorpusError, match="'q1': 3 different passages were found for 6 slots, and no more of kind random"):
+        fill_with(["random"] * 5, sources=Sources(corpus=[*FILLER[:2], GOLD, FILLER[0]]))
+
+
+def test_random_noise_is_found_at_the_end_of_a_large_corpus() -> None:
+    same = [passage("the same", f"s{n}") for n in range(500)]
+    (_, *found) = fill_with(["random"] * 2, sources=Sources(corpus=[*same, passage("another", "last")]))
+    assert {slot.passage.text for slot in found} == {"the same", "another"}
+
+
+def test_neighbours_are_the_rest_of_the_document(tmp_path: Path) -> None:
+    write_corpus(tmp_path, [GOLD, Passage("next", "b", "", "almanac", 200, 201), SECOND])
+    assert [found.id for found in neighbours(Corpus(tmp_path), [GOLD])] == ["next"]
+
+
+# What has no right answer
+
+
+def test_one_against_one_is_not_written() -> None:
+    (_, found) = fill_with(["counterfactual"])
+    assert found.kind != "counterfactual"
+    with pytest.raises(CorpusError, match="no more of kind counterfactual"):
+        fill_with(["counterfactual"], fallback=())
+
+
+def test_two_voices_for_the_truth_settle_it() -> None:
+    slots = fill_with(["counterfactual"], gold=[GOLD, SECOND])
+    assert slots[-1].kind == "counterfactual"
+    assert decidable(slots)
+    check_target(ALDERMERE, slots, "It was opened in 1873.")
+
+
+def test_one_documents_passages_and_near_duplicates_are_one_voice() -> None:
+    again = Passage("again", "In 1873, as told above, the Aldermere observatory opened.", "", "almanac", 400, 450)
+    found = fill_with(["near_duplicate", "counterfactual"], gold=[GOLD, again])[-1]
+    assert found.kind != "counterfactual"
+
+
+def test_found_support_is_a_voice() -> None:
+    sources = Sources(neighbours=[ALSO], corpus=FILLER)
+    slots = fill_with(["counterfactual", "neighbour"], sources=sources)
+    assert [slot.kind for slot in slots] == ["gold", "counterfactual", "neighbour"]
+    assert decidable(slots)
+
+
+def test_a_conflicts_target_names_both() -> None:
+    slots = fill_with(["counterfactual"], conflict=True)
+    false = slots[-1].value
+    assert not decidable(slots)
+    assert [(said.value, said.passages, said.true) for said in readings(ALDERMERE, slots)] == [
+        ("1873", ("gold",), True),
+        (false, (slots[-1].passage.id,), False),
+    ]
+    check_target(ALDERMERE, slots, f"One passage says 1873, another {false}.")
+    for target in ("1873.", f"In {false}."):
+        with pytest.raises(CorpusError, match="contradict each other one against one"):
+            check_target(ALDERMERE, slots, target)
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75, 1])
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("kind", ["random", "hard"])
+def test_a_sweep_exchanges_a_share_of_the_slots_without_gold(ratio: float, absent: bool, kind: str) -> None:
+    found = hits([GOLD, BURNT, ALSO, *FILLER[:17]])
+    sources = Sources(hits=found, corpus=POOL)
+    slots = sweep(
+        ALDERMERE, found[:9], gold=[GOLD], kind=kind, ratio=ratio, gold_absent=absent, sources=sources, guard=GUARD, seed=3
+    )
+    free = 9 if absent else 8
+    assert len(slots) == 9
+    assert [slot.role for slot in slots].count("gold") == (0 if absent else 1)
+    exchanged = sum(slot.kind == kind for slot in slots)
+    assert exchanged >= int(ratio * free + 0.5)
+    if kind == "random" and not absent:
+        assert exchanged == int(ratio * free + 0.5)
+    if absent:
+        assert not any(held(slot.passage, ["1873"]) for slot in slots)
+
+
+def test_a_sweep_may_set_one_against_one_but_not_without_gold() -> None:
+    settings = {"gold": [GOLD], "kind": "counterfactual", "ratio": "1/2", "sources": SOURCES, "guard": GUARD, "seed": 1}
+    slots = sweep(ALDERMERE, hits([GOLD, *FILLER[:2]]), gold_absent=False, **settings)  # type: ignore[arg-type]
+    assert [slot.kind for slot in slots] == ["gold", "retrieved", "counterfactual"]
+    with pytest.raises(RecipeError, match="may not stand where gold is absent"):
+        sweep(ALDERMERE, hits([GOLD, *FILLER[:2]]), gold_absent=True, **settings)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="a noise ratio of 2 is not possible"):
+        sweep(ALDERMERE, hits([GOLD]), gold_absent=True, **settings | {"ratio": 2})  # type: ignore[arg-type]
+
+
+# Several retrievers
+
+
+def found_by(*ids: str) -> list[Hit]:
+    return hits([passage("text of a" if name == "a2" else f"text of {name}", name) for name in ids])
+
+
+def test_hits_are_taken_in_turn_and_each_once() -> None:
+    pooled = pool({"bm25": found_by("a", "b", "c"), "dense": found_by("b", "a2", "d", "e")}, 4)
+    assert [(found.hit.passage.id, found.retriever, found.hit.rank) for found in pooled] == [
+        ("a", "bm25", 1), ("b", "dense", 1), ("c", "bm25", 3), ("d", "dense", 3),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), min_size=1, max_size=4), st.integers(1, 8))
+@settings(deadline=None)
+def test_a_pool_is_the_unions_prefix(lists: list[list[int]], k: int) -> None:
+    by_name = {str(n): hits([FILLER[row] for row in rows]) for n, rows in enumerate(lists)}
+    whole = [found.hit.passage.id for found in pool(by_name, 99)]
+    assert sorted(whole) == sorted({FILLER[row].id for rows in lists for row in rows})
+    assert [found.hit.passage.id for found in pool(by_name, k)] == whole[:k]
+    twin = [rows[turn] for turn in range(6) for rows in lists if turn < len(rows)]
+    assert whole == [FILLER[row].id for row in dict.fromkeys(twin)]
+
+
+def test_a_score_of_nothing_is_no_hit() -> None:
+    assert pool({"bm25": [Hit(GOLD, 0, 0.0, 1), Hit(SECOND, 1, -0.2, 2)]}, 5)[0].hit.passage.id == "second"
+
+
+def test_a_retriever_that_always_finds_the_same_is_refused() -> None:
+    queries = [f"question {n}?" for n in range(4)]
+    with pytest.raises(IndexMismatch, match="'stuck' finds the same 2 passages, 'a' first, for all of 4 different questions"):
+        check_varied(queries, [found_by("a", "b")] * 4, name="stuck")
+    check_varied(queries, [[], [], [], hits([GOLD])], name="fine")
+    check_varied(queries, [*[found_by("a", "b")] * 3, found_by("b", "a")], name="fine")
+    check_varied(queries[:3], [found_by("a")] * 3, name="too few to tell")
+    check_varied(["Same?"] * 9, [hits([GOLD])] * 9, name="asked the same")
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    """30 towers, each with its miller and year."""
+    folder = tmp_path_factory.mktemp("towers")
+    tiny.sentence_encoder(folder)
+    texts = [f"the tower {n}x was built in {1700 + n} by miller {n}y. it is old." for n in range(30)]
+    rows = [{"id": f"t{n}", "title": "", "text": text} for n, text in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "path": folder / "kb", "documents": [folder / "rows.jsonl"], "chunk": None,
+        "encoder": {"model": str(folder / "encoder"), "dtype": "float32"},
+        "indexes": {"dense": {"kind": "dense"}, "bm25": {"kind": "bm25"}},
+    }  # fmt: skip
+    base = build_knowledge(KnowledgeSettings.model_validate(settings))
+    return Retriever(base, Encoder.open(base.settings.encoder), index="dense")
+
+
+def test_noise_among_hits_of_real_retrievers(retriever: Retriever) -> None:
+    queries = [f"when was tower {n}x built" for n in range(5)]
+    pooled = retrieve_pooled({"dense": retriever, "bm25": retriever.by("bm25")}, queries, 8)
+    assert {found.retriever for found in pooled[0]} == {"dense", "bm25"}
+    assert all(len({found.hit.passage.id for found in own}) == len(own) == 8 for own in pooled)
+    corpus = retriever.base.corpus
+    guard = Guard(Frequencies.of(corpus, [str(1700 + n) for n in range(5)]))
+    for n, own in enumerate(retriever.by("bm25").retrieve(queries, 8)):
+        example, gold = Example(f"q{n}", queries[n], (str(1700 + n),), (f"t{n}",)), [corpus[n]]
+        assert guard.verdict(example, corpus[n], []) == "also_gold"
+        kinds = ["hard", "hard", "random", "garbled", "near_duplicate", "counterfactual"]
+        sources = Sources(hits=own, retriever="bm25", corpus=corpus)
+        slots = fill(example, gold_slots(gold), kinds=kinds, gold=gold, sources=sources, guard=guard, seed=7, conflict=True)
+        assert [slot.kind for slot in slots] == ["gold", *kinds]
+        assert len({slot.passage.text for slot in slots}) == 7
+        (places,) = deal_positions([(7, 1)], seed=n)
+        arranged = arrange(slots, seed=str(n), positions=places)
+        assert arranged[places[0] - 1].role == "gold"
+
+
+def test_a_retriever_of_another_language_finds_nothing_and_is_refused(retriever: Retriever) -> None:
+    with pytest.raises(IndexMismatch, match="'bm25' finds nothing for all of 4 different questions"):
+        retrieve_pooled({"bm25": retriever.by("bm25")}, ["桥在哪里", "谁建的塔", "河有多长", "山有多高"], 3)
+    with pytest.raises(RecipeError, match="k is 31, but the knowledge base holds 30 passages"):
+        retrieve_pooled({"bm25": retriever.by("bm25")}, ["tower"], 31)
+    with pytest.raises(RecipeError, match="a pool of no retrievers"):
+        retrieve_pooled({}, ["tower"], 2)
+
+
+# The whole-passage budget
+
+LENGTHS = [410, 390, 520, 300, 280]
+
+
+@pytest.mark.parametrize(
+    ("room", "gold", "kept"),
+    [
+        (1568, [], (0, 1, 2)),  # 1,320 tokens; 300 more would be 1,620
+        (1568, [4], (0, 1, 4)),  # 1,080 tokens; 520 more would be 1,600
+        (1600, [4], (0, 1, 2, 4)),
+        (1568, [2, 4], (0, 2, 4)),
+        (279, [4], None),
+        (280, [4], (4,)),
+        (100, [], ()),
+        (1900, [0], (0, 1, 2, 3, 4)),
+    ],
+)
+def test_whole_passages_that_fit(room: int, gold: list[int], kept: tuple[int, ...] | None) -> None:
+    assert fit(LENGTHS, room, gold=gold) == kept

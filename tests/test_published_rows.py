@@ -1,0 +1,161 @@
+"""Published Self-RAG rows: taken apart, put together byte for byte, learned through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import tiny
+from raglan.artifact import read_manifest
+from raglan.cli import app
+from raglan.errors import CorpusError
+from raglan.marked_rows import read_marked_rows
+from raglan.published_rows import export_rows, import_rows, published, unpublished
+from raglan.recipe import load_recipe
+from raglan.reflection import Schema
+from raglan.train import finished_parts, learning_curves
+
+OUTPUTS = [
+    "[No Retrieval]Sure. [Utility:5]",
+    "[Retrieval]<paragraph>Title\nText\nmore</paragraph>[Relevant]A sentence.[Fully supported] tail[Utility:4]",
+    "Lead. [Retrieval]<paragraph>no line break</paragraph>[Irrelevant]Hm[Continue to Use Evidence]é 中[Utility:1]",
+    "[Retrieval]<paragraph></paragraph>[Relevant][Partially supported][Retrieval]<paragraph>\n\n</paragraph>[Relevant]b"
+    "[No support / Contradictory][Utility:3]",
+]
+OFF = [
+    "[Relevant]no passage[Utility:5]", "nothing at all", "[No Retrieval]no end",
+    "[Retrieval]<paragraph>x[Relevant]y[Utility:2]",
+]  # fmt: skip
+
+
+def line(output: str, **more: Any) -> str:
+    return json.dumps({"instruction": "Do it.", "input": "", "output": output, **more}) + "\n"
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_outputs_are_taken_apart_and_put_together(output: str) -> None:
+    row, fault = unpublished(line(output, id="q1", dataset_name="x", topic=None))
+    assert fault == ""
+    assert "verbatim" not in row
+    assert "line" not in row["metadata"]["published"]
+    assert row["metadata"]["published"]["fields"] == {"id": "q1", "dataset_name": "x", "topic": None}
+    assert published(row) == line(output, id="q1", dataset_name="x", topic=None)
+
+
+def test_parts() -> None:
+    row, _ = unpublished(line(OUTPUTS[1]))
+    (segment,) = row["segments"]
+    assert (segment["decision"], segment["is_rel"], segment["is_sup"], row["is_use"]) == ("yes", "relevant", "fully", 4)
+    assert (segment["passage"]["title"], segment["passage"]["text"]) == ("Title", "Text\nmore")
+    assert (segment["text"], segment["tail"]) == ("A sentence.", " tail")
+    row, _ = unpublished(line(OUTPUTS[2]))
+    assert (row["lead"], row["segments"][0]["passage"]["title"]) == ("Lead. ", None)
+    assert [segment["decision"] for segment in row["segments"]] == ["yes", "continue"]
+
+
+@pytest.mark.parametrize("output", OFF)
+def test_rows_off_the_grammar_are_kept_verbatim_with_the_place(output: str) -> None:
+    row, fault = unpublished(line(output))
+    assert fault.startswith("position ")
+    assert row["verbatim"] == output
+    assert published(row) == line(output)
+
+
+PIECES = st.sampled_from([*Schema.numbered(0).spellings, "</s>", "a", " ", "\n", '"', "\\", "é", "\u2028", "[Relevant"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(PIECES, max_size=8).map("".join), st.booleans(), st.booleans(), st.sampled_from(["\n", "\r\n", ""]))
+def test_any_line_comes_back_byte_for_byte(output: str, ascii_: bool, compact: bool, end: str) -> None:
+    given_ = {"output": output, "n": 1.5, "instruction": output, "input": None if compact else "x"}
+    text = json.dumps(given_, ensure_ascii=ascii_, separators=(",", ":") if compact else None) + end
+    row, _ = unpublished(text)
+    assert published(json.loads(json.dumps(row))) == text
+
+
+def test_files_come_back_byte_for_byte(tmp_path: Path) -> None:
+    odd = [
+        '{"instruction":  "two blanks", "output": "[No Retrieval]\\u0061[Utility:5]"}\n',
+        '{"output": "x", "instruction": "y"}',
+    ]
+    whole = "".join([*(line(output, id="same") for output in [*OUTPUTS, *OFF]), *odd])
+    (tmp_path / "theirs.jsonl").write_text(whole, encoding="utf-8")
+    off = import_rows(tmp_path / "theirs.jsonl", tmp_path / "ours.jsonl")
+    assert [number for number, _ in off] == [5, 6, 7, 8, 10]
+    assert len({row["id"] for row in read_marked_rows(tmp_path / "ours.jsonl")}) == 10
+    export_rows(tmp_path / "ours.jsonl", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "theirs.jsonl").read_bytes()
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(CorpusError, match=r"bad\.jsonl, line 1 has no texts"):
+        import_rows(tmp_path / "bad.jsonl", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_half_a_character_is_told_with_its_line(tmp_path: Path) -> None:
+    good = json.dumps({"instruction": "a", "output": "[No Retrieval]b[Utility:5]"})
+    (tmp_path / "theirs.jsonl").write_text(good + "\n" + good.replace('"a"', '"\\ud83d"') + "\n")
+    with pytest.raises(CorpusError, match=r"line 2 holds .*half a character"):
+        import_rows(tmp_path / "theirs.jsonl", tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- it learns
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def test_it_learns_from_imported_rows_through_the_command_line(tmp_path: Path) -> None:
+    """A vocabulary that was extended learns when to retrieve: for names and not for numbers."""
+    shown = "[Retrieval]<paragraph>{0}\n{0} in a tin</paragraph>[Relevant]{0}[Fully supported][Utility:5]"
+    asked = [(f"who is {name}?", shown.format(name)) for name in "abcdefghijkl"]
+    asked += [(f"say {number}", f"[No Retrieval]{number}[Utility:5]") for number in range(12)]
+    rows = [{"instruction": question, "id": question, "output": output} for question, output in [*asked, ("x", "y")]]
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = json.loads(run("rows", "import", str(tmp_path / "theirs.jsonl"), "-o", str(tmp_path / "rows.jsonl")))
+    assert (told["rows"], told["off_grammar"]) == (25, [25])
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "a", "title": "", "text": "a tin"}) + "\n")
+    tiny.sentence_encoder(tmp_path / "encoder")
+    tiny.self_rag(tmp_path / "llama", extended=False)
+    recipe = {
+        "name": "marked", "seed": 1,
+        "knowledge": {"path": "kb", "documents": "corpus.jsonl", "chunk": None, "indexes": {"dense": {"kind": "dense"}},
+                      "encoder": {"model": "encoder/encoder", "dtype": "float32"}},
+        "generator": {"model": "llama", "dtype": "float32", "vocabulary": "self_rag", "vocabulary_init": "words"},
+        "prompt": {"self_rag": {"template": "{instruction}"}},
+        "data": {"kind": "self_rag", "path": "rows.jsonl", "dev": "rows.jsonl", "passage_max": 8, "max_length": 128},
+        "objective": {"kind": "answer", "group_weights": {"retrieve": 2.0}},
+        "train": {"bf16": False, "save_strategy": "no", "logging_steps": 5, "weight_decay": 0.0, "max_steps": 50,
+                  "per_device_train_batch_size": 12, "learning_rate": 1e-2, "train_sampling_strategy": "random",
+                  "eval_strategy": "steps", "eval_steps": 25},
+    }  # fmt: skip
+    path = tmp_path / "marked.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run("build", str(path))
+    run("train", str(path))
+    loaded = load_recipe(path)
+    curve = learning_curves(loaded)["answer"]
+    held = [entry for entry in curve if "eval_loss" in entry]
+    assert held[-1]["eval_loss"] < 0.6 * held[0]["eval_loss"]
+    assert held[-1]["eval_accuracy/retrieve"] >= 0.95
+    assert held[-1]["eval_accuracy/is_use"] == 1.0
+    assert any("loss/is_sup" in entry for entry in curve)
+    stage, parts = finished_parts(loaded)[-1]
+    told = read_manifest(Path(parts.generator).parent, "stage")["data"]
+    assert (stage, told["rows"], told["learned"], told["verbatim"]) == ("answer", 25, 24, 1)
+    tuned = parts.open(loaded).generator
+    prompts = [tuned.marked_prompt.question("who is c?"), tuned.marked_prompt.question("say 7")]
+    found = [int(tuned.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) for ids in prompts]
+    assert found == [tuned.schema.yes, tuned.schema.no]

@@ -1,0 +1,436 @@
+"""Noise, orders, retrievers and the judge on a tiny system, by the command line; and their arithmetic on plain rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from fault_server import KEY, Fault, FaultServer, Request, say
+from raglan.cli import app
+from raglan.corpus import Corpus, write_corpus
+from raglan.errors import CorpusError, RecipeError
+from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate_recipe
+from raglan.judge import judge, messages, open_judged
+from raglan.metrics import answer_recall
+from raglan.rag import RAG
+from raglan.recipe import ConcatDecode, EvaluateSettings, RobustnessSettings, load_recipe
+from raglan.records import Answer, Example, Hit, Passage
+from raglan.stress import CLEAN, conditions, draw_prompts, evaluate_robustness, summarise_conditions
+from raglan.stress_tables import noise_points, robustness_tables
+from raglan.train import train
+from test_kill import small_recipe
+
+runner = CliRunner()
+BARE = RAG(None, None, ConcatDecode(), 1)  # type: ignore[arg-type]  # nothing of it but the decoding is looked at
+ASKED = {"noise": ["hard", "random", "counterfactual"], "ratios": [0, 0.5, 1], "distractors": [0, 2], "orders": 4,
+         "unseen": ["bm25"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built knowledge base and a recipe that trains nothing and asks five questions."""
+    path = small_recipe(tmp_path_factory.mktemp("stress"))
+    settings = yaml.safe_load(path.read_text())
+    del settings["stages"]
+    settings["retriever"]["k"] = 3
+    settings["evaluate"] |= {"modes": ["retrieved"], "k": [1], "limit": 6, "robustness": ASKED, "metrics": ["em", "match"]}
+    path.write_text(yaml.safe_dump(settings))
+    assert runner.invoke(app, ["build", str(path)]).exit_code == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(recipe: Path) -> Any:
+    done = runner.invoke(app, ["evaluate", str(recipe), "--json"])
+    assert done.exit_code == 0, done.exception
+    return json.loads(done.stdout)
+
+
+def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measured: Any) -> None:
+    told = measured["robustness"]["untuned"]
+    names = ["clean", "noise/hard/present/1", "noise/random/present/0.5", "noise/none/absent/0", "noise/hard/absent/1",
+             "noise/random/absent/0.5", "noise/counterfactual/present/0.5", "distractors/0", "distractors/2", "conflict/1",
+             "order/0", "order/3", "retriever/bm25", "retriever/dense", "retriever/hybrid"]  # fmt: skip
+    assert set(names) <= set(told["conditions"])
+    assert not any("counterfactual/absent" in name for name in told["conditions"])
+    (system,) = evaluate_robustness(load_recipe(recipe))
+    rows = [json.loads(line) for line in (system.folder / "answers.jsonl").read_text().splitlines()]
+    questions = {row["id"]: row for row in map(json.loads, (recipe.parent / "dev.jsonl").read_text().splitlines())}
+    assert len(rows) == 6
+    for row in rows:
+        own, (gold,) = row["conditions"], questions[row["id"]]["relevant"]
+        assert own["distractors/0"]["passages"] == [gold]
+        assert gold in own["distractors/2"]["passages"]
+        for name, answered in own.items():
+            form, _, rest = name.partition("/")
+            if form in (CLEAN, "noise"):
+                assert len(answered["passages"]) == 3, name
+                assert (gold in answered["passages"]) == ("absent" not in rest), name
+            if rest.startswith("random/"):
+                noise = [slot for slot in answered["slots"] if slot["kind"] == "random"]
+                free = 2 if "present" in rest else 3
+                assert len(noise) == math.floor(float(rest.split("/")[2]) * free + 0.5), name
+        places = {own[name]["passages"].index(gold) for name in own if name.startswith("noise/random/present")}
+        assert places == {own[CLEAN]["passages"].index(gold)}, "gold stands where it stood"
+        false = own["conflict/1"]
+        assert [len(false["passages"]), false["decidable"], len(false["made"])] == [2, False, 1]
+        (text,) = [made["text"] for made in false["made"].values()]
+        assert not answer_recall([text], row["answers"])
+        assert own["order/0"]["passages"] == own["retriever/hybrid"]["passages"]
+        assert len({tuple(own[f"order/{number}"]["passages"]) for number in range(4)}) == 4
+    assert {"follow", "follow_conflict"} <= set(told["conditions"]["conflict/1"])
+    assert told["retrievers"] == {"own": "hybrid", "worst": told["retrievers"]["worst"], "unseen": ["bm25"],
+                                  "spread": pytest.approx(told["retrievers"]["spread"])}  # fmt: skip
+    assert {"mean", "low", "high", "n"} == set(told["conditions"]["noise/hard/present/1"]["delta"])
+    assert told["abstention"]["hard/1"]["hallucination"] >= 0
+    assert set(told["orders"]) == {"flip", "disagreement"}
+
+
+def test_a_measurement_is_not_made_twice_and_the_report_draws_it(recipe: Path, measured: Any) -> None:
+    pytest.importorskip("plotly")
+    folders = sorted((recipe.parent / "runs" / "small" / "robustness").iterdir())
+    stamps = [(folder / "manifest.json").stat().st_mtime_ns for folder in folders]
+    done = runner.invoke(app, ["evaluate", str(recipe), "--report"])
+    assert done.exit_code == 0, done.exception
+    assert [(folder / "manifest.json").stat().st_mtime_ns for folder in folders] == stamps
+    for words in ("gold, 50 % random", "no gold, 100 % hard", "gold alone + 2 hard", "one gold against one false"):
+        assert words in done.stdout
+    assert "hybrid (own)" in done.stdout
+    assert "bm25 (unseen)" in done.stdout
+    page = (recipe.parent / "runs" / "small" / "report.html").read_text()
+    for words in ("Worse passages", "Noise beside gold", "Noise without gold", "gold alone", "permutation 1"):
+        assert words in page
+    (system,) = evaluate_robustness(load_recipe(recipe))
+    assert [x for x, _ in noise_points(system, gold=True)["hard"]] == [0, 0.5, 1]
+    assert [x for x, _ in noise_points(system, gold=False)["random"]] == [0, 0.5, 1]
+    assert all(len(row) == len(table.head) for table in robustness_tables([system]) for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evaluate.robustness={retrievers: [bm52]}", "bm52"),
+        ("evaluate.robustness=null", "measures no robustness"),
+        ("evaluate.questions=bare.jsonl", "both answers and relevant"),
+    ],
+)
+def test_faults_are_told(recipe: Path, change: str, words: str) -> None:
+    (recipe.parent / "bare.jsonl").write_text('{"id": "x", "query": "who built it", "answers": ["bob"]}\n')
+    with pytest.raises(RecipeError, match=words):
+        evaluate_robustness(load_recipe(recipe, [change.replace("bare", str(recipe.parent / "bare"))]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"noise": ["hard", "hard"]}, {"noise": ["pink"]}, {"ratios": [1.5]}, {"retrievers": ["a"], "unseen": ["b"]}]
+)
+def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RobustnessSettings(**wrong)
+
+
+def test_conditions_are_each_there_once() -> None:
+    found = conditions(RobustnessSettings(noise=("hard", "random")))
+    assert found[0].name == CLEAN
+    assert len({condition.name for condition in found}) == len(found) == 1 + 2 * 8 + 1 + 3  # with and without gold; none; 0 2 4
+    made = conditions(RobustnessSettings(noise=("counterfactual",), ratios=(0.5,), distractors=()))
+    assert [condition.name for condition in made] == [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1"]
+    bare = conditions(RobustnessSettings(noise=(), distractors=()))
+    assert [condition.name for condition in bare] == [CLEAN]
+
+
+def test_noise_is_guarded_and_too_little_of_it_is_missing(tmp_path: Path) -> None:
+    texts = {
+        "gold": "The mill was built by Ann Moor.", "copy": "The mill was built by Ann Moor.", "also": "Ann Moor was a miller.",
+        "far": "Rain fell.", "twin": "Rain fell.", "near": "It has two wheels.", "other": "The bridge is of stone.",
+    }  # fmt: skip
+    write_corpus(tmp_path, [Passage(name, text, "", "d" if name in ("gold", "near") else name) for name, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    example = Example("q", "Who built the mill?", ("Ann Moor",), ("gold",))
+    second = Example("r", "Of what is the bridge?", ("stone",), ("other",))
+    lost = Example("s", "What fell?", ("rain",))
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(len(corpus))]
+    settings = RobustnessSettings(noise=("hard", "random", "neighbour", "other_gold"), ratios=(0, 1), distractors=(2, 6))
+    drawn = draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
+    assert drawn["s"] == {}, "no gold passage, no condition"
+    for name, slots in drawn["q"].items():
+        ids = [slot.passage.id for slot in slots]
+        assert "copy" not in ids
+        assert not {"far", "twin"} <= set(ids), "one text twice"
+        if "absent" in name:
+            assert not {"gold", "also"} & set(ids), name
+    assert {slot.passage.id for slot in drawn["q"]["noise/random/absent/1"]} <= {"far", "twin", "near", "other"}
+    assert "noise/neighbour/present/1" not in drawn["q"], "one neighbour for two slots"
+    assert "distractors/6" not in drawn["q"]
+    assert not {"also", "copy"} & {slot.passage.id for slot in drawn["q"]["distractors/2"]}
+    assert drawn == draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
+
+
+def test_answers_that_are_patterns_are_guarded_by_whether_they_fit(tmp_path: Path) -> None:
+    texts = {"gold": "Built in 1873.", "fits": "A fire in 1874.", "rain": "Rain fell.", "wind": "Wind blew."}
+    write_corpus(tmp_path, [Passage(name, text, "", name) for name, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(len(corpus))]
+    settings = RobustnessSettings(noise=("random",), ratios=(1,), distractors=())
+    drawn = draw_prompts([Example("q", "When?", (r"187\d",), ("gold",))], [hits], corpus, settings, k=2, seed=0, regex=True)
+    assert {slot.passage.id for slot in drawn["q"]["noise/random/absent/1"]} == {"rain", "wind"}
+
+
+def rows_of(right: dict[str, list[float | None]], declined: dict[str, list[float]] | None = None) -> list[dict[str, Any]]:
+    """Rows with these values by condition; None where the condition could not be made."""
+    n = len(next(iter(right.values())))
+    rows: list[dict[str, Any]] = [{"group": str(place), "conditions": {}} for place in range(n)]
+    for name, values in right.items():
+        for place, value in enumerate(values):
+            if value is not None:
+                told = (declined or {}).get(name, [0.0] * n)[place]
+                rows[place]["conditions"][name] = {"figures": {"right": value, "declined": told}}
+    return rows
+
+
+def test_deltas_are_paired_and_what_is_missing_is_in_no_mean() -> None:
+    clean, noisy = [1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, None]
+    found = summarise_conditions(rows_of({"clean": clean, "noise/hard/present/0.5": noisy}), own="")
+    delta = found["figures"]["noise/hard/present/0.5"]["delta"]
+    assert (delta.mean, delta.n) == (pytest.approx(-1 / 3), 3)
+    assert found["missing"] == {"clean": 0, "noise/hard/present/0.5": 0.25}
+    assert "delta" not in found["figures"]["clean"]
+    same = summarise_conditions(rows_of({"clean": clean, "noise/hard/present/1": clean}), own="")
+    delta = same["figures"]["noise/hard/present/1"]["delta"]
+    assert (delta.mean, delta.low, delta.high) == (0, 0, 0)
+
+
+def test_gold_present_is_answerable_and_gold_absent_is_not() -> None:
+    n = 6
+    present, absent = "noise/hard/present/0.5", "noise/hard/absent/0.5"
+    declined = {present: [1.0, 1.0, 0, 0, 0, 0], absent: [1.0, 1.0, 1.0, 0, 0, 0]}
+    right = {present: [1.0] * n, absent: [1.0, 0, 0, 0, None, None]}
+    found = summarise_conditions(rows_of(right, declined), own="")["abstention"]["hard/0.5"]
+    expected = {"abstention_precision": 0.6, "abstention_recall": 0.75, "abstention_f1": 2 / 3, "over_abstention": 1 / 3,
+                "hallucination": 0.25}  # fmt: skip
+    assert found == pytest.approx(expected)
+
+
+def test_orders_and_retrievers_of_plain_rows() -> None:
+    orders = {f"order/{number}": [value, 1.0] for number, value in enumerate((1.0, 1.0, 0.0, 1.0))}
+    indexes = {"retriever/a": [1.0, 1.0], "retriever/b": [1.0, 0.0], "retriever/c": [0.0, 0.0]}
+    found = summarise_conditions(rows_of(orders | indexes), own="retriever/a")
+    assert (found["orders"]["flip"].mean, found["orders"]["disagreement"].mean) == (0.5, 0.25)
+    assert found["retrievers"] == {"own": "a", "worst": "c", "spread": 1.0}
+    assert found["figures"]["retriever/b"]["delta"].mean == -0.5
+
+
+def test_a_false_value_is_followed_by_those_who_knew_better() -> None:
+    rows = rows_of({"distractors/0": [1.0, 1.0, 0.0, 0.0], "conflict/1": [0.0, 1.0, 0.0, 0.0]})
+    for row, (followed, settled) in zip(rows, [(1.0, False), (0.0, True), (1.0, False), (0.0, False)], strict=True):
+        row["conditions"]["conflict/1"]["figures"]["follow"] = followed
+        row["conditions"]["conflict/1"]["decidable"] = settled
+    own = summarise_conditions(rows, own="")["figures"]["conflict/1"]
+    means = {name: own[name].mean for name in ("follow", "follow_of_right", "follow_conflict", "follow_majority", "delta")}
+    expected = {"follow": 0.5, "follow_of_right": 0.5, "follow_conflict": 2 / 3, "follow_majority": 0, "delta": -0.25}
+    assert means == pytest.approx(expected)
+
+
+def test_a_constant_condition_warns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        summarise_conditions(rows_of({"clean": [0.0] * 10}), own="")
+    assert "alike right or wrong under clean;" in caplog.text
+
+
+def test_in_domain_is_what_the_manifests_say(recipe: Path, tmp_path: Path) -> None:
+    names = data_sets({"path": str(tmp_path / "NQ-train.jsonl.gz")})
+    assert names == {"nq"}
+    mixed = {"sources": {"trivia": {"path": "x/hotpot.train.jsonl"}, "text": {"path": None}}}
+    assert data_sets(mixed) == {"trivia", "text", "hotpot"}
+    (tmp_path / "manifest.json").write_text('{"sources": {"DuReader": 3}}')
+    assert data_sets({"path": str(tmp_path / "mix.jsonl")}) == {"mix", "dureader"}
+    assert domain(load_recipe(recipe)) is None
+    assert domain(load_recipe(recipe, ["evaluate.dataset=train"])) == "out of domain"  # nothing was trained yet
+    stages = "{read: {data: {kind: questions, path: train.jsonl, passages: 2}, objective: {kind: answer}}}"
+    (recipe.parent / "trained.yaml").write_text(recipe.read_text() + f"stages: {stages}\n")
+    changes = ["name=trained", "train.max_steps=1", "evaluate.dataset=Train"]
+    trained = load_recipe(recipe.parent / "trained.yaml", changes)
+    assert domain(trained) == "out of domain"
+    train(trained)
+    assert domain(trained) == "in-domain"
+    assert domain(load_recipe(recipe.parent / "trained.yaml", [*changes, "evaluate.dataset=popqa"])) == "out of domain"
+
+
+@pytest.mark.parametrize(("fold", "right"), [(False, 0), (True, 1)])
+def test_numerals_are_folded_only_if_asked(fold: bool, right: float) -> None:
+    settings = EvaluateSettings(questions=Path("q.jsonl"), metrics=("em", "f1"), fold_numbers=fold)
+    measures = _measures(settings, BARE)
+    example = Example("q", "哪一年？", ("1978年",))
+    assert measures["em"]("一九七八年", example) == right
+    assert measures["f1"]("一九七八年", example) == pytest.approx(1 if fold else 0.2857, abs=5e-5)
+
+
+def test_figures_of_citations_and_quotes_are_in_the_evaluation() -> None:
+    settings = EvaluateSettings(questions=Path("q.jsonl"), metrics=("em", "match", "declined", "citations", "quotes", "str_em"))
+    example = Example("q", "When?", ("1873",), ("p1",), metadata={"short_answers": [["1873"], ["1874"]]})
+    hits = [Hit(Passage(f"p{n}", text), n, 1.0, n + 1) for n, text in enumerate(["Other text.", "Built in 1873."])]
+    row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
+    answer = Answer("When?", 'It says "Built in 1873" [2] [3].', 0.0, True, tuple(hits))
+    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE))
+    told = {name.removeprefix("retrieved/"): value for name, value in row["figures"].items()}
+    assert told == {
+        "em": 0, "match": 1, "declined": 0, "str_em": 0.5, "citation_validity": 0.5, "citation_precision": 0.5,
+        "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0,
+    }  # fmt: skip
+
+
+# the judge
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with FaultServer(idempotent=False) as server:
+        yield server
+
+
+def asked(server: FaultServer, **more: Any) -> list[str]:
+    """The overrides of a recipe with a judge."""
+    endpoint = {"base_url": server.url, "model": "m-1", "api_key_env": "JUDGE_KEY", "concurrency": 4, "attempts": 1}
+    told = {"endpoint": endpoint, "money": {"price": "free"}, **more}
+    return [f"evaluate.judge={json.dumps(told)}", "evaluate.robustness=null"]
+
+
+def judging(decide: Callable[[str], dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """A server's reply: what `decide` makes of the last message, and the usual one to a probe."""
+
+    def reply(body: dict[str, Any]) -> str:
+        return say(body) if "As a trial of" in json.dumps(body) else json.dumps(decide(body["messages"][-1]["content"]))
+
+    return reply
+
+
+def two_systems(recipe: Path, changes: list[str]) -> tuple[Any, list[Any]]:
+    """The recipe, its evaluation, and a second system that answers otherwise."""
+    loaded = load_recipe(recipe, changes)
+    (first,) = evaluate_recipe(loaded)
+    rows = json.loads(json.dumps(first.rows))
+    for row in rows:
+        row["predictions"]["retrieved"]["text"] = f"better {row['answers'][0]}"
+    second = type(first)("tuned", first.folder.with_name("tuned-0"), rows, first.figures)
+    return loaded, [first, second]
+
+
+def test_a_judge_of_places_is_inconsistent_and_nobody_wins(recipe: Path, measured: Any, server: FaultServer) -> None:
+    server.reply = judging(lambda text: {"reason": "place", "better": "first"})
+    found = judge(*two_systems(recipe, asked(server, rubric=False)))
+    assert found.pair is not None
+    assert (found.pair.wins, found.pair.losses, found.pair.ties) == (0, 0, 6)
+    assert (found.pair.inconsistent_share, found.pair.missing) == (1.0, 0)
+    assert sum(pair.n for pair in found.strata.values()) == 6
+
+
+def test_a_fair_judge_finds_the_better_answer_in_both_places(
+    recipe: Path, measured: Any, server: FaultServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fair(text: str) -> dict[str, Any]:
+        return {"reason": "r", "better": "first" if "better" in text.split("## First answer")[1].split("##")[0] else "second"}
+
+    server.reply = judging(fair)
+    loaded, systems = two_systems(recipe, asked(server, rubric=False, teacher="m-2"))
+    with caplog.at_level(logging.WARNING):
+        found = judge(loaded, systems)
+    assert "of the teacher's family" in caplog.text
+    assert found.pair is not None
+    assert (found.pair.wins, found.pair.inconsistent, found.pair.rate.mean) == (6, 0, 1.0)
+    sent = [request.content for request in server.log if "trial of" not in request.content]
+    assert len(sent) == 12
+    corpus = {row["id"]: row["text"] for row in map(json.loads, (recipe.parent / "corpus.jsonl").read_text().splitlines())}
+    for row in systems[0].rows:
+        own = [text for text in sent if row["query"] in text]
+        assert len(own) == 2
+        for identity in row["predictions"]["retrieved"]["passages"]:
+            assert all(corpus[identity] in text for text in own), "a judge without the evidence"
+    assert not any("tuned" in text for text in sent), "names are hidden"
+    before = len(server.log)
+    judge(loaded, systems)
+    assert len(server.log) == before, "paid twice"
+
+
+def test_what_fails_is_missing_and_no_mean_moves(recipe: Path, measured: Any, server: FaultServer, tmp_path: Path) -> None:
+    """A third of the calls fail for good, or say what no schema allows; the mean is that of the others."""
+    loaded, systems = two_systems(recipe, asked(server, pairwise=False))
+    queries = [row["query"] for row in systems[0].rows]
+    server.reply = judging(lambda text: {"reason": "r", "score": 2 + queries.index(text.split("\n")[1]) % 3})
+    whole = judge(loaded, systems)
+    for score in whole.scores.values():
+        assert (score.score.mean, score.missing, score.n) == (3, 0, 6)
+
+    def fails(number: int, request: Request) -> Fault | None:
+        if queries[0] in request.content:
+            return Fault(422)
+        return Fault(text='{"reason": "r", "score": 9}') if queries[2] in request.content else None
+
+    loaded, systems = two_systems(recipe, [*asked(server, pairwise=False), f"runs={tmp_path}"])
+    server.faults = fails
+    holed = judge(loaded, systems)
+    for score in holed.scores.values():
+        assert (score.missing, score.missing_share, score.score.n) == (2, pytest.approx(1 / 3), 4)
+        assert score.score.mean == pytest.approx((3 + 2 + 3 + 4) / 4)  # of the others alone: 2 and 4 are gone
+    rows = [json.loads(line) for line in (holed.folder / "judgements.jsonl").read_text().splitlines()]
+    assert rows[0]["reasons"]["rubric untuned"].startswith("permanent")
+    assert rows[2]["scores"] == {"untuned": None, "tuned": None}
+    assert open_judged(holed.folder) == holed
+
+
+def test_the_command_line_judges(recipe: Path, measured: Any, server: FaultServer, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,system,score\nx,untuned,3\n")
+    server.reply = judging(lambda text: {"reason": "r", "score": 3})
+    changes = asked(server, labels=str(tmp_path / "labels.csv"), teacher="M-2-large")
+    done = runner.invoke(app, ["evaluate", str(recipe), *changes, "--json"])
+    assert done.exit_code == 0, done.exception
+    told = json.loads(done.stdout)["judge"]
+    assert (told["model"], told["scores"]["untuned"]["mean"], told["scores"]["untuned"]["missing"]) == ("m-1", 3, 0)
+    assert told["kappa"]["untuned"]["rows"] == 0  # no label of these questions
+    plain = runner.invoke(app, ["evaluate", str(recipe), *changes])
+    assert "judge m-1: rubric, 1 to 5" in plain.stdout
+    assert "3.00 [3.00, 3.00]" in plain.stdout
+    assert "missing" in plain.stdout
+    loaded, systems = two_systems(recipe, changes)
+    labels = "".join(f"{row['id']},tuned,{3 + at % 2}\n" for at, row in enumerate(systems[0].rows))
+    (tmp_path / "labels.csv").write_text("id,system,score\n" + labels)
+    found = judge(loaded, systems)
+    assert found.kappa == {"tuned": {"rows": 6, "agreement": 0.5, "kappa": 0.0}}  # a judge that says 3 to everything
+    (tmp_path / "labels.csv").write_text("id,system,score\nx,untuned,7\n")
+    with pytest.raises(CorpusError, match="'7'"):
+        judge(*two_systems(recipe, changes))
+
+
+def test_a_chinese_question_is_judged_in_chinese() -> None:
+    system, user = messages({"query": "长江的源头在哪个省？", "answers": []}, [("长江", "长江发源于青海省。")], ["青海省"])
+    assert "请评判" in system["content"]
+    assert user["content"] == "## 问题\n长江的源头在哪个省？\n\n## 段落\n[1] 长江\n长江发源于青海省。\n\n## 回答\n青海省"
+    system, user = messages({"query": "Who?", "answers": ["Bob"], "history": ["Hi."]}, [], ["Bob", ""])
+    assert system["content"].startswith("You compare")
+    for part in ("## Earlier turns\nHi.", "## Passages\n(none)", "## Reference answers\nBob", "## Second answer\n(none)"):
+        assert part in user["content"]
+
+
+def test_two_chinese_questions_find_unlike_passages(tmp_path: Path) -> None:
+    from raglan.index import BM25Index, Queries
+    from raglan.index.bm25 import build_bm25
+    from raglan.recipe import BM25Index as BM25Settings
+
+    chance = random.Random(0)
+    topics = ["长江发源于青海省", "故宫位于北京市", "熊猫喜欢吃竹子", "黄河流经郑州市"]
+    texts = [f"{chance.choice(topics)}，编号{number}。" for number in range(80)]
+    build_bm25(texts, BM25Settings(kind="bm25"), tmp_path)
+    _, rows = BM25Index(tmp_path).search(Queries(["长江的源头在哪个省？", "熊猫吃什么？"]), 10)
+    assert (rows >= 0).all()
+    assert not set(rows[0]) & set(rows[1])
+    assert all("长江" in texts[row] for row in rows[0])
+    assert all("熊猫" in texts[row] for row in rows[1])
