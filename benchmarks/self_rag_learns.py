@@ -32,7 +32,7 @@ from raglan.data import load_examples
 from raglan.documents import read_examples
 from raglan.metrics import Interval, answer_recall, bootstrap, exact_match, paired_bootstrap
 from raglan.rag import RAG
-from raglan.recipe import Recipe, SelfRagDecode, load_recipe
+from raglan.recipe import PruneSettings, Recipe, SelfRagDecode, load_recipe
 from raglan.records import Example, Hit, Passage
 from raglan.reflection import GrammarError, parse, rel, retrieve_probability
 from raglan.train import finished_parts
@@ -179,10 +179,8 @@ def decided(rag: RAG, queries: Sequence[str], hits: Sequence[Sequence[Hit]], *, 
     """Answers with these weights, every passage read."""
     assert isinstance(rag.decode, SelfRagDecode)
     before = rag.decode
-    rag.decode = SelfRagDecode.model_validate(
-        {**before.model_dump(exclude_unset=True), "retrieve": "always", "prune": {"kind": "none"},
-         **({"weights": weights} if weights else {})}
-    )  # fmt: skip
+    changes = {"retrieve": "always", "prune": PruneSettings(kind="none"), "weights": before.weights.model_copy(update=weights)}
+    rag.decode = before.model_copy(update=changes)
     try:
         return rag.read(queries, hits)
     finally:
