@@ -2,7 +2,7 @@
 
     Job       one attempt at a cell
     Draft     what a teacher asks about it: question, answers, the passages that hold them; nothing is shown yet
-    Sheet     what the answer may rest on: the passages in their order, after noise, guard and budget, and the prompt as rendered
+    Sheet     what the answer may rest on: the passages in their order, after noise, guard and budget, and the prompt
     Made      a sheet with its answer
     Reject    a job that came to nothing: at which step, why, and the raw text
 
@@ -120,6 +120,6 @@ class Teacher(Protocol):
         `show` is called once for each draft, from the thread that iterates.
 
         Raises:
-            CallsStopped: paid calls cannot go on (cap, key, broken endpoint, interrupt); what is finished is kept by the journal.
+            CallsStopped: paid calls cannot go on (cap, key, broken endpoint, interrupt); the journal keeps what is finished.
         """
         ...
