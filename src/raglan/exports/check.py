@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from raglan.errors import CheckpointError, CorpusError, RecipeError
 from raglan.exports.messages import Found, conversation, line_keys, message, tool_lists
-from raglan.text import half_character, normalise_answer
+from raglan.text import half_character, question_key
 
 __all__ = ["FORMS", "Fault", "Form", "Lengths", "check_file", "failed", "meta_path", "shared_questions"]
 
@@ -151,7 +151,7 @@ def shared_questions(train: Path, validation: Path, form: Form) -> list[Fault]:
     The question of a line is its `.meta.jsonl`'s, where there is one: a rendered prompt holds passages besides. A question
     that continues a dialogue is the same only after the same turns.
     """
-    first: dict[tuple[str, ...], int] = {}
+    first: dict[str, int] = {}
     for number, question in _questions(train, form):
         first.setdefault(question, number)
     return [
@@ -360,7 +360,8 @@ def _texts(value: Any) -> list[str]:
     return [] if value is None else [json.dumps(value, ensure_ascii=False)]
 
 
-def _questions(path: Path, form: Form) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _questions(path: Path, form: Form) -> Iterator[tuple[int, str]]:
+    """(line, key) of each line that asks something."""
     beside = meta_path(path)
     source = beside if beside.is_file() else path
     for number, row, _ in read_lines(source):
@@ -368,7 +369,7 @@ def _questions(path: Path, form: Form) -> Iterator[tuple[int, tuple[str, ...]]]:
             continue
         said = _from_meta(row) if source is beside else _from_line(row, form)
         if said:
-            yield number, tuple(normalise_answer(text) or text.strip() for text in said)
+            yield number, question_key(said[-1], said[:-1])
 
 
 def _from_meta(row: Mapping[str, Any]) -> list[str]:
