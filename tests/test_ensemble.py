@@ -15,7 +15,7 @@ import torch
 
 from raglan.data import choices_of
 from raglan.decode import Asked, concat, ensemble, ensembles
-from raglan.decode.ensemble import _answer, _Form
+from raglan.decode.ensemble import _answer, _Form, _forms
 from raglan.errors import CorpusError, RecipeError
 from raglan.generator import EncodedPrompts, HFGenerator
 from raglan.likelihood import choice_scores, sequence_logprob, token_logprob
@@ -213,6 +213,13 @@ def test_with_one_passage_it_is_plain_decoding_and_without_any_closed_book(gener
             if written.finished:
                 assert answer.logprob == pytest.approx(written.logprob, abs=1e-3)
             assert answer.posterior == (() if said else (1.0,))
+
+
+def test_empty_answers_are_dropped_unless_there_is_nothing_else(generator: HFGenerator) -> None:
+    prompts = [Rendered((1,), "")]
+    empty, word = ((generator.eos,), True), (tuple(generator.answer_ids("odo")), True)
+    assert [form.text for form in _forms(generator, prompts, [empty, word, empty])] == ["odo"]
+    assert [(form.text, form.ids) for form in _forms(generator, prompts, [empty, empty])] == [("", (generator.eos,))]
 
 
 def test_drawn_answers_are_scored_as_any_other(generator: HFGenerator) -> None:

@@ -76,7 +76,7 @@ def build(recipe: RecipePath, overrides: Overrides = None) -> None:
     base = build_knowledge(load_recipe(recipe, overrides or []).knowledge)
     made = base.manifest
     for name, reason in made["skipped"]:
-        console.print(f"skipped {name}: {reason}")
+        console.print(f"skipped {name}: {reason}", markup=False)
     figures = {name: value for name, value in made["index_figures"].items() if value}
     typer.echo(
         f"{made['input_files']} files read, {len(made['skipped'])} skipped, {made['documents']} documents, "

@@ -70,9 +70,10 @@ def check(
             for fault in faults:
                 typer.echo(f"{path}{f':{fault.line}' if fault.line else ''}: {fault.level}: {fault.text}")
     bad = any(failed(faults, strict=strict) for faults in found.values())
-    console.print("[red]faults were found[/red]" if bad else f"no fault: {' and '.join(path.name for path in found)}")
     if bad:
+        console.print("faults were found", style="red")
         raise typer.Exit(2)
+    console.print(f"no fault: {' and '.join(path.name for path in found)}", markup=False)
 
 
 @synthesize.command()
@@ -133,7 +134,7 @@ def export(
     else:
         done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape or "prompt_completion"), **asked)
     for fault in done.warnings:
-        console.print(f"warning: {fault.text}")
+        console.print(f"warning: {fault.text}", markup=False, soft_wrap=True)
     typer.echo(f"{done.path}: {done.rows} rows, {done.left_out} left out")
 
 
@@ -199,7 +200,7 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
     system = _system(recipe, found.untuned)
     retriever = system.retriever
     if learned.candidates is not None:
-        retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
+        retriever = retriever.by(learned.candidates)
     points = _points(source, retriever, found.k or learned.k, found.limit, seed=recipe.seed)
     wanted: Any = target or learned.target
     scores = recipe.run / "scores"
