@@ -619,7 +619,9 @@ def test_names_that_mean_nothing_are_told_with_their_cure(
     assert (code, out) == (0, "1 new\n")
     assert "0 used: none" in told
     assert "'better' is not mapped to any of answer, relevance, rating, comment" in told
-    assert "hint: say what a name means and import again: --map" in told
+    assert "hint: say what a name means and import again, as in --map" in told
+    wrong = ["argilla" if word == "label-studio" else word for word in words]
+    assert "another tool's: check --from" in run(*wrong, capsys=capsys, monkeypatch=monkeypatch)[2]
     code, out, told = run(*words, "--map", "answer=better", capsys=capsys, monkeypatch=monkeypatch)
     assert (code, out) == (0, "0 new, 1 changed\n")
     assert "1 used: 1 answer" in told

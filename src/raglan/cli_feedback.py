@@ -82,8 +82,10 @@ def import_feedback(
     reasons = Counter(one.aside for one in found if one.aside)
     for reason, count in reasons.most_common():
         console.print(f"{count} set aside: {reason}", markup=False, soft_wrap=True)
+    if not found:
+        console.print("hint: nobody has said anything in this file, or it is another tool's: check --from", soft_wrap=True)
     if any("mapped" in reason for reason in reasons):
-        console.print("hint: say what a name means and import again: --map KIND=NAME, as in --map answer=better_answer")
+        console.print("hint: say what a name means and import again, as in --map answer=better_answer", soft_wrap=True)
 
 
 @feedback.command("list")

@@ -32,7 +32,7 @@ from raglan.data import answer_rows, class_texts, learned_answers, load_examples
 from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
 from raglan.documents import read_examples
-from raglan.errors import RecipeError
+from raglan.errors import CheckpointError, RecipeError
 from raglan.feedback import FeedbackStore
 from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
@@ -232,9 +232,16 @@ def stage_parts(recipe: Recipe, names: Sequence[str]) -> Parts:
     """
     parts = Parts()
     for stage, _ in _stages(recipe):
-        if stage.name in names:
-            read_manifest(stage.result, KIND)
-            parts = stage.parts(parts)
+        if stage.name not in names:
+            continue
+        if not (stage.result / MANIFEST).is_file():
+            raise CheckpointError(
+                f"stage {stage.name!r} is not trained with the recipe's settings, documents and questions as they are now: "
+                f"{stage.result} holds no finished stage",
+                hint="`raglan train` with the same recipe and overrides trains it, or goes on where it stopped",
+            )
+        read_manifest(stage.result, KIND)
+        parts = stage.parts(parts)
     return parts
 
 
