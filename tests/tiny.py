@@ -95,16 +95,19 @@ def marked_tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     return made
 
 
-def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> LlamaTokenizer:
+def llama_tokenizer(*, legacy: bool = True, special: bool | None = None, base: int = 0) -> LlamaTokenizer:
     """A SentencePiece-like tokenizer with bytes behind its letters. `legacy` puts a blank behind control tokens too.
 
     Args:
         special: reflection tokens, registered as special or as ordinary ones; none where it is None.
+        base: pieces before them, 32,000 of a real one; no text is made of those that fill up.
     """
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     pieces = ["<unk>", "<s>", "</s>", *bytes_, "▁", *string.printable[:94], "th", "in", "▁th", "▁the", "▁a", "▁in"]
     merges = [("t", "h"), ("i", "n"), ("▁", "th"), ("▁th", "e"), ("▁", "a"), ("▁", "in")]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    pieces = list(dict.fromkeys(pieces))
+    pieces += [f"▁filler{number}" for number in range(base - len(pieces))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
     if special is None:
         return words
@@ -117,10 +120,15 @@ def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> Llam
     return words
 
 
-def self_rag(folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True) -> Path:
-    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it."""
+def self_rag(
+    folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True, base: int = 0
+) -> Path:
+    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it.
+
+    With a `base` of 32,000 their ids are those of the published 7B.
+    """
     torch.manual_seed(seed)
-    words = llama_tokenizer(special=special if extended else None)
+    words = llama_tokenizer(special=special if extended else None, base=base)
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=words.pad_token_id, bos_token_id=1, eos_token_id=2,

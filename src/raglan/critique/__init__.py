@@ -209,6 +209,12 @@ def _trained(path: Path, mine: Mapping[JudgementKind, Template]) -> Any:
         told = read_json(manifest) if manifest is not None and manifest.is_file() else {}
         if told.get("kind") == CRITIC:  # a stage may learn other questions first
             _check_wordings(told["templates"], mine, f"{path}, stage {name}")
+            learned, asked = told.get("labels", "words"), "tokens" if recipe.prompt.self_rag.answers == "tokens" else "words"
+            if learned != asked:
+                raise CheckpointError(
+                    f"{path}, stage {name}, has labels that are {learned}, and prompt.self_rag.answers asks for {asked}",
+                    hint="prompt.self_rag.answers: tokens belongs to critique.critic.labels: tokens",
+                )
     settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator})
     return open_generator(settings, recipe.prompt)
 

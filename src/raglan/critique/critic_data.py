@@ -23,7 +23,7 @@ from typing import Any
 from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.corpus import Corpus
 from raglan.critique.agreement import agreement, write_audit
-from raglan.critique.judgements import Judgement, Reject, Template, Verdict
+from raglan.critique.judgements import TOKENS, Judgement, Reject, Template, Verdict
 from raglan.critique.sources import Row, drawn, spoiled
 from raglan.critique.teacher import Book, Teacher
 from raglan.documents import write_examples
@@ -152,7 +152,8 @@ def make_critic_data(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     for name in wanted.shares:
-        examples = [_example(one, found, templates[one.kind], name) for one, found in kept if places[one.id] == name]
+        own = [(one, found) for one, found in kept if places[one.id] == name]
+        examples = [_example(one, found, templates[one.kind], name, wanted.labels) for one, found in own]
         write_examples(folder / f"{name}.jsonl", examples)
     _write_lines(folder / "labels.jsonl", (_told(one, found) for one, found in good))
     rejects = [(one, found) for one in asked if isinstance(found := labels[one.id], Reject)]
@@ -163,7 +164,7 @@ def make_critic_data(
     told = {kind: _figures(kind, asked, good, rejects, kept, places, wanted, again[kind]) for kind in settings.judgements}
     write_manifest(folder, KIND, {
         "made_of": identity, "teacher": teacher.name, "seed": seed, "judgements": told,
-        "templates": wordings,
+        "templates": wordings, "labels": wanted.labels,
     })  # fmt: skip
     return read_manifest(folder, KIND)
 
@@ -172,7 +173,12 @@ def labelled_rows(folder: Path, rows: Iterable[Judgement], split: str) -> list[t
     """The judgements of a split's file with their labels, from all those that could be in it."""
     known = {judgement.id: judgement for judgement in rows}
     lines = (json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n") if line)
-    return [(known[line["id"]], line["answers"][0]) for line in lines]
+    return [(known[line["id"]], _label(known[line["id"]].kind, line["answers"][0])) for line in lines]
+
+
+def _label(kind: JudgementKind, answer: str) -> str:
+    """The label that a critic's answer is: itself, or what its reflection token says."""
+    return next((label for label, token in TOKENS[kind].items() if token == answer), answer)
 
 
 def _there(folder: Path, identity: str) -> dict[str, Any] | None:
@@ -234,9 +240,10 @@ def _second(
     return defaultdict(lambda: agreement([]), {kind: agreement(found) for kind, found in pairs.items()})
 
 
-def _example(judgement: Judgement, verdict: Verdict, template: Template, split: str) -> Example:
+def _example(judgement: Judgement, verdict: Verdict, template: Template, split: str, labels: str) -> Example:
+    answer = TOKENS[judgement.kind][verdict.label] if labels == "tokens" else verdict.label
     told = {"kind": judgement.kind, "instruction": judgement.instruction, "split": split}
-    return Example(judgement.id, template.prompt(judgement), (verdict.label,), metadata=told)
+    return Example(judgement.id, template.prompt(judgement), (answer,), metadata=told)
 
 
 def _told(judgement: Judgement, verdict: Verdict) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class SelfRagPromptSettings(Settings):
         description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
     )
     passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+    answers: Literal["text", "tokens"] = Field(
+        "text",
+        description="`tokens`: an answer that spells one reflection token is that token, as a critic's labels may be; nothing "
+        "else ever becomes one.",
+    )
 
     @model_validator(mode="after")
     def _parts_are_there(self) -> SelfRagPromptSettings:
