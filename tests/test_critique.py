@@ -791,7 +791,9 @@ def paid(folder: Path, url: str, out: Path, *, cap: str = "5") -> Path:
     return path
 
 
-def test_an_endpoint_judges_through_the_call_engine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_judges_through_the_call_engine(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CRITIC_KEY", KEY)
     with FaultServer() as server:
         server.reply = judge
@@ -807,6 +809,12 @@ def test_an_endpoint_judges_through_the_call_engine(folder: Path, tmp_path: Path
         (tmp_path / "paid" / "critic" / "manifest.json").unlink()  # made again, of labels that are there
         seen = len(server.log)
         assert again.critic_data()["judgements"] == figures
+        _, out, _ = run("critique", str(folder / "paid.yaml"), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
+        for kind, one in figures.items():  # labels, rejects with their reasons, agreement of the second pass
+            assert all(f"  {number} rejected: {reason}" in out for reason, number in one["rejected"].items())
+            assert f"{kind:17s} {one['asked']} asked, {sum(one['rejected'].values())} rejected" in out
+        assert "rejected: malformed" in out
+        assert out.count("kappa") == len(figures)
         assert len(server.log) == seen > count
         assert told["rows"]["in"] == told["rows"]["out"] + sum(told["rows"]["dropped"].values())
         assert told["rows"]["out"] > 0
@@ -869,6 +877,33 @@ def test_a_priced_teacher_without_a_cap_is_refused(folder: Path, tmp_path: Path,
     path = paid(folder, "http://localhost:1/v1", tmp_path / "open", cap="null")
     with pytest.raises(RecipeError, match="has a price and no cap_usd"):
         _ = Critique(load_recipe(path)).teacher
+
+
+def test_an_estimate_comes_before_the_bill(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--estimate asks a few, keeps them and tells what all cost; then --yes goes on without a cap, and pays for none twice."""
+    monkeypatch.setenv("CRITIC_KEY", KEY)
+    with FaultServer() as server:
+        server.reply = judge
+        recipe = paid(folder, server.url, tmp_path / "open", cap="null")
+        code, out, _ = run("critique", str(recipe), "--estimate", "--json", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0
+        told = json.loads(out)
+        sampled = server.bill
+        assert (told["asked"], 0 < sampled < told["nano"]) == (24, True)
+        code, _, err = run("critique", str(recipe), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
+        assert (code, "--yes goes without a cap" in " ".join(err.split())) == (2, True)
+        assert server.bill == sampled
+        code, _, _ = run("critique", str(recipe), "--only", "critic", "--yes", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0
+        assert told["low_nano"] <= server.bill <= told["high_nano"]
+        judged = [request.content for request in server.log if "As a trial of" not in request.content]
+        assert len(judged) == told["judgements"]
+        assert "24 were asked" in run("critique", str(recipe), "--estimate", capsys=capsys, monkeypatch=monkeypatch)[1]
+    path = folder / "recipe.yaml"
+    code, _, err = run("critique", str(path), "--estimate", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, "costs nothing" in err) == (2, True)
 
 
 def test_spend_never_exceeds_the_cap(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

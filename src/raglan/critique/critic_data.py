@@ -27,13 +27,13 @@ from raglan.critique.judgements import TOKENS, Judgement, Reject, Template, Verd
 from raglan.critique.sources import Row, drawn, spoiled
 from raglan.critique.teacher import Book, Teacher
 from raglan.documents import write_examples
-from raglan.errors import CheckpointError, CorpusError
+from raglan.errors import CheckpointError, CorpusError, RecipeError
 from raglan.recipe import CriticDataSettings, CritiqueSettings, JudgementKind
 from raglan.records import Example, Hit, Passage
 from raglan.splits import split_examples
 from raglan.text import sentences
 
-__all__ = ["Search", "balanced", "candidates", "labelled_rows", "make_critic_data"]
+__all__ = ["Search", "asked_again", "asked_of", "balanced", "candidates", "labelled_rows", "make_critic_data"]
 
 KIND = "critic data"
 DEPTH = 5  # passages that a row's pairs are made of
@@ -120,6 +120,19 @@ def _outputs(made: _Material, chance: float, abstention: str) -> list[str]:
     return list(dict.fromkeys([output, *([made.wrong] if made.wrong else []), *more]))
 
 
+def asked_of(settings: CritiqueSettings, rows: Sequence[Row], corpus: Corpus, search: Search, *, seed: int) -> list[Judgement]:
+    """The judgements that the teacher is asked for, without those of the second pass. Raises RecipeError: `critic` is null."""
+    if settings.critic is None:
+        raise RecipeError("critique.critic is null, so there is no critic data to make")
+    every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
+    return _fewer([one for one in every if one.kind in settings.judgements], settings.critic.most, seed)
+
+
+def asked_again(asked: Sequence[Judgement], settings: CriticDataSettings, seed: int) -> list[Judgement]:
+    """Those of them that the second pass asks for once more, if they were labelled."""
+    return [one for one in asked if drawn(seed, one.id, "second pass") < settings.second_pass]
+
+
 def make_critic_data(
     settings: CritiqueSettings, rows: Sequence[Row], corpus: Corpus, search: Search, teacher: Teacher,
     templates: Mapping[JudgementKind, Template], book: Book, *, seed: int, made_of: str,
@@ -135,8 +148,7 @@ def make_critic_data(
     identity = fingerprint([made_of, teacher.fingerprint, wanted.model_dump(mode="json"), wordings])
     if (there := _there(folder, identity)) is not None:
         return there
-    every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
-    asked = _fewer([one for one in every if one.kind in settings.judgements], wanted.most, seed)
+    asked = asked_of(settings, rows, corpus, search, seed=seed)
     labels = book.label(teacher, asked, templates)
     good = [(one, found) for one in asked if isinstance(found := labels[one.id], Verdict)]
     if not good:
@@ -230,7 +242,7 @@ def _second(
     templates: Mapping[JudgementKind, Template], book: Book, seed: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Agreement of a second pass with the first, by judgement."""
-    drawn_again = [one for one, _ in good if drawn(seed, one.id, "second pass") < settings.second_pass]
+    drawn_again = asked_again([one for one, _ in good], settings, seed)
     labels = book.label(teacher, drawn_again, templates, draw=1) if drawn_again else {}
     first = {one.id: found.label for one, found in good}
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
