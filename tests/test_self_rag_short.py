@@ -24,16 +24,13 @@ from raglan.errors import GeneratorError
 from raglan.recipe import CalibrationSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from tiny import ScriptedGenerator, decides, said
+from tiny import hits as found
 
 USE = (0.01, 0.02, 0.05, 0.12, 0.80)
 
 
 def settings(**given: Any) -> SelfRagDecode:
     return SelfRagDecode(kind="self_rag", **given)
-
-
-def found(*titles: str) -> list[Hit]:
-    return [Hit(Passage(title, f"about {title}", title), n, 1.0 / (n + 1), n + 1) for n, title in enumerate(titles)]
 
 
 def ask(generator: Any, hits: Sequence[Hit], question: str = "why", **given: Any) -> Answer:

@@ -30,7 +30,7 @@ from transformers import (
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.recipe import SelfRagPromptSettings
-from raglan.records import Marked
+from raglan.records import Hit, Marked, Passage
 from raglan.reflection import NAMES, ORDER, Schema
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation + "éü中文北京大學"
@@ -135,6 +135,25 @@ def self_rag(
         tie_word_embeddings=tied,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
+
+
+@torch.no_grad()
+def sure_self_rag(folder: Path, *, sure: float = 12.0, likes: Collection[str] = ("is_sup", "is_use"), by: float = 1.6) -> Path:
+    """Such a checkpoint that is `sure` of what it writes and likes these roles (`eos` is one), so that rows end."""
+    self_rag(folder)
+    model = LlamaForCausalLM.from_pretrained(str(folder))
+    schema = read_schema(llama_tokenizer(special=True), model.config.vocab_size)
+    head = model.get_output_embeddings().weight
+    head *= sure
+    head[[one for role in likes for one in ((2,) if role == "eos" else schema.ids[role])]] *= by
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def hits(*titles: str, text: str = "about {}") -> list[Hit]:
+    """Passages of these titles, the first one the best."""
+    passages = [Passage(title, text.format(title), title) for title in titles]
+    return [Hit(passage, row, 1.0 / (row + 1), row + 1) for row, passage in enumerate(passages)]
 
 
 def marked_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:

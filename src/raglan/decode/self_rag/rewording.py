@@ -44,12 +44,13 @@ def reworded(generator: Any, asked: Asked, settings: SelfRagDecode, retrieve: Re
     Nothing changes where the generator cannot reword, or where nobody can be asked for passages.
     """
     tried: list[list[str]] = [[] for _ in asked.queries]
-    if not isinstance(generator, Rewords) or not generator.rewrites or retrieve is None:
+    rewrites = generator.rewrites if isinstance(generator, Rewords) else 0
+    if not rewrites or retrieve is None:
         return asked, tried
     hits = [list(own) for own in asked.hits]
     prompts = prompts_of(generator, asked, settings)
     poor = _irrelevant(generator, prompts, hits, _retrieving(generator, prompts, hits, settings), settings)
-    for _ in range(generator.rewrites):
+    for _ in range(rewrites):
         found: dict[int, list[Hit]] = {}
         for place in poor:
             tried[place].append(generator.reword(asked.queries[place], [asked.queries[place], *tried[place]]))
