@@ -207,6 +207,8 @@ class HFGenerator(Generator, MarkedGenerator):
             GeneratorError: the answer has no token.
         """
         space = self.prompt.answer_space if space is None else space
+        if self.prompt.settings.self_rag.answers == "tokens" and answer in self.schema.spellings:
+            return [self.schema.identity(answer), self.eos]
         return [*answer_ids(self.tokenizer, answer, "" if self.is_seq2seq else space), self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -92,6 +92,11 @@ class SelfRagPromptSettings(Settings):
         description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
     )
     passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+    answers: Literal["text", "tokens"] = Field(
+        "text",
+        description="`tokens`: an answer that spells one reflection token is that token, as a critic's labels may be; nothing "
+        "else ever becomes one.",
+    )
 
     @model_validator(mode="after")
     def _parts_are_there(self) -> SelfRagPromptSettings:
@@ -163,9 +168,10 @@ class PromptSettings(Settings):
         return self
 
 
-SERVED = ("endpoint", "tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout")
+SERVED = ("endpoint", "revision", "api_key_env", "concurrency", "retries", "timeout")
 OF_KIND = {  # what belongs to some kinds of generator only
-    **dict.fromkeys(SERVED, ("endpoint",)), "engine": ("vllm",), "dtype": ("hf", "vllm"),
+    **dict.fromkeys(SERVED, ("endpoint", "graded")), "tokenizer": ("endpoint",), "rewrites": ("graded",),
+    "engine": ("vllm",), "dtype": ("hf", "vllm"), "vocabulary": ("hf", "vllm", "endpoint"),
     **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
 }  # fmt: skip
 
@@ -173,9 +179,10 @@ OF_KIND = {  # what belongs to some kinds of generator only
 class GeneratorSettings(Settings):
     """A transformers seq2seq or causal model, or the embedded reader; for Self-RAG also one in vLLM or on a server."""
 
-    kind: Literal["hf", "vllm", "endpoint"] = Field(
+    kind: Literal["hf", "vllm", "endpoint", "graded"] = Field(
         "hf",
-        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
+        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, a server of OpenAI's protocol, or "
+        "any chat model behind one, which is asked yes or no where a Self-RAG model has reflection tokens (`graded`).",
     )
     model: str = Field(
         "embedded",
@@ -197,14 +204,18 @@ class GeneratorSettings(Settings):
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
     engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$", description="endpoint: the server, as http://localhost:8000/v1."
+        None, pattern=r"^https?://[^@\s]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
     )
     tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
-    revision: str | None = Field(None, description="endpoint: any name; another one stands for other weights there.")
-    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds the server's key.")
-    concurrency: int = Field(16, ge=1, description="endpoint: requests at a time.")
-    retries: int = Field(5, ge=0, description="endpoint: further tries of a request that fails, each after a longer wait.")
-    timeout: float = Field(120.0, gt=0, description="endpoint: seconds a request may take.")
+    revision: str | None = Field(None, description="endpoint, graded: any name; another one stands for other weights there.")
+    api_key_env: str | None = Field(None, description="endpoint, graded: the environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, description="endpoint, graded: requests at a time.")
+    retries: int = Field(5, ge=0, description="endpoint, graded: further tries of a failed request, each after a longer wait.")
+    timeout: float = Field(120.0, gt=0, description="endpoint, graded: seconds a request may take.")
+
+    rewrites: int = Field(
+        3, ge=0, description="graded: how often a question that found no relevant passage is reworded and asked again."
+    )
 
     @model_validator(mode="after")
     def _kind_has_its_settings(self) -> GeneratorSettings:
@@ -214,8 +225,8 @@ class GeneratorSettings(Settings):
         if wrong := sorted(name for name in said if self.kind not in OF_KIND.get(name, (self.kind,))):
             kinds = " or ".join(OF_KIND[wrong[0]])
             raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")
-        if self.kind == "endpoint" and self.endpoint is None:
-            raise ValueError("kind endpoint needs endpoint, the server's address")
+        if self.kind in ("endpoint", "graded") and self.endpoint is None:
+            raise ValueError(f"kind {self.kind} needs endpoint, the server's address")
         if self.kind != "hf" and self.model == "embedded":
             raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
         return self

@@ -133,6 +133,15 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _grades_are_no_likelihoods(self) -> Recipe:
+        if self.generator.kind == "graded" and self.decode.kind == "self_rag":
+            if self.decode.weights.seq:
+                raise ValueError("generator.kind graded knows no probability of words: decode.weights.seq must be 0")
+            if self.decode.options:
+                raise ValueError("generator.kind graded scores no given options: decode.labels are found in what is written")
+        return self
+
+    @model_validator(mode="after")
     def _retrievers_are_indexes(self) -> Recipe:
         for name in (self.synthesis.retrievers or {}) if self.synthesis is not None else ():
             if name not in (*self.knowledge.indexes, "pooled"):
