@@ -1,8 +1,9 @@
 """The call engine against a bare client: calls a second, CPU a call, memory.
 
-    make bench-calls                                (two minutes on 2 cores; `-n`, `--times`, `--concurrency`, `--latency`)
+    python benchmarks/calls.py                      (two minutes on 2 cores; `-n`, `--times`, `--concurrency`, `--latency`)
     python benchmarks/calls.py --many 100000        (a minute: the memory of so many calls, the server answering at once)
     python benchmarks/calls.py --journal 1000000    (three minutes and 3 GB of disk: a journal of so many calls is opened)
+    make bench-calls                                (all three)
 
 A server in a process of its own answers every request after 200 ms. Two clients ask it by turns, 64 requests at a time:
 
