@@ -14,7 +14,8 @@ Ideal are concurrency / latency calls a second. Printed are calls a second, the 
 CPU a call (of the whole client process, so it counts on a busy machine as well). Wanted are 95 % of the ideal or, where the
 bare client misses that by itself because the machine is busy, 95 % of the bare client's; at most 1.5 ms of CPU a call; at most
 50 MB more held after 100,000 calls than after the first thousand; a journal of a million calls of 3 kB open in 60 s and 500 MB.
-Each verdict is a line with OK or FAIL; the exit status is 1 after any FAIL.
+Each verdict is a line with OK or FAIL; the exit status is 1 after any FAIL. Seconds in which a process could run and had no
+core, because others had it, are told where the system counts them (Linux); the opening of a journal is judged without them.
 """
 
 from __future__ import annotations
@@ -75,25 +76,27 @@ def with_server(latency: float, act: Callable[[int], bool]) -> bool:
 
 def compare(port: int, asked: argparse.Namespace) -> bool:
     ideal = asked.concurrency / asked.latency
-    clients: dict[str, Callable[[int], None]] = {
+    clients: dict[str, Callable[[int], float]] = {
         "bare": lambda count: asyncio.run(bare(port, count, asked.concurrency)),
         "engine": lambda count: engine(port, count, asked.concurrency),
     }
     for client in clients.values():
         client(2 * asked.concurrency)  # imports
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in clients}
     for _ in range(asked.times):
         for name, client in clients.items():
             cpu, began = time.process_time(), time.perf_counter()
-            client(asked.n)
+            without = client(asked.n)
             seconds = time.perf_counter() - began
-            found[name].append((asked.n / seconds, 1000 * (time.process_time() - cpu) / asked.n))
+            found[name].append((asked.n / seconds, 1000 * (time.process_time() - cpu) / asked.n, without / seconds))
     print(f"{asked.n} calls, {asked.concurrency} at a time, {asked.latency:g} s each; ideal {ideal:.0f} calls/s")
-    rates = {name: statistics.median(rate for rate, _ in runs) for name, runs in found.items()}
-    cpus = {name: statistics.median(cpu for _, cpu in runs) for name, runs in found.items()}
+    rates, cpus, starved = (
+        {name: statistics.median(run[place] for run in runs) for name, runs in found.items()} for place in range(3)
+    )
     for name, rate in rates.items():
         shares = f"{rate / ideal:6.1%} of ideal  {rate / rates['bare']:6.1%} of bare"
-        print(f"{name:8} {rate:7.1f} calls/s  {shares}  {cpus[name]:5.2f} ms CPU a call")
+        told = f"without a core {starved[name]:.0%} of the time"
+        print(f"{name:8} {rate:7.1f} calls/s  {shares}  {cpus[name]:5.2f} ms CPU a call, {told}")
     return all(
         [
             throughput(rates["engine"] / ideal, rates["bare"] / ideal),
@@ -130,9 +133,13 @@ def verdict(what: str, told: str, wanted: str, *, good: bool) -> bool:
     return good
 
 
-def engine(port: int, count: int, concurrency: int) -> None:
-    for outcome in outcomes(port, count, concurrency):
+def engine(port: int, count: int, concurrency: int) -> float:
+    """Seconds in which its threads had no core."""
+    before = last = without_core()
+    for number, outcome in enumerate(outcomes(port, count, concurrency), 1):
         assert outcome.cls == "ok", outcome.error
+        last = without_core() if number == count else last  # afterwards its thread is gone
+    return last - before
 
 
 def outcomes(port: int, count: int, concurrency: int) -> Iterator[Outcome]:
@@ -148,8 +155,9 @@ def asks(count: int) -> Iterator[Ask]:
     return (Ask("answer", ({"role": "user", "content": f"{PROMPT} {number}"},)) for number in range(count))
 
 
-async def bare(port: int, count: int, concurrency: int) -> None:
-    numbers = iter(range(count))
+async def bare(port: int, count: int, concurrency: int) -> float:
+    """Seconds in which it had no core."""
+    numbers, before = iter(range(count)), without_core()
 
     async def worker() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -161,6 +169,7 @@ async def bare(port: int, count: int, concurrency: int) -> None:
         writer.close()
 
     await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return without_core() - before
 
 
 class Server(asyncio.Protocol):
@@ -208,12 +217,13 @@ def opening(folder: Path, count: int) -> bool:
     for act in (written, opened):  # each in a process of its own
         process = fresh.Process(target=act, args=(folder, count, told))
         process.start()
-        seconds, cpu, grown = told.get()
+        seconds, cpu, without, grown = told.get()
         process.join()
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-    found = f"of {count:,} calls, {size:.2f} GB, opened in {seconds:.1f} s ({cpu:.1f} s CPU), peak {grown:.0f} MB more"
-    wanted = f"at most {OPEN_SECONDS} s and {OPEN_MB} MB"
-    return verdict("journal", found, wanted, good=seconds <= OPEN_SECONDS and grown <= OPEN_MB)
+    took = f"{seconds:.1f} s ({cpu:.1f} s CPU, {without:.1f} s without a core)"
+    found = f"of {count:,} calls, {size:.2f} GB, opened in {took}, peak {grown:.0f} MB more"
+    wanted = f"at most {OPEN_SECONDS} s with a core and {OPEN_MB} MB"
+    return verdict("journal", found, wanted, good=seconds - without <= OPEN_SECONDS and grown <= OPEN_MB)
 
 
 def written(folder: Path, count: int, told: Any) -> None:
@@ -224,21 +234,27 @@ def written(folder: Path, count: int, told: Any) -> None:
         line = {"class": "ok", "finish": "stop", "usage": [9, 0, 9], "cost": 5, "settled": True, "took": 0.2, "body": text}
         journal.settle(intent, line)
     journal.close()
-    told.put((0.0, 0.0, 0.0))
+    told.put((0.0, 0.0, 0.0, 0.0))
 
 
 def opened(folder: Path, count: int, told: Any) -> None:
-    before, cpu, began = peak(), time.process_time(), time.perf_counter()
+    before, without, cpu, began = peak(), without_core(), time.process_time(), time.perf_counter()
     journal = Journal(folder)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds, cpu, without = time.perf_counter() - began, time.process_time() - cpu, without_core() - without
     grown = peak() - before
     assert all(journal.answer(name(number)) for number in range(0, count, count // 100))
     journal.close()
-    told.put((seconds, cpu, grown))
+    told.put((seconds, cpu, without, grown))
 
 
 def name(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def without_core() -> float:
+    """Seconds in which the process's threads could run and had no core; 0 where the system does not count them."""
+    counted = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
+    return sum(int(fields[1]) for fields in counted) / 1e9
 
 
 def peak() -> float:
