@@ -209,7 +209,7 @@ def _trained(path: Path, mine: Mapping[JudgementKind, Template]) -> Any:
         told = read_json(manifest) if manifest is not None and manifest.is_file() else {}
         if told.get("kind") == CRITIC:  # a stage may learn other questions first
             _check_wordings(told["templates"], mine, f"{path}, stage {name}")
-    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator})
+    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator, "adapter": None})
     return open_generator(settings, recipe.prompt)
 
 
