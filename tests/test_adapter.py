@@ -31,7 +31,8 @@ PASSAGES = [
 ANSWERS = ["Odo Marrack, the miller", "1790", "a"]
 QUERIES = ["who built the tower?", "when?", "北京大學 in the year 1790?"]
 TEMPLATES = {
-    **QA_PROMPTS, "default": PromptSettings().template, "bare": "{passages}\n{question}\n", "first": "{question}\n\n{passages}\n答：",
+    **QA_PROMPTS, "default": PromptSettings().template, "bare": "{passages}\n{question}\n",
+    "first": "{question}\n\n{passages}\n答：",
     "instruct": "[INST] {question}\n{passages} [/INST]", "zh": "根据材料回答。\n{passages}\n问题：{question}\n回答：",
 }  # fmt: skip
 
@@ -62,6 +63,11 @@ def tiny_tensors(folder: Path) -> dict[str, Tensor]:
 def opened(base: Path, prompt: PromptSettings | None = None, **settings: Any) -> HFGenerator:
     told = GeneratorSettings(model=str(base), **{"dtype": "float32", **settings})
     return open_generator(told, prompt or PromptSettings(max_tokens=300))
+
+
+def rows_of(generator: HFGenerator, answers: list[str]) -> list[dict[str, list[int]]]:
+    asked = zip(QUERIES, answers, strict=False)
+    return [generator.row(generator.prompt.render(query, PASSAGES), answer) for query, answer in asked]
 
 
 def logits(model: Any, ids: list[int], left: int = 0) -> Tensor:
@@ -204,7 +210,7 @@ def test_left_padding_writes_what_no_padding_writes(base: Path, published: Path)
 
 def test_left_padded_rows_have_the_loss_of_unpadded_ones(base: Path) -> None:
     generator = opened(base)
-    rows = [generator.row(generator.prompt.render(query, PASSAGES), answer) for query, answer in zip(QUERIES, "abc", strict=True)]
+    rows = rows_of(generator, list("abc"))
     right = generator.collate(rows)
     width = right["input_ids"].shape[1]
     left = {name: value.clone() for name, value in right.items()}
@@ -226,7 +232,7 @@ def test_the_loss_is_divided_by_the_answer_tokens_of_the_whole_step(base: Path) 
     assert float(answer_nll(logprobs, mask, reduction="token")) == pytest.approx(2.5)
     generator = opened(base)
     objective = AnswerObjective(generator)
-    rows = [generator.row(generator.prompt.render(query, PASSAGES), answer) for query, answer in zip(QUERIES, ANSWERS, strict=True)]
+    rows = rows_of(generator, ANSWERS)
     items = sum(len(row["labels"]) for row in rows)
     whole = objective.loss(objective.collate(rows))[0]
     apart = [objective.collate([row]) for row in rows]
@@ -236,7 +242,7 @@ def test_the_loss_is_divided_by_the_answer_tokens_of_the_whole_step(base: Path) 
 
 def test_the_end_is_learned_and_padding_is_not(base: Path) -> None:
     generator = opened(base)
-    rows = [generator.row(generator.prompt.render(query, PASSAGES), answer) for query, answer in zip(QUERIES, ["a", "bcd"], strict=False)]
+    rows = rows_of(generator, ["a", "bcd"])
     batch = generator.collate(rows)
     assert generator.pad == generator.eos
     assert [row["labels"][-1] for row in rows] == [2, 2]
@@ -281,7 +287,7 @@ def test_only_lora_learns(base: Path) -> None:
     for name, parameter in generator.model.named_parameters():
         if "lora_B" in name:  # they begin as zeros, behind which no A has a gradient
             torch.nn.init.normal_(parameter, std=0.1)
-    rows = [generator.row(generator.prompt.render(query, PASSAGES), answer) for query, answer in zip(QUERIES, "abc", strict=True)]
+    rows = rows_of(generator, list("abc"))
     objective.loss(objective.collate(rows))[0].backward()
     for name, parameter in generator.model.named_parameters():
         moves = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)

@@ -104,7 +104,7 @@ def mistral(folder: Path, *, seed: int = 0, layers: int = 2, width: int = 32) ->
     return _saved(MistralForCausalLM(config), words, folder)
 
 
-def adapter(base: Path, folder: Path, *, seed: int = 0, old: bool = False, named: str = "mistralai/Mistral-7B-v0.1", **lora: Any) -> Path:
+def adapter(base: Path, folder: Path, *, seed: int = 0, named: str = "mistralai/Mistral-7B-v0.1", **lora: Any) -> Path:
     """A LoRA adapter as peft publishes it, with factors that do something; `named`: the base that its config tells of."""
     from peft import LoraConfig, get_peft_model
 
@@ -115,7 +115,7 @@ def adapter(base: Path, folder: Path, *, seed: int = 0, old: bool = False, named
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.peft_config["default"].base_model_name_or_path = named
-    model.save_pretrained(str(folder), safe_serialization=not old)
+    model.save_pretrained(str(folder))
     return folder
 
 

@@ -36,7 +36,9 @@ app = typer.Typer(
     help="Train the retriever and the generator of a retrieval-augmented system as one piece.",
 )  # fmt: skip
 
-checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, put them together again, merge adapters.")
+checkpoint = typer.Typer(
+    no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, put them together again; merge adapters."
+)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
 app.command()(calls)

@@ -146,7 +146,8 @@ def merge_adapter(recipe: Recipe, parts: Parts, out: Path, *, dtype: Literal["ba
     settings = _tuned(recipe, parts)
     if settings.adapter is None and not is_adapter(settings.model):
         raise CheckpointError(
-            f"generator {settings.model!r} has no adapter to merge", hint="name one as generator.adapter, or train with generator.lora"
+            f"generator {settings.model!r} has no adapter to merge",
+            hint="name one as generator.adapter, or train with generator.lora",
         )
     base = settings.model if settings.adapter is not None else adapter_base(settings.model)
     with _appearing(out) as folder:

@@ -88,6 +88,10 @@ class Prompt:
                 return replace(found, dropped_shots=len(shots) - kept)
         return replace(self._joined(query, passages, history), dropped_shots=len(shots))
 
+    def text(self, query: str, passages: Sequence[Passage], *, history: Sequence[str] = ()) -> str:
+        """The prompt as text, nothing cut: for readers with tokenizers of their own. It needs none."""
+        return self._text(query, [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)], history)
+
     def within(self, tokens: int) -> Prompt:
         """This prompt with another budget."""
         other = copy.copy(self)

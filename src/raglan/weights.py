@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from raglan.errors import CheckpointError
 
-__all__ = ["lacking", "read_json", "read_tensor_file", "read_tensors", "weight_files", "without", "without_copies", "write_tensors"]
+__all__ = [
+    "lacking",
+    "read_json",
+    "read_tensor_file",
+    "read_tensors",
+    "weight_files",
+    "without",
+    "without_copies",
+    "write_tensors",
+]
 
 SAFE, OLD = "model.safetensors", "pytorch_model.bin"
 

@@ -84,7 +84,7 @@ def adapter_base(folder: str | Path) -> str:
     if not base:
         raise CheckpointError(
             f"adapter {str(folder)!r} names no base model",
-            hint=f"set base_model_name_or_path in its {CONFIG}, or name the base as generator.model and this as generator.adapter",
+            hint=f"set base_model_name_or_path in its {CONFIG}; or name the base as generator.model, and this as .adapter",
         )
     return str(base)
 
@@ -121,7 +121,9 @@ def put_on(model: Any, tokenizer: Any, folder: str | Path, *, base: str, trainab
     try:
         tensors = read_tensor_file(place)
     except CheckpointError as fault:
-        raise CheckpointError(f"adapter {folder!r} cannot be put on {base!r}: {fault.message}", hint=fault.hint or WHOLE) from None
+        raise CheckpointError(
+            f"adapter {folder!r} cannot be put on {base!r}: {fault.message}", hint=fault.hint or WHOLE
+        ) from None
     _check_fit(model, tokenizer, folder, config, tensors, base)
     try:
         with quietly():
@@ -188,9 +190,7 @@ def _quantised(base: str) -> CheckpointError:
     )
 
 
-def _check_fit(
-    model: Any, tokenizer: Any, folder: str, config: Any, tensors: Mapping[str, Tensor], base: str
-) -> None:  # fmt: skip
+def _check_fit(model: Any, tokenizer: Any, folder: str, config: Any, tensors: Mapping[str, Tensor], base: str) -> None:
     """Layer count, sizes and vocabulary of adapter and base; what differs is told with both."""
     told = [*_layers(model, config, tensors), *_sizes(model, tensors), *_words(model, tokenizer, folder, tensors)]
     if told:
@@ -210,7 +210,7 @@ def _layers(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> list[str]
 
 
 def _sizes(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
-    """A layer whose inputs or outputs are not as many as those of the base's, one that reads the hidden states if there is any."""
+    """A layer with other numbers of inputs or outputs than the base's; one that reads the hidden states if there is any."""
     modules, hidden = dict(model.named_modules()), getattr(model.config, "hidden_size", None)
     unlike: list[tuple[str, str, int, int]] = []
     for name, tensor in tensors.items():

@@ -319,7 +319,7 @@ class HFGenerator(Generator, MarkedGenerator):
         write_manifest(folder, "generator", {**told, **figures})
 
     def _guarded(self, prompt: Rendered, answer: int) -> Rendered:
-        """The prompt, under `overflow: cut_left` without its beginning where the answer would have no room; what opens it stays."""
+        """The prompt; under `overflow: cut_left` without its beginning, all but what opens it, where the answer has no room."""
         over = len(prompt.ids) + answer - (self._positions or MOST)
         if self.settings.overflow != "cut_left" or self.is_seq2seq or over <= 0:
             return prompt

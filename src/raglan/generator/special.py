@@ -1,4 +1,4 @@
-"""What begins, ends and pads a causal model's rows: from the recipe, else the tokenizer's own; each has to be a word of the model.
+"""What begins, ends and pads a causal model's rows: the recipe's, else the tokenizer's own; each has to be a word of the model.
 
 Published adapters name bos 1, eos 2 and pad = eos. Padding by the end token is no harm here: what is masked is told by lengths,
 never by ids, so the end of an answer stays a label.
@@ -49,7 +49,8 @@ def _spelt(tokenizer: Any, wanted: int | str, rows: int, role: str, model: str) 
 def _check(place: int | None, rows: int, role: str, model: str) -> None:
     if place is not None and not 0 <= place < rows:
         raise CheckpointError(
-            f"the tokenizer of {model!r} has {role} at {place}, and the model {rows} words", hint=f"name generator.tokens.{role}"
+            f"the tokenizer of {model!r} has {role} at {place}, and the model {rows} words",
+            hint=f"name generator.tokens.{role}",
         )
 
 

@@ -179,7 +179,7 @@ class AdapterSettings(Settings):
     path: str = Field(min_length=1, description="A folder with the adapter, or with subfolders of adapters, or a hub name.")
     subfolder: str | None = Field(None, min_length=1, description="Which of several, as RT-KS.")
     merge: bool = Field(
-        False, description="Add it to the base's weights, in float32. Without it, it stays beside them, and learns on with `lora`."
+        False, description="Add it to the base's weights, in float32; else it stays beside them, and learns on with `lora`."
     )
 
 
@@ -239,7 +239,7 @@ class GeneratorSettings(Settings):
         if self.kind == "endpoint" and self.endpoint is None:
             raise ValueError("kind endpoint needs endpoint, the server's address")
         if self.adapter is not None and self.adapter.merge and self.lora is not None:
-            raise ValueError("a new adapter (lora) names its base, and a base with adapter.merge is on no disk: merge it there first")
+            raise ValueError("lora names its base, and a base with adapter.merge is on no disk: merge it there first")
         if self.kind != "hf" and self.model == "embedded":
             raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
         return self
