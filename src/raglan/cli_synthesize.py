@@ -32,8 +32,9 @@ synthesize = typer.Typer(
 As = Annotated[
     str,
     typer.Option(
-        "--as", help="Of a synthesized dataset sft, chat, raft, dpo or retriever; of other sources openai-chat, openai-dpo, trl "
-        "or sentence-transformers.", show_default=False,
+        "--as", show_default=False,
+        help="Of a synthesized dataset sft, chat, raft, dpo or retriever; of other sources openai-chat, openai-dpo, trl or "
+        "sentence-transformers.",
     ),
 ]  # fmt: skip
 Model = Annotated[

@@ -40,6 +40,7 @@ from raglan.generator.adapter import adapter_base, is_adapter
 from raglan.rag import PRIOR
 from raglan.recipe import GeneratorSettings, MarginalObjective, PromptSettings, Recipe
 from raglan.train import Parts
+from raglan.vocabulary import save_tokenizer
 from raglan.weights import lacking, read_json, read_tensors, without, without_copies, write_tensors
 
 __all__ = ["export_rag", "import_rag", "merge_adapter"]
@@ -127,8 +128,8 @@ def export_rag(recipe: Recipe, parts: Parts, out: Path, *, trained: Collection[s
             begins = config["generator"].get("forced_bos_token_id")
             answers = read_json(home / "generation_config.json")
             write_json(folder / "generation_config.json", _changed(answers, {"forced_bos_token_id": begins}, {}))
-        tower.tokenizer.save_pretrained(str(folder / QUESTION_WORDS))
-        generator.tokenizer.save_pretrained(str(folder / GENERATOR_WORDS))
+        save_tokenizer(tower.tokenizer, folder / QUESTION_WORDS)
+        save_tokenizer(generator.tokenizer, folder / GENERATOR_WORDS)
     return Path(out)
 
 
@@ -154,9 +155,16 @@ def merge_adapter(recipe: Recipe, parts: Parts, out: Path, *, dtype: Literal["ba
         kind = _stored(base) if dtype == "base" else dtype
         generator = open_merged(settings.model_copy(update={"dtype": kind}), recipe.prompt)
         if not generator.is_seq2seq:  # as the published tokenizers of such models are
-            generator.tokenizer.padding_side = generator.tokenizer.truncation_side = "left"
+            _turn_left(generator.tokenizer)
         generator.save(folder, merged=True, dtype=kind)
     return Path(out)
+
+
+def _turn_left(tokenizer: Any) -> None:
+    """Padding and truncation on the left. Only what a tokenizer was made with is saved, as it is by then."""
+    for name in ("padding_side", "truncation_side"):
+        setattr(tokenizer, name, "left")
+        tokenizer.init_kwargs[name] = "left"
 
 
 def _stored(base: str) -> str:
