@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from raglan.generator import HFGenerator, open_generator, open_merged
 from raglan.generator.adapter import merged
 from raglan.likelihood import answer_nll
 from raglan.objective import AnswerObjective
+from raglan.prompt import Prompt
 from raglan.recipe import QA_PROMPTS, AdapterSettings, GeneratorSettings, PromptSettings
 from raglan.records import Passage
 
@@ -63,6 +65,11 @@ def tiny_tensors(folder: Path) -> dict[str, Tensor]:
 def opened(base: Path, prompt: PromptSettings | None = None, **settings: Any) -> HFGenerator:
     told = GeneratorSettings(model=str(base), **{"dtype": "float32", **settings})
     return open_generator(told, prompt or PromptSettings(max_tokens=300))
+
+
+@cache
+def opened_once(base: Path) -> HFGenerator:
+    return opened(base)
 
 
 def rows_of(generator: HFGenerator, answers: list[str]) -> list[dict[str, list[int]]]:
@@ -315,6 +322,36 @@ def test_the_recipe_names_tokens_and_they_exist(base: Path) -> None:
     for wrong in (9999, -1, "<nowhere>"):
         with pytest.raises(CheckpointError, match=r"generator\.tokens\.pad is .* which is no token"):
             opened(base, tokens={"pad": wrong})
+
+
+@pytest.mark.parametrize("query", [*QUERIES, "塔是谁建的？" * 6])
+@pytest.mark.parametrize("tokens", [80, 200, 320, 450])
+def test_passages_stand_whole_or_not_at_all_and_the_question_stays(base: Path, query: str, tokens: int) -> None:
+    generator = opened_once(base)
+    settings = PromptSettings(whole_passages=True, max_tokens=tokens)
+    prompt = Prompt(settings, generator.tokenizer, layout="joined")
+    texts = [f"{n} the year {said}. " * (3 * n + 1) for n, said in enumerate(["北京", "of Odo", "", "大學", "1790"])]
+    passages = [Passage(str(n), text) for n, text in enumerate(texts)]
+    made = prompt.render(query, passages, history=["who was Ada?", "a miller of the year 1655"])
+    assert len(made.ids) <= tokens
+    assert query in made.text
+    assert (made.cut_tokens, made.dropped_passages > 0) == (0, True)
+    assert [text for text in texts if text.strip() in made.text] == list(made.sources)
+    assert list(made.sources) == texts[: len(texts) - made.dropped_passages]
+    one_more = prompt.within(10**6).render(query, passages[: len(made.sources) + 1])
+    assert len(one_more.ids) > tokens  # turns leave before passages do
+    generator.row(made, "Odo Marrack")
+    assert generator.left_cut == 0
+
+
+def test_the_longest_prefix_by_rank_is_kept(base: Path) -> None:
+    """Room for 1,568 of 410 390 520 300 280 tokens: the first three, 1,320, and not the shorter ones behind them."""
+    generator = opened_once(base)
+    settings = PromptSettings(template="{passages}{question}", separator=" ", max_tokens=1568 + 4, whole_passages=True)
+    passages = [Passage(str(n), " ".join(["a"] * length)) for n, length in enumerate([410, 390, 520, 300, 280])]
+    made = Prompt(settings, generator.tokenizer, layout="joined").render("b", passages)
+    assert made.sources == tuple(passage.text for passage in passages[:3])
+    assert made.dropped_passages == 2
 
 
 def test_overflow_takes_the_beginning_only_where_it_is_said_and_counts(base: Path) -> None:

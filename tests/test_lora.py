@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from raglan import cli
 from raglan.artifact import read_manifest
+from raglan.data import answer_rows
+from raglan.documents import read_examples
 from raglan.generator import HFGenerator, open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings, Recipe, load_recipe
 from raglan.records import Passage
-from raglan.train import finished_parts
+from raglan.train import Parts, finished_parts
 from raglan.weights import read_tensors
 from test_kill import small_recipe
 
@@ -151,6 +154,23 @@ def test_a_published_adapter_is_merged_by_name(trained: Recipe, changes: list[st
     with torch.no_grad():
         spread = float(beside.model(input_ids=ids).logits.std())
         assert torch.allclose(merged.model(input_ids=ids).logits, beside.model(input_ids=ids).logits, atol=0.2 * spread)
+
+
+def test_rows_whose_evidence_does_not_fit_are_left_out_and_counted(
+    trained: Recipe, changes: list[str], place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two passages whole in 110 tokens: one fits, and where it is not the one that answers there is nothing to learn."""
+    recipe = load_recipe(RECIPE, [*changes, "prompt.max_tokens=110"])
+    system = Parts().open(recipe)
+    corpus = {passage.id: passage.text for passage in system.retriever.base.corpus}
+    examples = read_examples(place / "train.jsonl")
+    with caplog.at_level(logging.WARNING):
+        rows = answer_rows(examples, recipe.trainings()["answer"].data, system.retriever, system.generator, 1)
+    assert 0 < len(rows) < len(examples)
+    assert f"{len(examples) - len(rows)} rows are left out" in caplog.text
+    shown = [system.generator.tokenizer.decode(row["input_ids"]) for row in rows]
+    gold = [{corpus[name] for one in examples for name in one.relevant if one.query in text} for text in shown]
+    assert all(any(evidence in text for evidence in own) for own, text in zip(gold, shown, strict=True))
 
 
 @pytest.mark.parametrize("more", [["--untuned"], ["--dtype", "int4"], ["-o", "{kb}"]])

@@ -139,6 +139,9 @@ class PromptSettings(Settings):
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
     self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
+    whole_passages: bool = Field(
+        False, description="Passages are shown whole or not at all: those that do not fit leave, the last ranked first."
+    )
     shots: tuple[Shot, ...] = Field(
         (),
         description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
