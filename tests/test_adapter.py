@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import tiny
-from raglan.errors import CheckpointError
+from raglan.errors import CheckpointError, RecipeError
 from raglan.generator import HFGenerator, open_generator, open_merged
 from raglan.generator.adapter import merged
 from raglan.likelihood import answer_nll
 from raglan.objective import AnswerObjective
 from raglan.prompt import Prompt
-from raglan.recipe import QA_PROMPTS, AdapterSettings, GeneratorSettings, PromptSettings
+from raglan.recipe import QA_PROMPTS, AdapterSettings, GeneratorSettings, PromptSettings, load_recipe
 from raglan.records import Passage
 
 peft = pytest.importorskip("peft")
@@ -352,6 +352,24 @@ def test_the_longest_prefix_by_rank_is_kept(base: Path) -> None:
     made = Prompt(settings, generator.tokenizer, layout="joined").render("b", passages)
     assert made.sources == tuple(passage.text for passage in passages[:3])
     assert made.dropped_passages == 2
+
+
+def test_a_recipe_says_where_an_adapter_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to the recipe, as models are; ${NAME} is an environment variable."""
+    (tmp_path / "adapters" / "RT-S").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
+    monkeypatch.setenv("BASE", str(tmp_path / "base"))
+    text = "name: t\nknowledge: {path: kb, documents: docs}\n"
+    text += "generator: {model: '${BASE}', adapter: {path: adapters, subfolder: RT-S}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    generator = load_recipe(tmp_path / "r.yaml").generator
+    assert generator.model == str(tmp_path / "base")
+    assert generator.adapter == AdapterSettings(path=str(tmp_path / "adapters"), subfolder="RT-S")
+    (tmp_path / "r.yaml").write_text(text.replace("path: adapters", "path: owner/name").replace("${BASE}", "${NOWHERE_AT_ALL}"))
+    with pytest.raises(RecipeError, match="needs the environment variable NOWHERE_AT_ALL"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="tokens are a causal model's"):
+        opened(tiny.t5(tmp_path / "t5"), tokens={"pad": 0})
 
 
 def test_overflow_takes_the_beginning_only_where_it_is_said_and_counts(base: Path) -> None:

@@ -18,7 +18,7 @@ from raglan.exports.contrast import pairs_of
 from raglan.exports.rules import PAIRS
 from raglan.exports.synthetic import wordings
 from raglan.text import words
-from raglan.verification import abstained, holds
+from raglan.verification.checks import abstained, holds
 
 
 def run(*said: object) -> int:

@@ -245,9 +245,7 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
     wanted: Any = target or learned.target
     scores = recipe.run / "scores"
     scorer = open_scorer(learned.scorer, system.generator)
-    done = export_sentences(
-        points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos, scorer=scorer
-    )
+    done = export_sentences(points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos, scorer=scorer)
     console.print(NOTE)
     return done
 

@@ -20,7 +20,7 @@ from raglan.exports.synthetic import Synthetic, wordings
 from raglan.perturb import swap
 from raglan.perturb.values import replaced
 from raglan.text import words
-from raglan.verification import abstained, holds
+from raglan.verification.checks import abstained, holds
 
 __all__ = ["pairs_of"]
 

@@ -29,7 +29,7 @@ from raglan.prompt import Prompt
 from raglan.recipe import PromptSettings
 from raglan.records import Passage
 from raglan.text import content_terms, sentences
-from raglan.verification import holds
+from raglan.verification.checks import holds
 
 __all__ = ["SYNTHETIC", "export_synthetic"]
 

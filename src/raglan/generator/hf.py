@@ -311,7 +311,9 @@ class HFGenerator(Generator, MarkedGenerator):
         with without_bars():
             self.model.save_pretrained(str(folder), **own)
         save_tokenizer(self.tokenizer, folder)
-        told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
+        told: dict[str, Any] = {
+            "model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary,
+        }  # fmt: skip
         if self.settings.vocabulary == "self_rag":
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
         if self.settings.overflow == "cut_left":
@@ -535,6 +537,8 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
     model, tokenizer = _load(settings.model, settings) if adapter is None else _load_with(adapter, settings)
     if not model.config.is_encoder_decoder:
         name_tokens(model, tokenizer, settings)
+    elif settings.tokens:
+        raise RecipeError(f"generator.tokens are a causal model's, and {settings.model!r} is none", hint="leave them out")
     if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
         prepare_vocabulary(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):

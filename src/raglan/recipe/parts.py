@@ -25,7 +25,7 @@ __all__ = [
 
 QA_PROMPTS = {  # by name, because the two contradict each other
     "context_only": "Answer the question from the context below and from nothing else you may know. If the context does not "
-    "hold the answer, say \"I don't know\".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
+    'hold the answer, say "I don\'t know".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ',
     "context_first": "Answer the question. Trust the context below where it speaks to it; where it does not, answer from what "
     "you know.\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
 }
