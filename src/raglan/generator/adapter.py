@@ -230,7 +230,7 @@ def _sizes(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _words(model: Any, tokenizer: Any, folder: str, tensors: Mapping[str, Tensor]) -> list[str]:
     """Rows that the adapter holds, and the tokenizer that it may bring, against the base's."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     for name, tensor in tensors.items():
         if found := TABLES.search(name):
             own = tensor.shape[1] if found.group().endswith("A") else tensor.shape[0]

@@ -20,7 +20,7 @@ def name_tokens(model: Any, tokenizer: Any, settings: GeneratorSettings) -> None
     Raises:
         CheckpointError: a token that is no word of the model, or a row that the tokenizer would begin with another.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     for role in ("bos", "eos", "pad"):
         wanted = settings.tokens.get(role)  # type: ignore[call-overload]
         if wanted is None:
