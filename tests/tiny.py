@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -22,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -86,6 +89,34 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
+
+
+def mistral(folder: Path, *, seed: int = 0, layers: int = 2, width: int = 32) -> Path:
+    """As the Mistral bases are published: bos 1, eos 2, no padding of its own, grouped heads."""
+    torch.manual_seed(seed)
+    words = tokenizer(begins=True, ends=False)
+    words.pad_token = None
+    config = MistralConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return _saved(MistralForCausalLM(config), words, folder)
+
+
+def adapter(base: Path, folder: Path, *, seed: int = 0, named: str = "mistralai/Mistral-7B-v0.1", **lora: Any) -> Path:
+    """A LoRA adapter as peft publishes it, with factors that do something; `named`: the base that its config tells of."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    told = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), LoraConfig(**told))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.peft_config["default"].base_model_name_or_path = named
+    model.save_pretrained(str(folder))
+    return folder
 
 
 def marked_tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:

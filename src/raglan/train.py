@@ -280,7 +280,7 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
-            recipe.knowledge.encoder.query_model,
+            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe),
         )],
     ]  # fmt: skip
     own: dict[str, list[Any]] = {}
@@ -304,6 +304,11 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         made_of = [*ground, *(item for other in (*behind, name) for item in own[other])]
         stages[name] = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}"), parts
     return list(stages.values())
+
+
+def _adapter_folder(recipe: Recipe) -> list[Path]:
+    adapter = recipe.generator.adapter
+    return [] if adapter is None else [Path(adapter.path) / (adapter.subfolder or "")]
 
 
 def files_of(data: Any) -> list[Path]:

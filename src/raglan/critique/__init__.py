@@ -236,7 +236,7 @@ def _trained(path: Path, mine: Mapping[JudgementKind, Template]) -> Any:
                     f"{path}, stage {name}, has labels that are {learned}, and prompt.self_rag.answers asks for {asked}",
                     hint="prompt.self_rag.answers: tokens belongs to critique.critic.labels: tokens",
                 )
-    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator})
+    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator, "adapter": None})
     return open_generator(settings, recipe.prompt)
 
 

@@ -10,7 +10,7 @@ from raglan.generator.encoded import EncodedPrompts, Written, encode_prompts
 from raglan.generator.endpoint import EndpointScorer
 from raglan.generator.endpoint_marks import MarkedEndpoint
 from raglan.generator.graded import Graded
-from raglan.generator.hf import HFGenerator, open_generator
+from raglan.generator.hf import HFGenerator, open_generator, open_merged
 from raglan.generator.vllm import VLLMGenerator
 from raglan.recipe import GeneratorSettings, PromptSettings
 
@@ -27,6 +27,7 @@ __all__ = [
     "encode_prompts",
     "open_any",
     "open_generator",
+    "open_merged",
     "passage_attention",
 ]
 

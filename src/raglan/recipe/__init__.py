@@ -64,6 +64,7 @@ from raglan.recipe.objective import (
 )
 from raglan.recipe.parts import (
     QA_PROMPTS,
+    AdapterSettings,
     GeneratorSettings,
     PriorSettings,
     PromptSettings,
@@ -89,6 +90,7 @@ from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
 __all__ = [
     "ABSTENTION",
     "QA_PROMPTS",
+    "AdapterSettings",
     "AnswerObjective",
     "BM25Index",
     "CalibrationSettings",

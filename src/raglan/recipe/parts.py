@@ -11,6 +11,7 @@ from raglan.recipe.base import Settings
 
 __all__ = [
     "QA_PROMPTS",
+    "AdapterSettings",
     "GeneratorSettings",
     "PriorSettings",
     "PromptSettings",
@@ -24,7 +25,7 @@ __all__ = [
 
 QA_PROMPTS = {  # by name, because the two contradict each other
     "context_only": "Answer the question from the context below and from nothing else you may know. If the context does not "
-    "hold the answer, say \"I don't know\".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
+    'hold the answer, say "I don\'t know".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ',
     "context_first": "Answer the question. Trust the context below where it speaks to it; where it does not, answer from what "
     "you know.\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
 }
@@ -143,6 +144,9 @@ class PromptSettings(Settings):
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
     self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
+    whole_passages: bool = Field(
+        False, description="Passages are shown whole or not at all: those that do not fit leave, the last ranked first."
+    )
     shots: tuple[Shot, ...] = Field(
         (),
         description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
@@ -172,8 +176,20 @@ SERVED = ("endpoint", "revision", "api_key_env", "concurrency", "retries", "time
 OF_KIND = {  # what belongs to some kinds of generator only
     **dict.fromkeys(SERVED, ("endpoint", "graded")), "tokenizer": ("endpoint",), "rewrites": ("graded",),
     "engine": ("vllm",), "dtype": ("hf", "vllm"), "vocabulary": ("hf", "vllm", "endpoint"),
-    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
+    **dict.fromkeys(
+        ("attention", "vocabulary_init", "lora", "adapter", "tokens", "overflow", "freeze", "head_chunk"), ("hf",)
+    ),
 }  # fmt: skip
+
+
+class AdapterSettings(Settings):
+    """A LoRA adapter beside its base, which is `generator.model`; the base that its own config names is advisory."""
+
+    path: str = Field(min_length=1, description="A folder with the adapter, or with subfolders of adapters, or a hub name.")
+    subfolder: str | None = Field(None, min_length=1, description="Which of several, as RT-KS.")
+    merge: bool = Field(
+        False, description="Add it to the base's weights, in float32; else it stays beside them, and learns on with `lora`."
+    )
 
 
 class GeneratorSettings(Settings):
@@ -199,6 +215,15 @@ class GeneratorSettings(Settings):
         "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    adapter: AdapterSettings | None = Field(None, description="A published adapter of `model`.")
+    tokens: dict[Literal["bos", "eos", "pad"], int | str] = Field(
+        default_factory=dict, description="What begins, ends and pads a row, by id or spelling; default the tokenizer's own."
+    )
+    overflow: Literal["error", "cut_left"] = Field(
+        "error",
+        description="A prompt that leaves its answer no positions is refused; `cut_left` takes its beginning away, as the "
+        "published tokenizers do, and counts: what goes first are instruction and passages.",
+    )
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
@@ -227,6 +252,8 @@ class GeneratorSettings(Settings):
             raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")
         if self.kind in ("endpoint", "graded") and self.endpoint is None:
             raise ValueError(f"kind {self.kind} needs endpoint, the server's address")
+        if self.adapter is not None and self.adapter.merge and self.lora is not None:
+            raise ValueError("lora names its base, and a base with adapter.merge is on no disk: merge it there first")
         if self.kind != "hf" and self.model == "embedded":
             raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
         return self
