@@ -84,7 +84,7 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
+from raglan.recipe.synthesis import OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
 
 __all__ = [
     "ABSTENTION",
@@ -129,6 +129,7 @@ __all__ = [
     "MixSource",
     "MoneySettings",
     "NoiseKind",
+    "OfflineTeacher",
     "PassageSettings",
     "PriceSettings",
     "PriorSettings",
@@ -161,6 +162,7 @@ __all__ = [
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "VerifySettings",
     "WeightSettings",
     "load_recipe",
     "recipe_schema",
