@@ -48,7 +48,7 @@ __all__ = ["KIND", "Done", "synthesize"]
 log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
 Place = tuple[int, int]  # cell, ordinal
-RUNNING = ("money", "path")  # settings that change no example
+RUNNING = ("money", "path", "calls")  # settings that change no example
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,7 @@ class Offline:
         for job in jobs:
             idea = self._first(job)
             if idea is None:
-                yield Reject(
-                    job, "draft", "no_material", f"no document has what {job.cell.task} as {job.cell.answer_format} needs"
-                )
+                yield Reject(job, "draft", "no_material", f"{job.cell.task} as {job.cell.answer_format}, {job.cell.relation}")
                 continue
             sheet = show(idea.draft)
             yield sheet if isinstance(sheet, Reject) else Made(sheet, answer(idea, sheet))

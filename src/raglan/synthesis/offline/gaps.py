@@ -2,14 +2,15 @@
 
     overlap = |content terms of the question that the sentence has| / |content terms of the sentence|    at most 0.6
 
-The window grows from the gap to both sides, a word at a time (in Chinese a character or numeral), as long as the overlap allows;
-what is left out is marked. A question with all words of its sentence would be answered by BM25 and teach a retriever nothing.
+The window grows from the gap to both sides, a word at a time (in Chinese a character or numeral), as long as the overlap
+allows; what is left out is marked. A question with all words of its sentence would be answered by BM25 and teach a retriever nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 from raglan.text import Placed, content_terms, placed_words
 
@@ -74,7 +75,7 @@ def _placed(sentence: str) -> tuple[Placed, ...]:
 def _occurrences(placed: Sequence[Placed], wanted: Collection[str]) -> list[tuple[int, int, str]]:
     """(start, end, term) of each content term in the sentence: words, and pairs of adjacent characters."""
     found = [(word.start, word.end, word.word) for word in placed if word.word in wanted]
-    pairs = ((a.start, b.end, a.word + b.word) for a, b in zip(placed, placed[1:], strict=False) if a.end == b.start)
+    pairs = ((a.start, b.end, a.word + b.word) for a, b in pairwise(placed) if a.end == b.start)
     return found + [pair for pair in pairs if pair[2] in wanted]
 
 
