@@ -3,7 +3,8 @@
     overlap = |content terms of the question that the sentence has| / |content terms of the sentence|    at most 0.6
 
 The window grows from the gap to both sides, a word at a time (in Chinese a character or numeral), as long as the overlap
-allows; what is left out is marked. A question with all words of its sentence would be answered by BM25 and teach a retriever nothing.
+allows; what is left out is marked. A question with all words of its sentence would be answered by BM25 and teach a retriever
+nothing.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ CLAIMED = ("yes_no", "fact_verification", "claim_correction")
 TALES = ("long_form", "summary")
 SENTENCE, PARAGRAPH, REASONED = 60, 15, 4  # most words of a sentence, fewest of a paragraph and of a quote
 X = "X"
+UNQUOTED = str.maketrans("", "", '“”"')  # of a claim that is written out: words are left out, so it quotes nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +284,12 @@ class _Finder:
             query = told["options"].format(q=query, options=options)
             value, labels = LETTERS[int(wrong)], tuple(LETTERS[: len(labels)])
         answers = span.aliases if cell.task == "claim_correction" else (value, *span.aliases)
-        true = asked.text.replace(told["gap"], span.text).translate(
-            str.maketrans("", "", '“”"')
-        )  # it quotes nobody: words are left out
+        true = asked.text.replace(told["gap"], span.text).translate(UNQUOTED)
+        if cell.task == "claim_correction" and not holds([true], span.aliases):
+            return None
         return self.idea(
-            "claim", query, asked.evidence, value=value, answers=answers, kind=span.kind, labels=labels, fields=fields, true=true,
-            wrong=wrong,
+            "claim", query, asked.evidence, value=value, answers=answers, kind=span.kind, labels=labels, fields=fields,
+            true=true, wrong=wrong,
         )  # fmt: skip
 
     def _claim_query(self, asked: Asked, value: str) -> str:
@@ -324,7 +325,7 @@ class _Finder:
         return self.idea("list", query, evidence, value="", answers=items, items=items, kind="term", fields=fields)
 
     def _joins(self, fact: Fact, made: Sequence[Asked]) -> bool:
-        """Whether a fact may stand beside those: of another sentence; of the same passage, or where two are linked of the other."""
+        """Whether a fact may stand beside those: another sentence, of the same passage, or of the other where two are linked."""
         if len(made) == (2 if self.linked else 3) or any(one.fact.sentence.text == fact.sentence.text for one in made):
             return False
         return all((one.fact.passage.id == fact.passage.id) != self.linked for one in made)
