@@ -29,6 +29,7 @@ from raglan.recipe.data import (
     MixSource,
     QuestionData,
     SelfRagData,
+    ShownData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -84,13 +85,14 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
+from raglan.recipe.synthesis import BudgetSettings, OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
 
 __all__ = [
     "ABSTENTION",
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "BudgetSettings",
     "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
@@ -153,6 +155,7 @@ __all__ = [
     "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
+    "ShownData",
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",

@@ -1,12 +1,14 @@
 """An answered sheet as it is kept: an `Example` with everything that it was made of in `metadata["synth"]`.
 
-cell, ordinal, teacher      whose it is; its id is synth-<cell>-<ordinal>
-factors, seen               the cell's values; what its writer wants kept
-instruction, rendering      how it is put: see `raglan.rendering`
-policy, withheld            where gold is absent: what the answer does; the passages that would have answered
-passages                    as shown, in their order: id, document, title, text and the slot's record
-target                      what is learned
-job                         the job of a reader that a from-scratch example was written for
+    cell, ordinal, teacher      whose it is; its id is synth-<cell>-<ordinal>
+    factors, seen               the cell's values; what its writer wants kept
+    instruction, rendering      how it is put: see `raglan.rendering`
+    policy, withheld            where gold is absent: what the answer does; the passages that would have answered
+    passages                    as shown, in their order: id, document, title, text and the slot's record
+    target                      what is learned
+    job                         the job of a reader that a from-scratch example was written for
+
+Splits, duplicates, decontamination, exports and training read it.
 """
 
 from __future__ import annotations

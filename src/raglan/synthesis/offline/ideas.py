@@ -325,7 +325,7 @@ class _Finder:
         return self.idea("list", query, evidence, value="", answers=items, items=items, kind="term", fields=fields)
 
     def _joins(self, fact: Fact, made: Sequence[Asked]) -> bool:
-        """Whether a fact may stand beside those: another sentence, of the same passage, or of the other where two are linked."""
+        """Whether a fact may stand beside those: another sentence, of the same passage, or of the other of two linked ones."""
         if len(made) == (2 if self.linked else 3) or any(one.fact.sentence.text == fact.sentence.text for one in made):
             return False
         return all((one.fact.passage.id == fact.passage.id) != self.linked for one in made)

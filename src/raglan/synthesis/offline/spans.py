@@ -22,10 +22,14 @@ __all__ = ["KINDS", "Span", "language_of", "names", "spans"]
 
 KINDS = ("year", "date", "number", "name", "title", "term")
 MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+NO_UNITS = (
+    "and|or|per|when|where|but|then|after|before|until|are|were|has|have|had|not|to|in|of|on|at|by|is|was|the|for|from|with|as|"
+    "who|which|that"
+)
 EN = (
     ("date", re.compile(rf"\b(?:\d{{1,2}} {MONTH}(?: \d{{4}})?|{MONTH} \d{{1,2}}(?:, \d{{4}})?|{MONTH} \d{{4}})\b")),
     ("year", re.compile(r"(?<![\d,.–-])\b(?:1[0-9]\d\d|20\d\d)\b(?![\d,.]\d|–|-|s\b)")),
-    ("number", re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)? (?:per cent|percent|(?!(?:and|or|per|when|where|but|then|after|before|until|are|were|has|have|had|not|to|in|of|on|at|by|is|was|the|for|from|with|as|who|which|that)\b)[a-z]{2,})\b|(?<![\w.,-])\d[\d,]*(?:\.\d+)?%")),
+    ("number", re.compile(rf"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:%| (?:per cent|(?!(?:{NO_UNITS})\b)[a-z]{{2,}})\b)")),
     ("title", re.compile(r"(?<=[“\"])[^“”\"\n]{4,60}(?=[”\"])")),
     ("name", re.compile(r"\b[A-Z][\w'’.-]*[\w](?: (?:(?:of|the|de|van|von|la|le) (?:the )?)?[A-Z][\w'’-]+)*")),
 )  # fmt: skip
@@ -38,18 +42,21 @@ MEASURES = (
 ZH = (
     ("date", re.compile(rf"(?:\d{{4}}|[{DIGITS}]{{4}})年\d{{1,2}}月(?:\d{{1,2}}[日号])?")),
     ("year", re.compile(r"(?<!\d)(?:1\d{3}|20\d\d)年(?!代)|[一二][〇零一二三四五六七八九]{3}年(?!代)")),
-    ("number", re.compile(rf"(?<![\d.第])\d[\d,，]*(?:\.\d+)?[万萬亿億余餘多]*(?:{MEASURES})|(?<![第{DIGITS}])[{DIGITS}]{{2,}}(?:{MEASURES})")),
+    ("number", re.compile(
+        rf"(?<![\d.第])\d[\d,，]*(?:\.\d+)?[万萬亿億余餘多]*(?:{MEASURES})|(?<![第{DIGITS}])[{DIGITS}]{{2,}}(?:{MEASURES})"
+    )),
     ("title", re.compile(r"(?<=《)[^《》\n]{1,30}(?=》)|(?<=“)[^“”\n]{2,20}(?=”)|(?<=「)[^「」\n]{2,20}(?=」)")),
     ("name", re.compile(r"(?<![A-Za-z0-9])[A-Z][A-Za-z0-9]+(?:[ ·.-][A-Za-z0-9]+)*")),
 )  # fmt: skip
 LOOKED_AT = 400  # characters that tell a language
 HAN, KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
 FENCED = re.compile(
-    "[的了是在于於和与與及或而并並把被将將给給对對从從向由以为為也都就又很更最有个個这這那其之等着著过過地得不所后後前中上下年月日，。、；：！？“”《》（）「」()\\s\\d]+"
+    "[的了是在于於和与與及或而并並把被将將给給对對从從向由以为為也都就又很更最有个個这這那其之等着著过過地得不所后後前中上下年月日"
+    "，。、；：！？“”《》（）「」()\\s\\d]+"
 )
 COMMON = frozenset(["the", "of", "and", "to", "in", "is", "a", "was", "for", "that", "it", "on", "as", "with", "by", "are"])
 TIMES = re.compile(f"{MONTH}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|Christmas|Easter")
-NO_NAMES = frozenset(
+NO_NAMES = frozenset("I The A An He She It They We But And In No Mr Mrs Dr St".split())
     ["I", "The", "A", "An", "He", "She", "It", "They", "We", "But", "And", "In", "No", "Mr", "Mrs", "Dr", "St"]
 )
 
