@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from raglan.errors import CorpusError, RecipeError
 from raglan.progress import console
-from raglan.recipe import load_recipe
+from raglan.recipe import Recipe, load_recipe
 
 __all__ = ["coverage", "run"]
 
@@ -30,9 +30,10 @@ def run(
     """Plan training data by the recipe's `synthesis`: plan/plan.jsonl has a line an example, and every margin is exact."""
     from raglan.synthesis import make_plan, write_plan
 
-    if not plan:
-        raise RecipeError("a plan is all that this command makes", hint="say so: --plan")
     settings = load_recipe(recipe, overrides or [])
+    if not plan:
+        _show_questions(settings)
+        return
     made = make_plan(settings)
     assert settings.synthesis is not None
     folder = write_plan(made, settings.synthesis.path / "plan")
@@ -42,6 +43,21 @@ def run(
     else:
         _tell_margins(made)
     console.print(f"[dim]{len(made.cells)} cells: {folder / 'plan.jsonl'}[/dim]", soft_wrap=True)
+
+
+def _show_questions(settings: Recipe) -> None:
+    """Evidence for questions that people asked. Exits with 3 if examples are missing."""
+    from raglan.artifact import read_manifest
+    from raglan.synthesis.questions import KIND, write_questions
+
+    if settings.synthesis is None or settings.synthesis.questions is None:
+        raise RecipeError("a plan is all that this command makes", hint="say so: --plan; or name synthesis.questions")
+    folder = write_questions(settings)
+    told = read_manifest(folder, KIND)
+    typer.echo(f"{told['requested']} requested, {told['kept']} kept")
+    console.print(f"[dim]{folder / 'examples.jsonl'}[/dim]", soft_wrap=True)
+    if not told["complete"]:
+        raise typer.Exit(3)
 
 
 def coverage(

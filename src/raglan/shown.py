@@ -7,8 +7,8 @@ An example holds its passages in `metadata["synth"]`, K of them in their order, 
 target and the end token. No passage is cut in the middle: an example that does not fit as a whole is left out and counted.
 
 A mixture takes two files, of questions that people asked (KIQA) and synthetic ones. Its three forms differ in their source and
-in nothing else: all have the same size, in examples or in answer tokens; equally many examples are equally many steps. What a file
-lacks is shown again, and the repeats are counted.
+in nothing else: all have the same size, in examples or in answer tokens; equally many examples are equally many steps. What a
+file lacks is shown again, and the repeats are counted.
 """
 
 from __future__ import annotations
