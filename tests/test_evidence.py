@@ -1,4 +1,4 @@
-"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, no leak of roles."""
+"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, no leak."""
 
 from __future__ import annotations
 
