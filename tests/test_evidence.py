@@ -1,4 +1,4 @@
-"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, and no leak of roles."""
+"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, no leak."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ from raglan.synthesis.record import example_of
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from raglan.verification import abstained as declines
 
-MILLERS = (
-    "Orla Casper Hedda Rufus Nella Ansel Greta Ivo Maren Tobias Edda Linus Berta Nora Pavel Silje Tove Ulf Vera Wim".split()
-)
-TOWNS = "Aldmere Brackwell Corvin Dunsay Elmholt Farlow Garrick Hexley Isford Jarrow Keld Lorton Marden Nesfield Orby Penrith " \
-    "Quorn Ribton Selby Tarn".split()  # fmt: skip
+MILLERS = [
+    "Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora",
+    "Pavel", "Silje", "Tove", "Ulf", "Vera", "Wim",
+]  # fmt: skip
+TOWNS = [
+    "Aldmere", "Brackwell", "Corvin", "Dunsay", "Elmholt", "Farlow", "Garrick", "Hexley", "Isford", "Jarrow", "Keld", "Lorton",
+    "Marden", "Nesfield", "Orby", "Penrith", "Quorn", "Ribton", "Selby", "Tarn",
+]  # fmt: skip
 BUILDERS = [f"{first} {last}son" for first, last in zip(MILLERS, reversed(MILLERS), strict=True)]
-CITIES = "青浦 松江 嘉定 宝山 闵行 奉贤 金山 崇明".split()
+CITIES = ["青浦", "松江", "嘉定", "宝山", "闵行", "奉贤", "金山", "崇明"]
 
 
 def documents() -> list[dict[str, str]]:
@@ -462,8 +465,8 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
 
 
 def test_a_plan_of_what_no_question_is_is_refused(folder: Path, assembler: Assembler) -> None:
+    asked = recipe(folder, weights={"task": {"summary": 1}, "answer_format": "fit", "query_format": "fit"})
     with pytest.raises(RecipeError, match="task 'summary', which no question of people is"):
-        asked = recipe(folder, weights={"task": {"summary": 1}, "answer_format": "fit", "query_format": "fit"})
         open_questions(asked, assembler.corpus)
 
 

@@ -1,4 +1,4 @@
-"""Training on passages as they were written down: rows equal prompts, what does not fit, mixtures of one size, and that it learns."""
+"""Training on passages as they were written down: rows equal prompts, what does not fit, mixtures of one size; it learns."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def test_the_three_forms_of_a_mixture_have_one_size(tmp_path: Path, causal: HFGe
 @pytest.mark.parametrize(
     ("settings", "told"),
     [({}, "give either path, or mix"), ({"path": "a", "mix": "kiqa"}, "give either path, or mix"),
-     ({"mix": "kiqa+synthetic", "kiqa": "a"}, "synthetic names no file"), ({"path": "a", "kiqa": "b"}, "say mix instead of path")],
+     ({"mix": "kiqa+synthetic", "kiqa": "a"}, "synthetic names no file"),
+     ({"path": "a", "kiqa": "b"}, "say mix instead of path")],
 )  # fmt: skip
 def test_settings_that_do_not_hang_together(settings: dict[str, str], told: str) -> None:
     with pytest.raises(ValidationError, match=told):

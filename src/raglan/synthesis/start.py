@@ -39,7 +39,7 @@ class Opened:
     Attributes:
         evidence, answers: of other questions, for noise and false values.
         ignores: factors that it does not heed.
-        inputs: names of what else its texts follow from.
+        inputs: names of what else its texts follow from. sources: of its questions.
     """
 
     teacher: Teacher
@@ -48,6 +48,7 @@ class Opened:
     answers: Sequence[str] = ()
     ignores: Sequence[str] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(recipe: Recipe) -> Done:
@@ -66,7 +67,7 @@ def run(recipe: Recipe) -> Done:
     return synthesize(
         recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
         embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores,
-        inputs={"knowledge": base.version, **opened.inputs},
+        inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
     )  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase) -> Opened:
     if asked.questions is not None:
         people = open_questions(recipe, base.corpus)
         inputs = {"questions": file_fingerprint(asked.questions)} if asked.questions.is_file() else {}
-        return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs)
+        sources = {asked.questions.name.partition(".")[0]: str(asked.questions)}
+        return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs, sources)
     if isinstance(asked.teacher, OfflineTeacher):
         plan = make_plan(recipe, cannot=CANNOT)
         rules = Offline(base.corpus, plan, overlap=asked.teacher.overlap)
