@@ -5,7 +5,7 @@
     python benchmarks/rag_tuning.py --synthetic build/mix   (and the three mixtures, with a dataset of `raglan synthesize`)
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
-questions and make the same number of steps. `clean` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
+questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
 from dealt retrievers with the palette of noise, gold at every place as often, and in a fifth of the examples no gold, where it
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
@@ -72,7 +72,7 @@ def main() -> None:
     bench = Bench(reader, asked.changes, quick=asked.quick)
     began = time.monotonic()
     kiqa = bench.evidence()
-    arms = {"clean": bench.tuned("clean", _clean(kiqa)), "noise": bench.tuned("noise", _shown(kiqa / "examples.jsonl"))}
+    arms = {"gold": bench.tuned("gold", _clean(kiqa)), "noise": bench.tuned("noise", _shown(kiqa / "examples.jsonl"))}
     print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
     bench.robustness(arms)
     bench.unanswerable(arms, asked.unanswerable)
@@ -137,16 +137,16 @@ class Bench:
         found = {name: evaluate_robustness(self.measured(name, generator))[0] for name, generator in arms.items()}
         rows = {name: _rows(one) for name, one in found.items()}
         before, after = rows.values()
-        names = [name for name in found["clean"].figures if name in found["noise"].figures]
-        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − clean, paired\n")
-        print("| condition | clean | noise | difference |\n|---|---|---|---|")
+        names = [name for name in found["gold"].figures if name in found["noise"].figures]
+        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − gold, paired\n")
+        print("| condition | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
         for name in names:
             cells = [_told(one.figures[name]["right"]) for one in found.values()]
             gain = _contrast(before, after, [name], None)
             print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} |")
         print("\nabstention: gold present is answerable, gold absent is not\n")
         print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
-        for kind in found["clean"].abstention:
+        for kind in found["gold"].abstention:
             for name, one in found.items():
                 rates = one.abstention[kind]
                 keys = ("abstention_precision", "abstention_recall", "abstention_f1", "hallucination")

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import tiny
+from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
 from raglan.knowledge import build_knowledge
@@ -462,6 +464,20 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
     assert (path / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(CheckpointError, match="of other settings"):
         write_questions(recipe(folder, n=19, passages={"k": {3: 1}, "gold_absent": 0.25}))
+
+
+def test_the_command_line_shows_questions(folder: Path) -> None:
+    recipe(folder, n=3, path="told", passages={"k": {3: 1}, "gold_absent": 0})
+    runner = CliRunner()
+    done = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml")])
+    assert (done.exit_code, done.stdout.strip()) == (0, "3 requested, 3 kept")
+    recipe(folder, n=25, path="short", passages={"k": {3: 1}, "gold_absent": 0})
+    done = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml")])
+    assert (done.exit_code, done.stdout.strip()) == (3, "25 requested, 20 kept"), "consistent, and short"
+    assert len((folder / "short" / "rejects.jsonl").read_text().splitlines()) == 15, "five cells, tried three times"
+    told = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml"), "synthesis.questions=null"])
+    assert told.exit_code == 2
+    assert "name synthesis.questions" in told.output + told.stderr
 
 
 def test_a_plan_of_what_no_question_is_is_refused(folder: Path, assembler: Assembler) -> None:
