@@ -85,7 +85,7 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import BudgetSettings, PassageSettings, SynthesisSettings
+from raglan.recipe.synthesis import BudgetSettings, OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
 
 __all__ = [
     "ABSTENTION",
@@ -131,6 +131,7 @@ __all__ = [
     "MixSource",
     "MoneySettings",
     "NoiseKind",
+    "OfflineTeacher",
     "PassageSettings",
     "PriceSettings",
     "PriorSettings",
@@ -164,6 +165,7 @@ __all__ = [
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "VerifySettings",
     "WeightSettings",
     "load_recipe",
     "recipe_schema",

@@ -1,4 +1,4 @@
-"""Settings of training data that is planned, written and checked: what is planned."""
+"""Settings of training data that is planned, written and checked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
+from raglan.recipe.knowledge import EncoderSettings
 
-__all__ = ["BudgetSettings", "PassageSettings", "SynthesisSettings"]
+__all__ = ["BudgetSettings", "OfflineTeacher", "PassageSettings", "SynthesisSettings", "VerifySettings"]
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LanguageName = Literal["en", "zh", "cross"]
@@ -28,6 +29,21 @@ class PassageSettings(Settings):
     gold_absent: float = Field(0.2, ge=0, le=1, description="Share of examples in which no passage answers: relation R5.")
     order: Literal["uniform", "first", "middle", "last", "rank"] = Field(
         "uniform", description="Where evidence stands: everywhere as often; at one place; or where its rank puts it."
+    )
+
+
+class OfflineTeacher(Settings):
+    """Rules that write questions and answers out of the knowledge base's own sentences: no model, no network, no money."""
+
+    kind: Literal["offline"]
+    overlap: float = Field(0.6, gt=0, le=1, description="Most of a sentence's content words that its question may keep.")
+
+
+class VerifySettings(Settings):
+    """What must hold of a written example. The checks that need no model always run."""
+
+    may_be_missing: tuple[Literal["support"], ...] = Field(
+        (), description="Checks that do not reject where nothing is there that could tell, as where no short answer is known."
     )
 
 
@@ -72,6 +88,17 @@ class SynthesisSettings(Settings):
     budget: BudgetSettings = BudgetSettings()
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
+    )
+    teacher: OfflineTeacher | None = Field(None, description="Who writes; without one there is only a plan.")
+    verify: VerifySettings = VerifySettings()
+    dedupe: EncoderSettings | None = Field(
+        None, description="An encoder: questions of nearly one meaning are duplicates, too; words are always compared."
+    )
+    decontaminate: Literal["registered", "none"] = Field(
+        "registered", description="Leave out what comes too near to `decontaminate.sets` or the questions evaluated on."
+    )
+    split: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {"train": 0.9, "dev": 0.1}, description="Split → share of the groups, which are tied by document; {} makes no split."
     )
 
     @field_validator("weights")
