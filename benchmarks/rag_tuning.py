@@ -40,7 +40,7 @@ from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
 from raglan.robustness import abstained, abstention
 from raglan.stress import ALONE, Robustness, evaluate_robustness
-from raglan.synthesis.questions import write_questions
+from raglan.synthesis.start import run
 from raglan.train import Parts, finished_parts, train
 
 HERE = Path(__file__).parent
@@ -78,7 +78,9 @@ def main() -> None:
     bench.unanswerable(arms, asked.unanswerable)
     bench.others(arms, asked.others)
     if asked.synthetic is None:
-        print("\nno --synthetic: the three mixtures are left out; `raglan synthesize` makes a dataset for it")
+        print(
+            "\nno --synthetic: the three mixtures are left out; raglan synthesize benchmarks/rag_tuning_offline.yaml makes one"
+        )
     else:
         bench.mixtures(kiqa, asked.synthetic, asked.mixed, asked.unanswerable, asked.others)
     print(f"\n{time.monotonic() - began:.0f} s in all")
@@ -100,7 +102,7 @@ class Bench:
         """KIQA: the questions in planned evidence, and the same questions for the clean arm."""
         recipe = self.recipe("kiqa", f"synthesis.path={self.folder / 'kiqa'}")
         build_knowledge(recipe.knowledge)
-        folder = write_questions(recipe)
+        folder = run(recipe).folder
         told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         print(f"evidence: {told['kept']} of {told['requested']} questions; {told['funnel']}")
         rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]

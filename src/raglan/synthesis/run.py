@@ -110,7 +110,8 @@ def synthesize(
     head = {"requested": told["requested"], "kept": told["kept"], "complete": told["kept"] == told["requested"] and not stopped}
     content = {
         **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
-        "ignored": list(ignores), "left_out": dict(plan.left_out), "inputs": dict(inputs or {}), **({"sources": dict(sources)} if sources else {}),
+        "ignored": list(ignores), "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
+        **({"sources": dict(sources)} if sources else {}),
     }  # fmt: skip
     write_manifest(folder, KIND, content)
     return Done(folder, content)
