@@ -5,7 +5,7 @@
     python benchmarks/rag_tuning.py --synthetic build/mix   (and the three mixtures, with a dataset of `raglan synthesize`)
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
-questions and make the same number of steps. `clean` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
+questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
 from dealt retrievers with the palette of noise, gold at every place as often, and in a fifth of the examples no gold, where it
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
@@ -40,7 +40,7 @@ from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
 from raglan.robustness import abstained, abstention
 from raglan.stress import ALONE, Robustness, evaluate_robustness
-from raglan.synthesis.questions import write_questions
+from raglan.synthesis.start import run
 from raglan.train import Parts, finished_parts, train
 
 HERE = Path(__file__).parent
@@ -72,13 +72,15 @@ def main() -> None:
     bench = Bench(reader, asked.changes, quick=asked.quick)
     began = time.monotonic()
     kiqa = bench.evidence()
-    arms = {"clean": bench.tuned("clean", _clean(kiqa)), "noise": bench.tuned("noise", _shown(kiqa / "examples.jsonl"))}
+    arms = {"gold": bench.tuned("gold", _clean(kiqa)), "noise": bench.tuned("noise", _shown(kiqa / "examples.jsonl"))}
     print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
     bench.robustness(arms)
     bench.unanswerable(arms, asked.unanswerable)
     bench.others(arms, asked.others)
     if asked.synthetic is None:
-        print("\nno --synthetic: the three mixtures are left out; `raglan synthesize` makes a dataset for it")
+        print(
+            "\nno --synthetic: the three mixtures are left out; raglan synthesize benchmarks/rag_tuning_offline.yaml makes one"
+        )
     else:
         bench.mixtures(kiqa, asked.synthetic, asked.mixed, asked.unanswerable, asked.others)
     print(f"\n{time.monotonic() - began:.0f} s in all")
@@ -100,7 +102,7 @@ class Bench:
         """KIQA: the questions in planned evidence, and the same questions for the clean arm."""
         recipe = self.recipe("kiqa", f"synthesis.path={self.folder / 'kiqa'}")
         build_knowledge(recipe.knowledge)
-        folder = write_questions(recipe)
+        folder = run(recipe).folder
         told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         print(f"evidence: {told['kept']} of {told['requested']} questions; {told['funnel']}")
         rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -137,16 +139,16 @@ class Bench:
         found = {name: evaluate_robustness(self.measured(name, generator))[0] for name, generator in arms.items()}
         rows = {name: _rows(one) for name, one in found.items()}
         before, after = rows.values()
-        names = [name for name in found["clean"].figures if name in found["noise"].figures]
-        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − clean, paired\n")
-        print("| condition | clean | noise | difference |\n|---|---|---|---|")
+        names = [name for name in found["gold"].figures if name in found["noise"].figures]
+        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − gold, paired\n")
+        print("| condition | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
         for name in names:
             cells = [_told(one.figures[name]["right"]) for one in found.values()]
             gain = _contrast(before, after, [name], None)
             print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} |")
         print("\nabstention: gold present is answerable, gold absent is not\n")
         print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
-        for kind in found["clean"].abstention:
+        for kind in found["gold"].abstention:
             for name, one in found.items():
                 rates = one.abstention[kind]
                 keys = ("abstention_precision", "abstention_recall", "abstention_f1", "hallucination")
