@@ -3,8 +3,8 @@
     python benchmarks/synthesis.py [examples] [passages]      (two minutes of one core; the target is 50 a second on 2 cores)
 
 Documents are made up: names, years and numbers in sentences of a few patterns. Evidence is BM25's; prompts are counted in
-tokens of the embedded reader. Opening (the plan, the frequencies, the links, which cell visits which document) is told apart and
-counted in. Time of the process, which another job on the machine does not lengthen.
+tokens of the embedded reader. Opening (the plan, the frequencies, the links, which cell visits which document) is told
+apart and counted in. Time of the process, which another job on the machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def document(number: int) -> list[Passage]:
         text = (
             f"The {a} of {name} was opened by {shared if part == 0 else draw.choice(GIVEN) + ' ' + draw.choice(FAMILY)} in "
             f"{draw.randrange(1600, 2000)} after a long dispute over the {b} and the old {c}. "
-            f"In {draw.randrange(1600, 2000)} the {d} was rebuilt within {draw.randrange(2, 90)} months for the people of {draw.choice(PLACES)} Quay, who paid for "
-            f"every {e} themselves. Each autumn some {draw.randrange(100, 9000)} visitors climb the narrow stairs "
+            f"In {draw.randrange(1600, 2000)} the {d} was rebuilt within {draw.randrange(2, 90)} months for the people "
+            f"of {draw.choice(PLACES)} Quay, who paid for every {e} themselves. Each autumn some {draw.randrange(100, 9000)} visitors climb the narrow stairs "
             f"beside the {f} to watch the boats of {draw.choice(PLACES)} Island come home with the evening tide."
         )
         passages.append(Passage(f"{number}#{part}", text, name, str(number), 1000 * part, 1000 * part + len(text)))
