@@ -30,13 +30,13 @@ from raglan.corpus import Corpus
 from raglan.dedupe import Embed
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
-from raglan.recipe import DecontaminateSettings
+from raglan.recipe import DecontaminateSettings, EvaluationSet, Recipe
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
 from raglan.splits import gold_passages
 from raglan.text import answer_words, fold_numbers, normalise_answer, question_key
 
-__all__ = ["CHECKS", "EvaluationQuestions", "Found", "Leakage", "decontaminate", "open_sets", "write_leakage"]
+__all__ = ["CHECKS", "EvaluationQuestions", "Found", "Leakage", "decontaminate", "open_sets", "registered", "write_leakage"]
 
 CHECKS = ("D1", "D2", "D3", "D4", "D5")
 RUN, PASSAGE_RUN = 3, 8  # words
@@ -91,6 +91,15 @@ class Leakage:
         for one in self.found:
             dropped.setdefault((one.set, one.check), set()).add(one.train)
         return {name: {check: len(dropped.get((name, check), ())) for check in CHECKS} for name in self.questions}
+
+
+def registered(recipe: Recipe) -> DecontaminateSettings:
+    """The recipe's evaluation sets, with the questions that it evaluates on as one more."""
+    settings = recipe.decontaminate or DecontaminateSettings()
+    measured = recipe.evaluate.questions if recipe.evaluate is not None else None
+    if measured is None or measured in {one.path for one in settings.sets.values()}:
+        return settings
+    return settings.model_copy(update={"sets": {"evaluate": EvaluationSet(path=measured), **settings.sets}})
 
 
 def open_sets(

@@ -29,6 +29,7 @@ from raglan.recipe.data import (
     MixSource,
     QuestionData,
     SelfRagData,
+    ShownData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -85,7 +86,7 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
+from raglan.recipe.synthesis import BudgetSettings, OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
 
 __all__ = [
     "ABSTENTION",
@@ -93,6 +94,7 @@ __all__ = [
     "AdapterSettings",
     "AnswerObjective",
     "BM25Index",
+    "BudgetSettings",
     "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
@@ -131,6 +133,7 @@ __all__ = [
     "MixSource",
     "MoneySettings",
     "NoiseKind",
+    "OfflineTeacher",
     "PassageSettings",
     "PriceSettings",
     "PriorSettings",
@@ -154,6 +157,7 @@ __all__ = [
     "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
+    "ShownData",
     "StageSettings",
     "StalenessSettings",
     "SweepSettings",
@@ -163,6 +167,7 @@ __all__ = [
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "VerifySettings",
     "WeightSettings",
     "load_recipe",
     "recipe_schema",
