@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+import tiny
+from raglan.cli import app
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
 from raglan.perturb import Slot, content_hash, gold_slots, held
@@ -25,6 +29,7 @@ from raglan.synthesis.offline.gaps import overlap, window
 from raglan.synthesis.offline.spans import language_of, spans
 from raglan.synthesis.run import Done, synthesize
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
+from raglan.synthesis_tables import synthesis_tables
 from raglan.text import content_terms
 from raglan.verification import Verifier
 
@@ -389,3 +394,36 @@ def test_a_longer_plan_changes_no_seed_and_a_rare_noise_kind_is_kept(tmp_path: P
     short, long = (make_plan(recipe(tmp_path, n=n), cannot=CANNOT) for n in (60, 61))
     assert [cell.seed for cell in short.cells] == [cell.seed for cell in long.cells[:60]]
     assert all(short.margins["noise"][kind] > 0 for kind in ("garbled", "boilerplate", "near_duplicate"))
+
+
+def test_the_command_line_writes_a_dataset_and_a_report_tells_of_it(tmp_path: Path) -> None:
+    tiny.sentence_encoder(tmp_path / "encoder")
+    rows = [{"id": passage.id, "title": passage.title, "text": passage.text} for passage in CORPUS]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tree = {
+        "name": "cli", "seed": 3,
+        "knowledge": {"path": "kb", "documents": "docs.jsonl", "chunk": None, "indexes": {"bm25": {"kind": "bm25"}},
+                      "encoder": {"model": "encoder/encoder", "dtype": "float32"}},
+        "synthesis": {
+            "path": "data", "n": 24, "teacher": {"kind": "offline"}, "decontaminate": "none", "languages": {"en": 2, "zh": 1},
+            "passages": {"k": {3: 1}}, "budget": {"tokenizer": "embedded", "max_length": 1024, "answer": 200},
+            "weights": {"noise": {"hard": 3, "random": 1}, "relation": {"R1": 1}},
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    recipe = str(tmp_path / "recipe.yaml")
+    assert CliRunner().invoke(app, ["build", recipe]).exit_code == 0
+    done = CliRunner().invoke(app, ["synthesize", recipe])
+    assert done.exit_code in (0, 3), (done.output, done.exception)
+    told = json.loads((tmp_path / "data/manifest.json").read_text(encoding="utf-8"))
+    assert done.stdout.startswith(f"24 requested, {told['kept']} kept")
+    assert done.exit_code == (0 if told["kept"] == 24 else 3)
+    assert told["kept"] >= 22
+    for example in read_examples(tmp_path / "data/examples.jsonl"):
+        assert len(example.metadata["synth"]["passages"]) == 3
+    kept, covered = synthesis_tables(tmp_path / "data")
+    assert ["kept", str(told["kept"])] in kept.rows
+    assert {row[0] for row in covered.rows} >= {"task", "relation", "language"}
+    refused = CliRunner().invoke(app, ["synthesize", recipe, "synthesis.from_scratch=0.5", "synthesis.path=other"])
+    assert refused.exit_code != 0
+    assert "cannot write source from_scratch" in str(refused.exception)
