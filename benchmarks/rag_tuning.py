@@ -141,11 +141,12 @@ class Bench:
         before, after = rows.values()
         names = [name for name in found["gold"].figures if name in found["noise"].figures]
         print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − gold, paired\n")
-        print("| condition | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
+        print("| condition | tuned on gold | tuned on noise | difference | missing |\n|---|---|---|---|---|")
         for name in names:
             cells = [_told(one.figures[name]["right"]) for one in found.values()]
             gain = _contrast(before, after, [name], None)
-            print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} |")
+            missing = f"{found['gold'].missing[name]:.0%}"
+            print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} | {missing} |")
         print("\nabstention: gold present is answerable, gold absent is not\n")
         print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
         for kind in found["gold"].abstention:
