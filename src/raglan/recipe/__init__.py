@@ -84,7 +84,14 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
+from raglan.recipe.synthesis import (
+    OfflineTeacher,
+    PassageSettings,
+    StepSettings,
+    SynthesisSettings,
+    VerifySettings,
+    WritingSettings,
+)
 
 __all__ = [
     "ABSTENTION",
@@ -155,6 +162,7 @@ __all__ = [
     "Shot",
     "StageSettings",
     "StalenessSettings",
+    "StepSettings",
     "SweepSettings",
     "SynthesisSettings",
     "TargetSettings",
@@ -164,6 +172,7 @@ __all__ = [
     "VectorSettings",
     "VerifySettings",
     "WeightSettings",
+    "WritingSettings",
     "load_recipe",
     "recipe_schema",
 ]
