@@ -29,9 +29,8 @@ from typing import Any
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from fault_server import KEY, FaultServer, Storm, audit, author
-
-from raglan.calls.money import dollars
+from fault_server import KEY, FaultServer, Storm, audit, author  # noqa: E402
+from raglan.calls.money import dollars  # noqa: E402
 
 FILES = ("examples.jsonl", "surplus.jsonl", "rejects.jsonl", "attempts.jsonl", "coverage.json", "train.jsonl", "dev.jsonl")
 CAPPED = 5
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def compare(folder: Path, asked: argparse.Namespace) -> None:
-    cap = round(0.0009 * asked.n, 2)
+    cap = round(0.005 * asked.n, 2)
     storm = Storm(fatal=(3 * asked.n, 4 * asked.n))
     began = time.perf_counter()
     with FaultServer(delay=asked.latency) as server:
@@ -60,7 +59,7 @@ def compare(folder: Path, asked: argparse.Namespace) -> None:
         stopped = audit(server, folder / "stormy/calls")
         ok("the cap stopped it, and was not exceeded", first["code"] == CAPPED and stopped["ledger"] <= cap * 1e9)
         print(f"    cap ${cap:.6f}, ledger {dollars(stopped['ledger'])}, bill {dollars(stopped['bill'])}")
-        second = work(server, folder / "stormy", asked, kills=asked.kills - asked.kills // 2, cap="1000")
+        second = work(server, folder / "stormy", asked, kills=asked.kills - first["deaths"], cap="1000")
         found = audit(server, folder / "stormy/calls")
     deaths = first["deaths"] + second["deaths"]
     print(

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,17 +249,21 @@ class Storm:
     def _chosen(self, number: int, request: Request) -> Fault | None:
         if self.fatal and number >= min(self.fatal):
             self.fatal.remove(min(self.fatal))
-            return Fault(429, code="insufficient_quota") if self.kinds["401"] else Fault(401, code="invalid_api_key")
+            return Fault(429, code="insufficient_quota") if self.kinds["401 invalid_api_key"] else Fault(401, code="invalid_api_key")
         self.times[request.content] += 1
+        lasting = self._lasting(request)
         passing = _drawn(PASSING, f"{request.content}{self.times[request.content]}") if self.passing else None
-        if passing is not None:
-            return passing
-        lasting = _drawn(LASTING, json.dumps(request.body["messages"][:2]))
+        if passing is not None and (passing.cut or passing.delay):  # the reply is what it would have been, and gets lost
+            return replace(lasting or Fault(), cut=passing.cut, delay=passing.delay)
+        return passing or lasting
+
+    def _lasting(self, request: Request) -> Fault | None:
+        fault = _drawn(LASTING, json.dumps(request.body["messages"][:2]))
         repaired = any(message["role"] == "assistant" for message in request.body["messages"])
-        free = (
-            lasting is not None and lasting.status == 200 and "response_format" not in request.body and lasting.finish == "stop"
-        )
-        return None if free or (lasting is ONCE and repaired) else lasting
+        if fault is None or (fault is ONCE and repaired):
+            return None
+        words = fault.status == 200 and fault.finish == "stop" and "response_format" not in request.body
+        return None if words else fault  # any words are an answer
 
 
 def _drawn(mix: tuple[tuple[Fault, float], ...], name: str) -> Fault | None:
@@ -272,13 +276,13 @@ def _drawn(mix: tuple[tuple[Fault, float], ...], name: str) -> Fault | None:
 
 
 def _kind(fault: Fault) -> str:
+    if fault.cut or fault.delay:
+        return {"short": "body too short", "middle": "reset in the body", "reset": "reset"}.get(fault.cut, "timeout")
     if fault.status != 200:
         return f"{fault.status}{' Retry-After' if fault.headers else ''}{' ' + fault.code if fault.code else ''}"
-    if fault.cut or fault.delay:
-        return fault.cut or "timeout"
     if fault.finish != "stop":
-        return fault.finish
-    return "HTML" if fault.body else ("empty" if not fault.text else "wrong JSON")
+        return f"200, {fault.finish}"
+    return "200 with HTML" if fault.body else ("200, empty" if not fault.text else "200, wrong JSON")
 
 
 def audit(server: FaultServer, folder: Path) -> dict[str, Any]:
