@@ -11,12 +11,12 @@ SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood", "reflection", "citations"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory", "marked_prompt", "shingles", "robustness", "judging"],  # fmt: skip
+     "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering"],  # fmt: skip
     ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
     ["decode", "perturb"],
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
-    ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
+    ["lessons", "data", "datapoints", "marked_rows", "mixture", "shown", "scores", "preference", "candidates", "splits", "feedback",
      "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "dedupe", "decontaminate",
      "verification", "synthesis", "stress", "judge"],  # fmt: skip
     ["grid_tables", "stress_tables", "report", "interop", "published_rows", "exports", "bridges"],

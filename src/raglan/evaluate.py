@@ -132,7 +132,8 @@ def domain(recipe: Recipe) -> str | None:
 def data_sets(data: Mapping[str, Any]) -> set[str]:
     """The names of the data sets behind data settings."""
     found = {name.casefold() for name in data.get("sources") or {}}
-    files = [data.get("path"), *(source.get("path") for source in (data.get("sources") or {}).values())]
+    mixed = [data.get(name) for name in (data.get("mix") or "").split("+") if name]
+    files = [data.get("path"), *mixed, *(source.get("path") for source in (data.get("sources") or {}).values())]
     for path in (Path(name) for name in files if name):
         found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
         beside = (path if path.is_dir() else path.parent) / MANIFEST

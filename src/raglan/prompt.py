@@ -94,8 +94,8 @@ class Prompt:
         other.budget = tokens
         return other
 
-    def worded(self, **settings: str) -> Prompt:
-        """This prompt with other templates."""
+    def worded(self, **settings: Any) -> Prompt:
+        """This prompt with other templates and other such settings."""
         other = copy.copy(self)
         other.settings = self.settings.model_copy(update=settings)
         return other

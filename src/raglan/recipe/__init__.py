@@ -29,6 +29,7 @@ from raglan.recipe.data import (
     MixSource,
     QuestionData,
     SelfRagData,
+    ShownData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -85,6 +86,7 @@ from raglan.recipe.self_rag import (
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
 from raglan.recipe.synthesis import (
+    BudgetSettings,
     OfflineTeacher,
     PassageSettings,
     StepSettings,
@@ -98,6 +100,7 @@ __all__ = [
     "QA_PROMPTS",
     "AnswerObjective",
     "BM25Index",
+    "BudgetSettings",
     "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
@@ -160,6 +163,7 @@ __all__ = [
     "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
+    "ShownData",
     "StageSettings",
     "StalenessSettings",
     "StepSettings",

@@ -48,7 +48,7 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
-        if self.data.kind in ("instruction_mix", "self_rag") and getattr(self.objective, "tokens", "all") == "first":
+        if self.data.kind in ("instruction_mix", "self_rag", "shown") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
         if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
             raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")

@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
 from raglan.recipe.calls import EndpointSettings, MoneySettings
 from raglan.recipe.knowledge import EncoderSettings
 
-__all__ = ["OfflineTeacher", "PassageSettings", "StepSettings", "SynthesisSettings", "VerifySettings", "WritingSettings"]
+__all__ = [
+    "BudgetSettings",
+    "OfflineTeacher",
+    "PassageSettings",
+    "StepSettings",
+    "SynthesisSettings",
+    "VerifySettings",
+    "WritingSettings",
+]
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LanguageName = Literal["en", "zh", "cross"]
@@ -70,11 +78,29 @@ class VerifySettings(Settings):
     )
 
 
+class BudgetSettings(Settings):
+    """How long an example may be, in tokens of the model that is to learn it. Passages that do not fit are left out whole."""
+
+    tokenizer: str | None = Field(None, description="Whose tokens: `embedded`, a folder or hub name; default generator.model.")
+    max_length: int = Field(4096, ge=64, description="Tokens of prompt and answer.")
+    answer: int = Field(512, ge=1, description="Of these, kept free for the answer.")
+
+    @model_validator(mode="after")
+    def _prompt_has_room(self) -> BudgetSettings:
+        if self.answer >= self.max_length:
+            raise ValueError(f"answer takes {self.answer} of max_length {self.max_length} and leaves nothing to the prompt")
+        return self
+
+
 class SynthesisSettings(Settings):
     """Training data over many topics, tasks and formats, planned to exact numbers before anything is written."""
 
     path: Path = Field(description="The folder of the dataset; the plan goes to plan/ in it.")
     n: int = Field(ge=1, description="Examples.")
+    questions: Path | None = Field(
+        None, description="Questions that people asked, with answers and relevant passages: they get evidence as any example "
+        "does, and nothing is written.",
+    )  # fmt: skip
     from_scratch: float = Field(0, ge=0, le=1, description="Share of examples whose passages are written, not found.")
     retrievers: dict[str, Share] | None = Field(
         None, description="Index → weight; `pooled` takes from all in turn. Default: all indexes, each as often."
@@ -87,6 +113,10 @@ class SynthesisSettings(Settings):
         default_factory=dict, description="Factor → value → weight, in place of raglan's own; values not named are left out. "
         "Or `fit`: a factor's shares follow from what was dealt before it.",
     )  # fmt: skip
+    found: Literal["relabel", "replace"] = Field(
+        "relabel", description="What becomes of noise that turns out to answer: it counts as support, or other noise comes."
+    )
+    budget: BudgetSettings = BudgetSettings()
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
     )

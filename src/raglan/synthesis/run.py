@@ -35,10 +35,11 @@ from raglan.progress import counting
 from raglan.recipe import DecontaminateSettings, Recipe, SynthesisSettings
 from raglan.records import Example
 from raglan.splits import Split, split_examples, write_split_file
+from raglan.synthesis.checked import reject_row, written_of
 from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills
 from raglan.synthesis.files import write_plan
 from raglan.synthesis.plan import Plan, make_plan
-from raglan.synthesis.record import example_of, reject_row, written_of
+from raglan.synthesis.record import example_of
 from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
 from raglan.verification import Verifier
 
@@ -47,7 +48,7 @@ __all__ = ["KIND", "Done", "synthesize"]
 log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
 Place = tuple[int, int]  # cell, ordinal
-RUNNING = ("money", "path")  # settings that change no example
+RUNNING = ("money", "path", "calls")  # settings that change no example
 
 
 @dataclass(frozen=True)
