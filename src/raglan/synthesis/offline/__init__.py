@@ -42,12 +42,19 @@ CANNOT: Mapping[str, tuple[str, ...]] = {
 IGNORES = ("topic", "genre", "length", "clarity", "difficulty", "tailness", "persona")
 STEP = 7919  # documents between two attempts at a cell
 HELD = 20_000  # ideas
+OTHERS = 1000  # drafts whose evidence and answers are noise for others
+SHORT = 40  # characters of an answer that others may be given as a false value
 
 
 class Offline:
-    """The teacher, over a corpus or any sequence of passages, for one plan."""
+    """The teacher, over a corpus or any sequence of passages, for one plan.
+
+    Attributes:
+        evidence: gold of some of its drafts. answers: short ones of these.
+    """
 
     name = "offline"
+    ignores = IGNORES
 
     def __init__(self, corpus: Sequence[Passage], plan: Plan, *, overlap: float = 0.6):
         self.source, self.most = Source(corpus, seed=plan.seed), overlap
@@ -56,6 +63,10 @@ class Offline:
         self.visits = self.source.visits(
             (job.cell.number, job.cell.language, needs_link(job.cell), partial(self._serves, job)) for job in jobs
         )
+
+        found = [idea.draft for idea in self._ideas.values()][:OTHERS]
+        self.evidence = list({passage.id: passage for draft in found for passage in draft.gold}.values())
+        self.answers = list(dict.fromkeys(answer for draft in found for answer in draft.answers if len(answer) <= SHORT))
 
     def cannot(self) -> Mapping[str, tuple[str, ...]]:
         return CANNOT
