@@ -75,6 +75,7 @@ lint: env
 
 docs: env
 	$(BIN)/python docs/make_recipes.py
+	$(BIN)/python docs/make_prompts.py
 
 bench-build: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }

@@ -9,10 +9,11 @@ from raglan.synthesis.endpoint.prompts import STEPS
 
 HEAD = """# What the teacher is asked
 
-Generated from the files in [`synthesis/endpoint`](../../src/raglan/synthesis/endpoint) by `make docs`; do not edit. These are all words that
-a teacher behind an endpoint is ever sent, beside a cell's factors and what other calls said. The hash names a step's wording
-together with the notes and words of its language; it is in the record of every example (`metadata.synth.seen.prompts`). A step's
-system message is the same in every call. `synthesis.writing.prompts` names a folder with files of one's own.
+Generated from the files in [`synthesis/endpoint`](../../src/raglan/synthesis/endpoint) by `make docs`; do not edit. These are
+all words that a teacher behind an endpoint is ever sent, beside a cell's factors and what other calls said. The hash names a
+step's wording together with the notes and words of its language; it is in the record of every example, as
+`metadata.synth.seen.prompts`. A step's system message is the same in every call. `synthesis.writing.prompts` names a folder with
+files of one's own.
 
 Whoever writes passages sees facts and no question. Whoever answers sees `{prompt}`: question, instruction and passages as the
 student will see them, and nothing else.
@@ -26,7 +27,8 @@ def page() -> str:
         parts.append(f"## {NAMES[language]}\n")
         for step in STEPS:
             system, user = prompts.steps[step]
-            parts.append(f"### {step} ({language})\n\n`{prompts.hashes[step]}`\n\n```text\n{system}\n```\n\n```text\n{user}\n```\n")
+            told = "\n\n".join(f"```text\n{text}\n```" for text in (system, user))
+            parts.append(f"### {step} ({language})\n\n`{prompts.hashes[step]}`\n\n{told}\n")
         notes = "\n".join(f"- `{name}` {text}" for name, text in prompts.notes.items())
         parts.append(f"### Notes of single cells ({language})\n\n{notes}\n")
         words = "\n".join(f"- `{name}` {text}" for name, text in {**prompts.words, **prompts.languages}.items())

@@ -32,12 +32,11 @@ from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from raglan.verification import abstained as declines
 
 MILLERS = (
-    "Orla Casper Hedda Rufus Nella Ansel Greta Ivo Maren Tobias Edda Linus Berta Nora Pavel Silje Tove Ulf Vera Wim".split()
+    ["Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora", "Pavel", "Silje", "Tove", "Ulf", "Vera", "Wim"]
 )
-TOWNS = "Aldmere Brackwell Corvin Dunsay Elmholt Farlow Garrick Hexley Isford Jarrow Keld Lorton Marden Nesfield Orby Penrith " \
-    "Quorn Ribton Selby Tarn".split()  # fmt: skip
+TOWNS = ["Aldmere", "Brackwell", "Corvin", "Dunsay", "Elmholt", "Farlow", "Garrick", "Hexley", "Isford", "Jarrow", "Keld", "Lorton", "Marden", "Nesfield", "Orby", "Penrith", "Quorn", "Ribton", "Selby", "Tarn"]  # fmt: skip
 BUILDERS = [f"{first} {last}son" for first, last in zip(MILLERS, reversed(MILLERS), strict=True)]
-CITIES = "青浦 松江 嘉定 宝山 闵行 奉贤 金山 崇明".split()
+CITIES = ["青浦", "松江", "嘉定", "宝山", "闵行", "奉贤", "金山", "崇明"]
 
 
 def documents() -> list[dict[str, str]]:

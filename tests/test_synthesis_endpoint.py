@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import synthesis_worker
+import tiny
 from fault_server import KEY, PRICE, Fault, FaultServer, Request, Storm, audit, author
 from raglan.calls import CallEngine
 from raglan.calls.journal import Journal
@@ -29,6 +33,7 @@ from raglan.synthesis import Plan, factors_of, make_plan
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
+from test_cli import run
 
 HERE = Path(__file__).parent
 MONEY = MoneySettings(price=PRICE)
@@ -504,3 +509,103 @@ def _synthesized(url: str, folder: Path, *, cells: int, kills: int) -> dict[str,
     told: dict[str, int] = json.loads(done.stdout)
     assert told["code"] in (0, 3), done.stderr
     return told
+
+
+# the command line, with a knowledge base, retrievers, guard, budget and verification
+
+
+@pytest.fixture
+def paid(tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe over a built knowledge base, whose teacher is the desk's server."""
+    documents = [
+        {"id": f"p{n}", "title": f"Tower {n}", "text": f"The tower {n} of Vessen was built of grey stone by miller Odo{n} ."}
+        for n in range(40)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    tiny.llama(tmp_path / "student")
+    tiny.sentence_encoder(tmp_path / "encoder")
+    weights = {"task": {"factoid": 1}, "answer_format": {"short_sentence": 1}, "query_format": {"wh_question": 1}}
+    weights |= {"relation": {"R1": 2, "R3": 1}, "genre": "fit", "absent_policy": {"abstain": 1}}
+    encoder = {"model": "encoder/encoder", "dtype": "float32"}
+    tree = {
+        "name": "paid", "seed": 1, "generator": {"model": "student"}, "retriever": {"index": "bm25"},
+        "knowledge": {
+            "path": "kb", "documents": "corpus.jsonl", "chunk": None, "encoder": encoder, "indexes": {"bm25": {"kind": "bm25"}},
+        },
+        "synthesis": {
+            "path": "data", "n": 30, "from_scratch": 1, "passages": {"k": {3: 1, 5: 1}, "gold_absent": 0.1}, "weights": weights,
+            "budget": {"tokenizer": "student", "max_length": 1900, "answer": 100}, "decontaminate": "none",
+            "teacher": {
+                "kind": "endpoint", "base_url": desk.server.url, "model": "m", "api_key_env": "CALLS_KEY", "concurrency": 8,
+            },
+            "money": {"price": PRICE},
+        },
+    }  # fmt: skip
+    (tmp_path / "paid.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "paid.yaml"
+
+
+def test_from_estimate_to_dataset_on_the_command_line(
+    desk: Desk,
+    paid: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def call(*words: str) -> tuple[int, str, str]:
+        return run(*words, capsys=capsys, monkeypatch=monkeypatch)
+
+    caplog.set_level(logging.DEBUG)
+    desk.folder = paid.parent / "data/calls"
+    assert call("build", str(paid))[0] == 0
+    code, _, err = call("synthesize", str(paid))
+    assert (code, len(desk.server.log)) == (2, 0)
+    assert "cap_usd" in err
+    assert "--yes" in err
+    code, out, err = call("synthesize", str(paid), "--dry-run")
+    assert code == 0, err
+    assert re.search(r"(?m)^answer +\d+ .*\$0\.\d+   \$0\.\d+ to \$0\.\d+$", out), out
+    assert "24 cells were run and are kept" in out
+    sent = len(desk.server.log)
+    code, out, err = call("synthesize", str(paid), "synthesis.money.cap_usd=0.000001")
+    assert code == 3, err
+    assert len(desk.server.log) == sent
+    assert "stopped, cap" in out
+    code, out, err = call("synthesize", str(paid), "--yes")
+    assert code == 0, out + err
+    assert "30 requested, 30 kept" in out
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
+    rows = [json.loads(line) for line in (paid.parent / "data/examples.jsonl").read_text().splitlines()]
+    prompts = load_prompts()["en"]
+    for one in rows:
+        synth = one["synth"] if "synth" in one else one["metadata"]["synth"]
+        assert synth["teacher"] == "endpoint:m"
+        assert synth["seen"]["prompts"]["draft"] == prompts.hashes["draft"]
+        assert synth["seen"]["calls"]["answer"]["tokens"]["output"] > 0
+    cost = json.loads((paid.parent / "data/cost.json").read_text())
+    assert cost["nano_usd"] == desk.server.bill
+    told = "".join(
+        [out, err, caplog.text, *(path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file())]
+    )
+    assert KEY not in told  # T36
+
+
+def test_an_estimate_of_rules_is_refused(
+    paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, desk: Desk
+) -> None:
+    desk.engine().close()
+    code, _, err = run(
+        "synthesize", str(paid), "--dry-run", "synthesis.teacher={kind: offline}", capsys=capsys, monkeypatch=monkeypatch
+    )
+    assert (code, "makes no calls" in err) == (2, True), err
+
+
+def test_the_printed_prompts_are_the_files() -> None:
+    root = HERE.parent
+    spec = importlib.util.spec_from_file_location("make_prompts", root / "docs" / "make_prompts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs/concepts/synthesis-prompts.md").read_text(encoding="utf-8") == module.page(), "run `make docs`"

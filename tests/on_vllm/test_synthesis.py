@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_server import serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
@@ -19,7 +20,6 @@ from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettin
 from raglan.synthesis import factors_of, make_plan
 from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
-from test_server import serving
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
