@@ -203,12 +203,13 @@ def author(body: dict[str, Any]) -> str:
 
 
 def _draft(mark: str, asked: str) -> dict[str, Any]:
+    miller = f"Odo{int(mark, 16) % 40}"
     years = [1000 + int(mark[:3], 16) % 900, 2000 + int(mark[3:6], 16)]
     options = "`labels`" in asked
     return {
-        "query": f"When was the mill {mark} opened?" + ("\nA) then\nB) now" if options else ""),
+        "query": f"When was the mill {mark} of {miller} opened?" + ("\nA) then\nB) now" if options else ""),
         "subject": f"mill {mark}",
-        "facts": [f"The mill {mark} was opened in the year {year}." for year in years],
+        "facts": [f"The mill {mark} of {miller} was opened in the year {year}." for year in years],
         "answers": ["A"] if options else [str(years[0])],
         "history": ["Hello.", "Good day."] if "earlier turns" in asked or "此前的两轮" in asked else [],
         "labels": ["A", "B"] if options else [],
@@ -249,7 +250,8 @@ class Storm:
     def _chosen(self, number: int, request: Request) -> Fault | None:
         if self.fatal and number >= min(self.fatal):
             self.fatal.remove(min(self.fatal))
-            return Fault(429, code="insufficient_quota") if self.kinds["401 invalid_api_key"] else Fault(401, code="invalid_api_key")
+            key = Fault(401, code="invalid_api_key")
+            return Fault(429, code="insufficient_quota") if self.kinds[_kind(key)] else key
         self.times[request.content] += 1
         lasting = self._lasting(request)
         passing = _drawn(PASSING, f"{request.content}{self.times[request.content]}") if self.passing else None

@@ -1,4 +1,4 @@
-"""Examples that a small real model wrote behind a real server: strict schemas hold a random one to JSON, and the books agree."""
+"""A small real model behind a real server writes examples: strict schemas hold a random one to JSON, and the books agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
 CELLS = 8
-LIKELY = {'"': 0.75, "]": 0.45, "}": 0.6, "</s>": 0.5}  # × √32 are logits above all others: texts and lists end some time
+LIKELY = {'"': 0.53, "]": 0.32, "}": 0.42, "</s>": 0.35}  # × √64 are logits above all others: texts and lists end some time
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = tiny.llama_tokenizer()
     words.chat_template = TEMPLATE
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

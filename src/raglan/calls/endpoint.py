@@ -49,7 +49,9 @@ class Endpoint:
         except openai.APIStatusError as fault:
             return Wire(fault.status_code, self._clean(fault.response.text), dict(fault.response.headers))
         except (TimeoutError, openai.APITimeoutError) as fault:
-            return Wire(fault=f"no answer within {self.settings.timeout:g} s", lost=not _never_sent(fault))
+            if _never_sent(fault):  # some transports call a refused connection a timeout
+                return Wire(fault=self._clean(f"connection: {fault.__cause__ or fault}"))
+            return Wire(fault=f"no answer within {self.settings.timeout:g} s", lost=True)
         except openai.APIConnectionError as fault:
             return Wire(fault=self._clean(f"connection: {fault.__cause__ or fault}"), lost=not _never_sent(fault))
 
