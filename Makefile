@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-synthesis-faults bench-dedupe clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-synthesis-faults bench-dedupe bench-rag-tuning clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-calls  the call engine against a bare client at 200 ms (a minute on 2 cores)"
 	@echo "make bench-synthesis-faults  2,000 cells synthesized while everything fails, with 20 x kill -9 (ten minutes)"
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
+	@echo "make bench-rag-tuning  a reader tuned on noisy evidence against one tuned on clean (after bench-squad; an hour, one core)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
 env: .venv/ready
@@ -113,6 +114,10 @@ bench-self-rag-learns: env
 	$(RAGLAN) critique benchmarks/self_rag_squad.yaml
 	$(RAGLAN) train benchmarks/self_rag_squad.yaml generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
 	$(BIN)/python benchmarks/self_rag_learns.py benchmarks/self_rag_squad.yaml --unanswerable build/self-rag-squad-questions/unanswerable_test.jsonl generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
+
+bench-rag-tuning: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC))
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py

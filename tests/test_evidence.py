@@ -1,4 +1,4 @@
-"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, and no leak of roles."""
+"""Evidence: from a draft to a sheet. Positions, noise, the guard, gold absent, conflicts, budget, renderings, no leak."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import tiny
+from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
 from raglan.knowledge import build_knowledge
@@ -26,15 +28,20 @@ from raglan.robustness import abstained
 from raglan.synthesis import make_plan
 from raglan.synthesis.evidence import Assembler, instruction, instructions
 from raglan.synthesis.plan import Cell, seed_of
-from raglan.synthesis.questions import Questions, open_questions, write_questions
+from raglan.synthesis.questions import Questions, open_questions
 from raglan.synthesis.record import example_of
+from raglan.synthesis.start import run
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from raglan.verification import abstained as declines
 
-MILLERS = (
-    ["Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora", "Pavel", "Silje", "Tove", "Ulf", "Vera", "Wim"]
-)
-TOWNS = ["Aldmere", "Brackwell", "Corvin", "Dunsay", "Elmholt", "Farlow", "Garrick", "Hexley", "Isford", "Jarrow", "Keld", "Lorton", "Marden", "Nesfield", "Orby", "Penrith", "Quorn", "Ribton", "Selby", "Tarn"]  # fmt: skip
+MILLERS = [
+    "Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora",
+    "Pavel", "Silje", "Tove", "Ulf", "Vera", "Wim",
+]  # fmt: skip
+TOWNS = [
+    "Aldmere", "Brackwell", "Corvin", "Dunsay", "Elmholt", "Farlow", "Garrick", "Hexley", "Isford", "Jarrow", "Keld", "Lorton",
+    "Marden", "Nesfield", "Orby", "Penrith", "Quorn", "Ribton", "Selby", "Tarn",
+]  # fmt: skip
 BUILDERS = [f"{first} {last}son" for first, last in zip(MILLERS, reversed(MILLERS), strict=True)]
 CITIES = ["青浦", "松江", "嘉定", "宝山", "闵行", "奉贤", "金山", "崇明"]
 
@@ -81,7 +88,8 @@ def recipe(folder: Path, *overrides: str, **synthesis: Any) -> Recipe:
         "generator": {"model": str(folder / "llama"), "dtype": "float32"},
         "synthesis": {
             "path": "out", "n": 20, "questions": "who.jsonl", "weights": {**weights, "absent_policy": {"abstain": 1}},
-            "retrievers": {"bm25": 1, "dense": 1, "pooled": 1}, "passages": {"k": {3: 1, 5: 1}}, **synthesis,
+            "retrievers": {"bm25": 1, "dense": 1, "pooled": 1}, "decontaminate": "none", "split": {},
+            "passages": {"k": {3: 1, 5: 1}}, **synthesis,
         },
     }  # fmt: skip
     path = folder / "recipe.yaml"
@@ -429,7 +437,7 @@ def test_less_gold_than_the_relation_needs_is_refused(assembler: Assembler) -> N
 
 @pytest.fixture(scope="module")
 def written(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    path = write_questions(recipe(folder, n=20, passages={"k": {3: 1}, "gold_absent": 0.25}))
+    path = run(recipe(folder, n=20, passages={"k": {3: 1}, "gold_absent": 0.25})).folder
     return path, [json.loads(line) for line in (path / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -454,15 +462,29 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
             assert [one["id"] for one in gold] == row["relevant"]
     assert len({row["query"] for row in rows}) == 20
     stamp = (path / "manifest.json").stat().st_mtime_ns
-    assert write_questions(recipe(folder, n=20, passages={"k": {3: 1}, "gold_absent": 0.25})) == path
+    assert run(recipe(folder, n=20, passages={"k": {3: 1}, "gold_absent": 0.25})).folder == path
     assert (path / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(CheckpointError, match="of other settings"):
-        write_questions(recipe(folder, n=19, passages={"k": {3: 1}, "gold_absent": 0.25}))
+        run(recipe(folder, n=19, passages={"k": {3: 1}, "gold_absent": 0.25}))
+
+
+def test_the_command_line_shows_questions(folder: Path) -> None:
+    recipe(folder, n=3, path="told", passages={"k": {3: 1}, "gold_absent": 0})
+    runner = CliRunner()
+    done = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml")])
+    assert (done.exit_code, done.stdout.partition(",")[0]) == (0, "3 requested")
+    recipe(folder, n=25, path="short", passages={"k": {3: 1}, "gold_absent": 0})
+    done = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml")])
+    assert (done.exit_code, done.stdout.split(",")[:2]) == (3, ["25 requested", " 20 kept"]), "consistent, and short"
+    assert len((folder / "short" / "rejects.jsonl").read_text().splitlines()) == 15, "five cells, tried three times"
+    told = runner.invoke(app, ["synthesize", str(folder / "recipe.yaml"), "synthesis.questions=null"])
+    assert told.exit_code == 2
+    assert "names no teacher" in told.output + told.stderr
 
 
 def test_a_plan_of_what_no_question_is_is_refused(folder: Path, assembler: Assembler) -> None:
+    asked = recipe(folder, weights={"task": {"summary": 1}, "answer_format": "fit", "query_format": "fit"})
     with pytest.raises(RecipeError, match="task 'summary', which no question of people is"):
-        asked = recipe(folder, weights={"task": {"summary": 1}, "answer_format": "fit", "query_format": "fit"})
         open_questions(asked, assembler.corpus)
 
 

@@ -1,4 +1,4 @@
-"""Training on passages as they were written down: rows equal prompts, what does not fit, mixtures of one size, and that it learns."""
+"""Training on passages as they were written down: rows equal prompts, what does not fit, mixtures of one size; it learns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 import tiny
 from raglan.errors import CheckpointError, CorpusError, RecipeError
+from raglan.evaluate import data_sets
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import build_knowledge
 from raglan.recipe import GeneratorSettings, PromptSettings, ShownData, load_recipe
@@ -123,7 +124,8 @@ def test_the_three_forms_of_a_mixture_have_one_size(tmp_path: Path, causal: HFGe
 @pytest.mark.parametrize(
     ("settings", "told"),
     [({}, "give either path, or mix"), ({"path": "a", "mix": "kiqa"}, "give either path, or mix"),
-     ({"mix": "kiqa+synthetic", "kiqa": "a"}, "synthetic names no file"), ({"path": "a", "kiqa": "b"}, "say mix instead of path")],
+     ({"mix": "kiqa+synthetic", "kiqa": "a"}, "synthetic names no file"),
+     ({"path": "a", "kiqa": "b"}, "say mix instead of path")],
 )  # fmt: skip
 def test_settings_that_do_not_hang_together(settings: dict[str, str], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
@@ -183,3 +185,13 @@ objective: {{kind: answer}}
     write(folder / "asked.jsonl", [{"id": "x", "query": rows[13]["query"], "answers": ["a"], "relevant": ["p1"]}])
     with pytest.raises(CorpusError, match="share 1 question"):
         train(load_recipe(path, ["train.num_train_epochs=1"]))
+
+
+def test_what_a_mixture_learned_from_is_in_domain(tmp_path: Path) -> None:
+    for name, source in (("kiqa", "nq"), ("made", "offline")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"sources": {source: "somewhere"}}))
+    files = {"kiqa": tmp_path / "kiqa" / "examples.jsonl", "synthetic": tmp_path / "made" / "examples.jsonl"}
+    both, one = (data(mix=mix, **files).model_dump(mode="json") for mix in ("kiqa+synthetic", "synthetic"))
+    assert {"nq", "offline"} <= data_sets(both)
+    assert "nq" not in data_sets(one), "the other file only set the size"

@@ -37,6 +37,7 @@ import numpy as np
 from raglan.artifact import MANIFEST, fingerprint, write_json, write_manifest
 from raglan.errors import CheckpointError
 from raglan.generator import EndpointScorer, HFGenerator, Scorer, open_generator
+from raglan.generator.trees import begins_alike
 from raglan.progress import counting
 from raglan.prompt import Rendered
 from raglan.recipe import GeneratorSettings, ScorerSettings
@@ -116,7 +117,7 @@ class ScoreTable:
                 return keys
             places = self._left(wanted, first, self._begin(wanted))
             log.info("language-model scores: %d wanted, %d to compute", len(wanted), self._missing(keys[places]))
-            self._score(pairs, keys, places[np.lexsort((keys[places], -sizes[places]))])
+            self._score(pairs, keys, self._ordered(pairs, keys, sizes, places))
             self._end(len(wanted))
         return keys
 
@@ -173,6 +174,18 @@ class ScoreTable:
         """Places of what this pass is for: what was not among the first `before` rows."""
         return first[~self._index.has(wanted, before)]
 
+    def _ordered(self, pairs: Sequence[Pair], keys: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Longest first. Where a scorer computes once what rows begin with, pairs with the same passages stand together, those
+        with the longest first."""
+        if not self.scorer.shares_beginnings:
+            return places[np.lexsort((keys[places], -sizes[places]))]
+        best: dict[tuple[Passage, ...], tuple[int, bytes]] = {}  # of each group its first pair's place in the order
+        rank = [(-int(sizes[place]), bytes(keys[place])) for place in places]
+        for place, own in zip(places, rank, strict=True):
+            passages = pairs[int(place)].passages
+            best[passages] = min(best.get(passages, own), own)
+        return places[sorted(range(len(places)), key=lambda at: (best[pairs[int(places[at])].passages], rank[at]))]
+
     def _begin(self, wanted: np.ndarray) -> int:
         """How many rows there were when the pass for these keys began: now, unless it was interrupted."""
         name = fingerprint([hashlib.sha256(wanted.tobytes()).hexdigest(), self.scorer.batch_tokens])
@@ -207,13 +220,25 @@ class ScoreTable:
         writer.append(keys[places], values)
 
     def _batches(self, pairs: Sequence[Pair], places: np.ndarray) -> Iterator[tuple[np.ndarray, list[Rendered]]]:
-        """Places of like length together, each batch of at most `batch_tokens` padded tokens, longest first."""
+        """Places with their prompts, each batch of at most `batch_tokens` tokens: padded to the longest, or, where a scorer
+        computes once what rows begin with, without what a row shares with the one before it."""
         prompts, lengths = self._rendered(pairs, places)
-        order = sorted(range(len(places)), key=lambda at: -lengths[at])
+        shared = self.scorer.shares_beginnings
+        order = list(range(len(places))) if shared else sorted(range(len(places)), key=lambda at: -lengths[at])
         while order:
-            most = max(1, self.scorer.batch_tokens // lengths[order[0]])
-            batch, order = order[:most], order[most:]
+            most = self._most(prompts, lengths, order) if shared else self.scorer.batch_tokens // lengths[order[0]]
+            batch, order = order[: max(1, most)], order[max(1, most) :]
             yield places[batch], [prompts[at] for at in batch]
+
+    def _most(self, prompts: Sequence[Rendered], lengths: Sequence[int], order: Sequence[int]) -> int:
+        """How many of the first rows cost no more than `batch_tokens`."""
+        room = self.scorer.batch_tokens
+        for count, at in enumerate(order):
+            before = prompts[order[count - 1]].ids if count else ()
+            room -= lengths[at] - begins_alike(prompts[at].ids, before)
+            if room < 0:
+                return count
+        return len(order)
 
     def _rendered(self, pairs: Sequence[Pair], places: np.ndarray) -> tuple[list[Rendered], list[int]]:
         """Prompts, and how many tokens each has with its answer."""

@@ -6,8 +6,8 @@
 An example holds its passages in `metadata["synth"]`, K of them in their order, and no two need have the same K. Loss is on its
 target and the end token. No passage is cut in the middle: an example that does not fit as a whole is left out and counted.
 
-A mixture takes two files, of questions that people asked (KIQA) and synthetic ones. Its three forms differ in their source and in
-nothing else: all have the same size, in examples or in answer tokens, so that at one batch size they make as many steps. What a
+A mixture takes two files, of questions that people asked (KIQA) and synthetic ones. Its three forms differ in their source and
+in nothing else: all have the same size, in examples or in answer tokens; equally many examples are equally many steps. What a
 file lacks is shown again, and the repeats are counted.
 """
 
@@ -138,8 +138,9 @@ def _size(data: ShownData, made: Mapping[str, Sequence[Row]]) -> int:
     """What each form of the mixture has, in examples or answer tokens: as much as the smaller file, unless it is said."""
     if data.size is not None:
         return data.size
-    by = _answer if data.match == "answer_tokens" else (lambda row: 1)
-    return min(sum(map(by, rows)) for rows in made.values())
+    if data.match == "answer_tokens":
+        return min(sum(map(_answer, rows)) for rows in made.values())
+    return min(map(len, made.values()))
 
 
 def _drawn(rows: Sequence[Row], size: int, seed: str, *, tokens: bool) -> tuple[list[Row], int]:

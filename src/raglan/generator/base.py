@@ -36,6 +36,11 @@ class Scorer(ABC):
     prompt: Prompt
 
     @property
+    def shares_beginnings(self) -> bool:
+        """Whether rows of one batch that begin alike are cheaper than others."""
+        return False
+
+    @property
     @abstractmethod
     def batch_tokens(self) -> int:
         """Padded tokens of prompts and answers that are scored together."""

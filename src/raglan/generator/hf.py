@@ -36,9 +36,10 @@ from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
-from raglan.generator.causal import causal_from_encoder
+from raglan.generator.causal import CopierForCausalLM, causal_from_encoder
 from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
+from raglan.generator.trees import Tree, grown, reads_trees, room, tree_batch, tree_length
 from raglan.likelihood import chunked_token_logprobs
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.memory import give_back, keep_freed
@@ -126,10 +127,14 @@ class HFGenerator(Generator, MarkedGenerator):
         found: dict[int, np.ndarray] = {}
         was_training = self.model.training
         self.model.eval()
+        trees, alone = grown(rows, room(self.model)) if self.shares_beginnings else ([], list(range(len(rows))))
         most = min(self.batch_tokens, CPU_TOKENS) if self.device.type == "cpu" else self.batch_tokens
-        lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
-        for places in track(list(self._by_length(lengths, most)), "scoring"):
-            batch = self.collate([rows[place] for place in places])
+        lengths = [len(rows[place]["input_ids"]) + len(rows[place]["labels"]) for place in alone]
+        passes: list[tuple[list[int], list[Tree]]] = [([alone[n] for n in own], []) for own in self._by_length(lengths, most)]
+        for own in self._by_length([tree_length(tree, rows) for tree in trees], most):
+            passes.append(([place for n in own for place in trees[n].places], [trees[n] for n in own]))
+        for places, grouped in track(passes, "scoring"):
+            batch = self.tree_batch(grouped, rows) if grouped else self.collate([rows[place] for place in places])
             with torch.no_grad(), self.autocast():
                 logprobs = self.forward(batch).float().cpu().numpy()
             for place, values in zip(places, logprobs, strict=True):
@@ -137,6 +142,23 @@ class HFGenerator(Generator, MarkedGenerator):
             give_back()
         self.model.train(was_training)
         return [found[place] for place in range(len(prompts))]
+
+    @cached_property
+    def shares_beginnings(self) -> bool:
+        """Whether what rows begin with is computed once for all of them: see `raglan.generator.trees`."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if self.is_seq2seq or isinstance(base, CopierForCausalLM) or not room(self.model):
+            return False
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.autocast():
+                return reads_trees(self)
+        finally:
+            self.model.train(was_training)
+
+    def tree_batch(self, trees: Sequence[Tree], rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return tree_batch(trees, rows, self.pad, attention=self.model.config._attn_implementation, dtype=self.model.dtype)
 
     def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> HFContexts:
         if self.is_seq2seq:
@@ -404,8 +426,9 @@ class HFGenerator(Generator, MarkedGenerator):
         return hidden.gather(1, at)
 
     def _packed_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        """token_logprobs (R,T) of packed rows: see `raglan.packing`."""
-        hidden = self.states_before_head(model, {name: batch[name] for name in ("input_ids", "position_ids")})
+        """token_logprobs (R,T) of rows side by side: see `raglan.packing` and `raglan.generator.trees`."""
+        names = ("input_ids", "position_ids", "attention_mask")
+        hidden = self.states_before_head(model, {name: batch[name] for name in names if name in batch})
         labels, real = batch["labels"], scored(batch)
         states = hidden.flatten(0, 1)[batch["at"][real]]
         values = chunked_token_logprobs(states, self.head_logits, labels[real], chunk=self.settings.head_chunk)

@@ -311,7 +311,7 @@ class ShownData(Settings):
     )
     prompt: Literal["own", "recipe"] = Field(
         "own", description="`own`: as each example was rendered, with its instruction; `recipe`: by the recipe's prompt, as in "
-        "evaluation, without instructions. The embedded reader has no templates: `own` puts the instruction before the question.",
+        "evaluation, without instructions. The embedded reader has no template; there `own` puts the instruction first.",
     )  # fmt: skip
     dev: Path | None = Field(None, description="Held-out examples for the validation loss.")
     allow_test: AllowTest = False

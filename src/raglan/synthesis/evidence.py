@@ -65,7 +65,7 @@ from raglan.synthesis.plan import ABSENT, PARTIAL, Cell
 from raglan.synthesis.writing import Draft, Reject, Sheet
 from raglan.text import SPACELESS, words
 
-__all__ = ["Assembler", "instruction", "instructions", "language_of"]
+__all__ = ["Assembler", "instruction", "instructions", "language_of", "open_tokenizer"]
 
 POOLED = "pooled"
 DEPTH = 30  # ranks that hard noise is taken from
@@ -140,7 +140,7 @@ class Assembler:
         names = [name for name, weight in (asked.retrievers or {}).items() if weight and name != POOLED]
         every = names if names and POOLED not in (asked.retrievers or {}) else list(recipe.knowledge.indexes)
         first = Retriever(base, encoder, index=every[0])
-        tokenizer = _tokenizer(asked.budget.tokenizer or recipe.generator.model)
+        tokenizer = open_tokenizer(asked.budget.tokenizer or recipe.generator.model)
         chat = recipe.prompt.layout in ("auto", "chat") and bool(getattr(tokenizer, "chat_template", None))
         retrievers = {name: first.by(name) for name in every}
         return cls(base.corpus, retrievers, asked, tokenizer, chat=chat, evidence=evidence, answers=answers)
@@ -393,7 +393,7 @@ def _example(draft: Draft) -> Example:
     return Example(draft.job.id, draft.query, draft.answers, tuple(passage.id for passage in draft.gold))
 
 
-def _tokenizer(name: str) -> Any:
+def open_tokenizer(name: str) -> Any:
     folder = str(embedded_model()) if name in ("embedded", "embedded_causal") else name
     try:
         with quietly():

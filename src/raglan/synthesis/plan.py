@@ -146,7 +146,7 @@ def factors_of(
         fixed.add(name)
         named: Mapping[str, Weight] = {**weights, ABSENT: 1} if name == "relation" else weights  # type: ignore[dict-item]
         factors = factors.weighted_topics(named) if name == "topic" else factors.weighted(name, named)
-    factors, unwritten = _writable(factors, cannot or {}, {*asked.weights, "k", "retriever", "language", "source"})
+    factors, unwritten = _writable(factors, cannot or {}, {*_named(asked), "language", "source"})
     needs = {value.name: value.evidence for value in factors["relation"].values}
     deepest = {name: frozenset(k for k in factors["k"].names if int(k) >= need) for name, need in needs.items()}
     kinds = frozenset(value.name for value in factors["noise"].values if value.gold_absent)
@@ -157,6 +157,11 @@ def factors_of(
         raise RecipeError(told, hint="set it to 0, or allow another task or kind")
     names = dict.fromkeys((*unwritten, *left_out))
     return _with_one_knob(factors, asked), {name: (*unwritten.get(name, ()), *left_out.get(name, ())) for name in names}
+
+
+def _named(asked: SynthesisSettings) -> set[str]:
+    """Factors whose values the recipe names."""
+    return {name for name, weights in asked.weights.items() if weights != "fit"}
 
 
 def _writable(

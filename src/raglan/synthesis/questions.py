@@ -10,33 +10,21 @@ question that no cell has had.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.corpus import Corpus
 from raglan.data import load_examples
-from raglan.documents import write_examples
-from raglan.errors import CheckpointError, CorpusError, RecipeError
-from raglan.knowledge import KnowledgeBase
-from raglan.progress import track
+from raglan.errors import CorpusError, RecipeError
 from raglan.recipe import Recipe
 from raglan.records import Example, Passage
-from raglan.synthesis.coverage import Attempt, complete, coverage, kept, refills
-from raglan.synthesis.evidence import Assembler, instructions, language_of
+from raglan.synthesis.evidence import instructions, language_of
 from raglan.synthesis.factors import load_factors
-from raglan.synthesis.files import write_plan
-from raglan.synthesis.plan import ABSENT, Plan, factors_of, make_plan
-from raglan.synthesis.record import example_of
+from raglan.synthesis.plan import ABSENT, factors_of
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Show
 
-__all__ = ["KIND", "Questions", "open_questions", "write_questions"]
+__all__ = ["Questions", "open_questions"]
 
-KIND = "synthetic dataset"
 ASKED = {  # what a question that people asked can be; it has no other task, format or relation
     "task": ("factoid",), "answer_format": ("span", "short_sentence", "number_unit"),
     "query_format": ("wh_question", "keywords"),
@@ -126,76 +114,3 @@ def open_questions(recipe: Recipe, corpus: Corpus) -> Questions:
             )
     examples = load_examples(asked.questions, corpus, split="train")
     return Questions(examples, corpus, n=asked.n, seed=recipe.seed)
-
-
-def write_questions(recipe: Recipe) -> Path:
-    """The examples of `synthesis.questions` in the folder `synthesis.path`; a finished folder is left alone.
-
-        plan/, examples.jsonl, rejects.jsonl, attempts.jsonl, coverage.json, and manifest.json, written last
-
-    Raises:
-        RecipeError, CorpusError: as `open_questions`. CheckpointError: the folder holds a dataset of other settings.
-    """
-    plan = make_plan(recipe)
-    asked = recipe.synthesis
-    assert asked is not None
-    base = KnowledgeBase.open(recipe.knowledge.path)
-    teacher = open_questions(recipe, base.corpus)
-    settings = asked.model_dump(mode="json", exclude={"path"})
-    name = fingerprint([settings, recipe.seed, base.version, file_fingerprint(Path(str(asked.questions)))])
-    if (asked.path / MANIFEST).is_file():
-        _check_same(asked.path, name)
-        return asked.path
-    assembler = Assembler.open(recipe, evidence=teacher.evidence, answers=teacher.answers)
-    found, rejects, attempts = _written(plan, teacher, assembler)
-    stayed, surplus = kept(plan, attempts)
-    write_plan(plan, asked.path / "plan")
-    examples = [example_of(found[one.cell, one.ordinal], teacher=teacher.name, corpus=base.corpus) for one in stayed]
-    write_examples(asked.path / "examples.jsonl", examples)
-    _write_lines(asked.path / "rejects.jsonl", (
-        {"cell": one.job.cell.number, "ordinal": one.job.ordinal, "step": one.step, "reason": one.reason, "detail": one.detail}
-        for one in rejects
-    ))  # fmt: skip
-    _write_lines(asked.path / "attempts.jsonl", map(asdict, attempts))
-    told = coverage(plan, attempts)
-    write_json(asked.path / "coverage.json", told)
-    write_manifest(asked.path, KIND, {
-        "requested": told["requested"], "kept": told["kept"], "complete": complete(told), "surplus": len(surplus),
-        "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name, "ignored": list(teacher.ignores),
-        "funnel": told["funnel"], "sources": {Path(str(asked.questions)).name.partition(".")[0]: str(asked.questions)},
-    })  # fmt: skip
-    return asked.path
-
-
-def _check_same(folder: Path, name: str) -> None:
-    there = read_manifest(folder, KIND)["fingerprint"]
-    if there != name:
-        raise CheckpointError(
-            f"{folder} holds the dataset {there} of other settings; the recipe now gives {name}",
-            hint="give synthesis.path another folder, or remove this one",
-        )
-
-
-def _written(
-    plan: Plan, teacher: Questions, assembler: Assembler
-) -> tuple[dict[tuple[int, int], Made], list[Reject], list[Attempt]]:
-    """What became of every job, refills included."""
-    found: dict[tuple[int, int], Made] = {}
-    rejects: list[Reject] = []
-    attempts: list[Attempt] = []
-    jobs = [Job(cell) for cell in plan.cells]
-    while jobs:
-        for job, result in zip(jobs, teacher.write(track(jobs, "showing"), assembler.show), strict=True):
-            place = (job.cell.number, job.ordinal)
-            if isinstance(result, Reject):
-                rejects.append(result)
-                attempts.append(Attempt(*place, f"{result.step}: {result.reason}"))
-            else:
-                found[place] = result
-                attempts.append(Attempt(*place, query=result.sheet.draft.query))
-        jobs = [Job(cell, ordinal) for cell, ordinal in refills(plan, attempts)]
-    return found, rejects, attempts
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

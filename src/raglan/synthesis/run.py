@@ -67,7 +67,7 @@ def synthesize(
     recipe: Recipe, teacher: Teacher, show: Show, *, plan: Plan | None = None, verifier: Verifier | None = None,
     corpus: Corpus | None = None, embed: Embed | None = None, embed_questions: Embed | None = None,
     corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
-    ignores: Sequence[str] = (), inputs: Mapping[str, Any] | None = None,
+    ignores: Sequence[str] = (), inputs: Mapping[str, Any] | None = None, sources: Mapping[str, str] | None = None,
 ) -> Done:  # fmt: skip
     """Write, check and keep the examples of `recipe.synthesis`.
 
@@ -81,6 +81,7 @@ def synthesize(
         cost: what the run has cost so far; default nothing.
         ignores: factors that the teacher does not heed, so that no coverage of them is claimed.
         inputs: names of what else the dataset follows from, as the knowledge base's version.
+        sources: names of what its questions are from: in-domain is what is of one of these.
 
     Raises:
         RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
@@ -110,6 +111,7 @@ def synthesize(
     content = {
         **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
         "ignored": list(ignores), "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
+        **({"sources": dict(sources)} if sources else {}),
     }  # fmt: skip
     write_manifest(folder, KIND, content)
     return Done(folder, content)

@@ -45,7 +45,7 @@ class Opened:
     Attributes:
         evidence, answers: of other questions, for noise and false values.
         ignores: factors that it does not heed.
-        inputs: names of what else its texts follow from.
+        inputs: names of what else its texts follow from. sources: of its questions.
         cost: what its calls have cost so far.
     """
 
@@ -55,6 +55,7 @@ class Opened:
     answers: Sequence[str] = ()
     ignores: Sequence[str] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[], Mapping[str, Any]] | None = None
 
 
@@ -80,7 +81,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         return synthesize(
             recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
             embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores, cost=opened.cost,
-            inputs={"knowledge": base.version, **opened.inputs},
+            inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
         )  # fmt: skip
 
 
@@ -115,7 +116,8 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack) -> Opene
     if asked.questions is not None:
         people = open_questions(recipe, base.corpus)
         inputs = {"questions": file_fingerprint(asked.questions)} if asked.questions.is_file() else {}
-        return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs)
+        sources = {asked.questions.name.partition(".")[0]: str(asked.questions)}
+        return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs, sources)
     if isinstance(asked.teacher, OfflineTeacher):
         plan = make_plan(recipe, cannot=CANNOT)
         rules = Offline(base.corpus, plan, overlap=asked.teacher.overlap)

@@ -165,7 +165,7 @@ class _Finder:
         said = str(self.told["about"].format(title=name, c=quoted)) if name else quoted
         return Asked(said, (name, text) if name else (text,), fact, ((fact.passage, fact.sentence),))
 
-    def bridged(self, link: Link) -> Asked | None:
+    def bridged(self, link: Link, *, stated: bool) -> Asked | None:
         """Two sentences with X for what they share, the second with a gap."""
         a, b, size = link.first[1], link.second[1], len(link.name)
         at, place = a.text.find(link.name), b.text.find(link.name)
@@ -179,7 +179,10 @@ class _Finder:
             left, right = min(place, span.start), max(place + size, span.end)
             middle = b.text[min(place + size, span.end) : max(place, span.start)]
             core = f"{X}{middle}{gap}" if place < span.start else f"{gap}{middle}{X}"
-            second = window(b.text, b.terms, left, right, filler=core, most=self.most, cut=self.told["cut"])
+            beside = content_terms(span.text) if stated else ()
+            second = window(
+                b.text, b.terms, left, right, filler=core, most=self.most, beside=beside, cut=self.told["cut"]
+            )
             if second is not None and not _says(second, span.aliases):
                 quoted = [self.told["quoted"].format(text=text) for text in (first, second)]
                 text = str(self.chance.choice(self.told["bridge"]).format(a=quoted[0], c=quoted[1]))
@@ -193,7 +196,7 @@ class _Finder:
             stated: the text will hold the value, so that its terms count as kept.
         """
         made = (
-            (self.bridged(link) for link in self.links())
+            (self.bridged(link, stated=stated) for link in self.links())
             if self.linked
             else (self.gapped(fact, beside=fact.span.text if stated else "") for fact in self.facts())
         )

@@ -56,7 +56,9 @@ FENCED = re.compile(
 )
 COMMON = frozenset(["the", "of", "and", "to", "in", "is", "a", "was", "for", "that", "it", "on", "as", "with", "by", "are"])
 TIMES = re.compile(f"{MONTH}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|Christmas|Easter")
-NO_NAMES = frozenset("I The A An He She It They We But And In No Mr Mrs Dr St".split())
+NO_NAMES = frozenset(
+    ["I", "The", "A", "An", "He", "She", "It", "They", "We", "But", "And", "In", "No", "Mr", "Mrs", "Dr", "St"]
+)
 
 
 @dataclass(frozen=True, slots=True)
