@@ -26,6 +26,10 @@ def run(
         list[str] | None, typer.Argument(help="Settings to change, as in synthesis.n=500.", show_default=False)
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Plan the examples, and write none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run 24 examples, keep them, and tell what all of them will cost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Paid calls may cost what they cost, without a cap.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write training data by the recipe's `synthesis`: planned, written, checked, exact in number. Exits with 3 if short."""
@@ -33,9 +37,12 @@ def run(
     if plan:
         _plan(settings, as_json)
         return
+    if dry_run:
+        _forecast(settings, as_json)
+        return
     from raglan.synthesis.start import run as write
 
-    done = write(settings)
+    done = write(settings, yes=yes)
     if as_json:
         typer.echo(json.dumps(done.told, ensure_ascii=False, indent=2))
     else:
@@ -43,6 +50,21 @@ def run(
     console.print(f"[dim]{done.folder}[/dim]", soft_wrap=True)
     if done.exit_code:
         raise typer.Exit(done.exit_code)
+
+
+def _forecast(settings: Recipe, as_json: bool) -> None:
+    """Calls, tokens, money with an interval, and time."""
+    from raglan.calls.money import cap_of
+    from raglan.synthesis.endpoint import estimate_lines, estimate_row
+    from raglan.synthesis.start import forecast
+
+    found = forecast(settings)
+    assert settings.synthesis is not None
+    if as_json:
+        typer.echo(json.dumps(estimate_row(found), indent=2))
+        return
+    for line in estimate_lines(found, cap_nano=cap_of(settings.synthesis.money)):
+        typer.echo(line)
 
 
 def _tell_done(told: Mapping[str, Any]) -> None:

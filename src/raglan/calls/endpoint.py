@@ -106,6 +106,8 @@ class OpenAI(Endpoint):
         except openai.APIStatusError as fault:
             return Wire(fault.status_code, fault.response.text, dict(fault.response.headers))
         except openai.APITimeoutError as fault:
+            if _never_sent(fault):  # some transports call a refused connection a timeout
+                return _broken(fault, fault.__cause__ or fault)
             raise TimeoutError from fault
         except openai.APIConnectionError as fault:
             return _broken(fault, fault.__cause__ or fault)

@@ -86,7 +86,15 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import BudgetSettings, OfflineTeacher, PassageSettings, SynthesisSettings, VerifySettings
+from raglan.recipe.synthesis import (
+    BudgetSettings,
+    OfflineTeacher,
+    PassageSettings,
+    StepSettings,
+    SynthesisSettings,
+    VerifySettings,
+    WritingSettings,
+)
 
 __all__ = [
     "ABSTENTION",
@@ -160,6 +168,7 @@ __all__ = [
     "ShownData",
     "StageSettings",
     "StalenessSettings",
+    "StepSettings",
     "SweepSettings",
     "SynthesisSettings",
     "TargetSettings",
@@ -169,6 +178,7 @@ __all__ = [
     "VectorSettings",
     "VerifySettings",
     "WeightSettings",
+    "WritingSettings",
     "load_recipe",
     "recipe_schema",
 ]

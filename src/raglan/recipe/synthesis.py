@@ -8,9 +8,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
+from raglan.recipe.calls import EndpointSettings, MoneySettings
 from raglan.recipe.knowledge import EncoderSettings
 
-__all__ = ["BudgetSettings", "OfflineTeacher", "PassageSettings", "SynthesisSettings", "VerifySettings"]
+__all__ = [
+    "BudgetSettings",
+    "OfflineTeacher",
+    "PassageSettings",
+    "StepSettings",
+    "SynthesisSettings",
+    "VerifySettings",
+    "WritingSettings",
+]
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LanguageName = Literal["en", "zh", "cross"]
@@ -37,6 +46,28 @@ class OfflineTeacher(Settings):
 
     kind: Literal["offline"]
     overlap: float = Field(0.6, gt=0, le=1, description="Most of a sentence's content words that its question may keep.")
+
+
+class StepSettings(Settings):
+    """How one step of writing is sampled."""
+
+    temperature: float = Field(ge=0, le=2)
+    max_tokens: int = Field(ge=1, description="Longest reply; it is in the reserve of every call.")
+
+
+class WritingSettings(Settings):
+    """How a model behind an endpoint writes. Temperatures are ours but for the brainstorm's and the draft's (E5-mistral: 1)."""
+
+    jobs: int = Field(20, ge=1, le=100, description="Jobs of readers that one brainstorm asks for; so many attempts share it.")
+    brainstorm: StepSettings = StepSettings(temperature=1.0, max_tokens=2400)
+    draft: StepSettings = StepSettings(temperature=1.0, max_tokens=900)
+    passages: StepSettings = StepSettings(temperature=1.0, max_tokens=1600)
+    answer: StepSettings = StepSettings(temperature=0.3, max_tokens=700)
+    beside: int = Field(2, ge=0, description="Hard negatives that are written for an example from scratch, at most.")
+    per_document: int | None = Field(None, ge=1, description="Examples of one document, at most, in the plan's first round.")
+    prompts: Path | None = Field(
+        None, description="A folder with a prompts.en.yaml, prompts.zh.yaml or families.yaml to be read instead of raglan's."
+    )
 
 
 class VerifySettings(Settings):
@@ -89,7 +120,12 @@ class SynthesisSettings(Settings):
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
     )
-    teacher: OfflineTeacher | None = Field(None, description="Who writes; without one there is only a plan.")
+    teacher: Annotated[OfflineTeacher | EndpointSettings, Field(discriminator="kind")] | None = Field(
+        None, description="Who writes: rules, or a model behind a server; without one there is only a plan."
+    )
+    writing: WritingSettings = Field(WritingSettings(), description="How a model writes; rules do not heed it.")
+    money: MoneySettings = Field(MoneySettings(), description="What calls to an endpoint cost, and may cost together.")
+    calls: Path | None = Field(None, description="The folder of the calls' journal; runs may share it. Default calls/ in path.")
     verify: VerifySettings = VerifySettings()
     dedupe: EncoderSettings | None = Field(
         None, description="An encoder: questions of nearly one meaning are duplicates, too; words are always compared."
