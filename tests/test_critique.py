@@ -814,7 +814,7 @@ def test_an_endpoint_judges_through_the_call_engine(
             assert all(f"  {number} rejected: {reason}" in out for reason, number in one["rejected"].items())
             assert f"{kind:17s} {one['asked']} asked, {sum(one['rejected'].values())} rejected" in out
         assert "rejected: malformed" in out
-        assert out.count("kappa") == len(figures)
+        assert out.count("kappa") == sum(one["second_pass"]["rows"] > 0 for one in figures.values()) > 0
         assert len(server.log) == seen > count
         assert told["rows"]["in"] == told["rows"]["out"] + sum(told["rows"]["dropped"].values())
         assert told["rows"]["out"] > 0

@@ -132,6 +132,7 @@ evaluate: {{questions: dev.jsonl, k: [1], modes: [retrieved], limit: 3}}
     assert code == 0
     assert "[1]" in out.splitlines()[1]
     assert "  cites [1] " in out
+    assert out.splitlines()[2].startswith("or: ")  # n_best: 2
     assert "retrieve: r " in out
     assert re.search(r"\n    \* (  )?\[\d\] .*: final ", out)  # the answer's own path
     assert re.search(r"\n    [ *]   \[\d\] .*: final ", out)  # the second level below its parent

@@ -20,6 +20,7 @@ from raglan.calibration import fitted
 from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.decode.self_rag.rules import calibrated, decide
+from raglan.decode.self_rag.trace import told
 from raglan.errors import GeneratorError
 from raglan.recipe import CalibrationSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
@@ -383,6 +384,9 @@ def test_three_modes_give_one_type(capitals: ScriptedGenerator) -> None:
         assert decision["r"] == pytest.approx(0.947368, abs=1e-6)  # recorded whatever was decided
         assert json.loads(json.dumps(answer.trace, allow_nan=False)) == answer.trace
         assert answer.closed_book == (not answer.trace["retrieved"])
+    lines = {mode: told(answer.trace or {})[0] for mode, answer in answers.items()}
+    assert lines["adaptive"].startswith("retrieve: r 0.9474 against δ 0.2; ")
+    assert lines["never"].startswith("do not retrieve: r 0.9474 against δ 0.2, as decode.retrieve says whatever r is; ")
     assert len(shapes) == 1
     assert answers["no_hits"].trace is not None
     assert answers["no_hits"].trace["decisions"][0]["fallback"] == "no_hits"

@@ -169,6 +169,8 @@ def answer(
     for found in answers:
         text = cited_text(found) if found.citations else found.text
         typer.echo(f"Q: {found.query}\nA: {text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for other in found.alternatives:
+            typer.echo(f"or: {other.text or '(no answer)'}   (log-probability {other.logprob:.3f})")
         for number, hit in enumerate(found.citations, 1):
             typer.echo(f"  cites [{number}] {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
         for hit in found.hits:
