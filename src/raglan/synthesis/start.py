@@ -58,6 +58,10 @@ def run(recipe: Recipe) -> Done:
         RecipeError: no teacher, or one that cannot write what is asked for. CheckpointError: no knowledge base, or another
             dataset in the folder. CorpusError: a missing evaluation set, or too few passages.
     """
+    if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
+        raise RecipeError(
+            "synthesis names no teacher, so a plan is all that can be made", hint="say so: --plan; or synthesis.teacher.kind=offline"
+        )
     base = KnowledgeBase.open(recipe.knowledge.path)
     opened = open_teacher(recipe, base)
     asked = recipe.synthesis
