@@ -60,7 +60,8 @@ def run(recipe: Recipe) -> Done:
     """
     if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
         raise RecipeError(
-            "synthesis names no teacher, so a plan is all that can be made", hint="say so: --plan; or synthesis.teacher.kind=offline"
+            "synthesis names no teacher, so a plan is all that can be made",
+            hint="say so: --plan; or synthesis.teacher.kind=offline",
         )
     base = KnowledgeBase.open(recipe.knowledge.path)
     opened = open_teacher(recipe, base)
