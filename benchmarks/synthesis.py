@@ -61,9 +61,9 @@ def document(number: int) -> list[Passage]:
             f"The {a} of {name} was opened by {shared if part == 0 else draw.choice(GIVEN) + ' ' + draw.choice(FAMILY)} in "
             f"{draw.randrange(1600, 2000)} after a long dispute over the {b} and the old {c}. "
             f"In {draw.randrange(1600, 2000)} the {d} was rebuilt within {draw.randrange(2, 90)} months for the people "
-            f"of {draw.choice(PLACES)} Quay, who paid for every {e} themselves. Each autumn some {draw.randrange(100, 9000)} "
-            f"visitors climb the narrow stairs beside the {f} "
-            f"to watch the boats of {draw.choice(PLACES)} Island come home with the evening tide."
+            f"of {draw.choice(PLACES)} Quay, who paid for every {e} themselves. "
+            f"Each autumn some {draw.randrange(100, 9000)} visitors climb the narrow stairs "
+            f"beside the {f} to watch the boats of {draw.choice(PLACES)} Island come home with the evening tide."
         )
         passages.append(Passage(f"{number}#{part}", text, name, str(number), 1000 * part, 1000 * part + len(text)))
     return passages

@@ -29,7 +29,8 @@ def synthesis_tables(folder: Path) -> list[GridTable]:
     funnel += [["kept", str(told["kept"])]]
     funnel += [[f"in {name}", str(count)] for name, count in told.get("splits", {}).items()]
     kept = GridTable(f"Synthetic examples, written by “{told['teacher']}”", ["", "examples"], funnel, {})
-    rows, marks = [], {}
+    rows: list[list[str]] = []
+    marks: dict[tuple[int, int], str] = {}
     for factor in (name for name in TOLD if name in coverage["factors"]):
         for value, row in coverage["factors"][factor].items():
             if row["deficit"]:

@@ -69,6 +69,11 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         RecipeError: no teacher, one that cannot write what is asked for, or calls without a cap. CheckpointError: no
             knowledge base, or another dataset in the folder. CorpusError: a missing evaluation set, or too few passages.
     """
+    if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
+        raise RecipeError(
+            "synthesis names no teacher, so a plan is all that can be made",
+            hint="say so: --plan; or synthesis.teacher.kind=offline",
+        )
     if recipe.synthesis is not None and isinstance(recipe.synthesis.teacher, EndpointSettings):
         check_consent(recipe.synthesis, yes=yes)
     base = KnowledgeBase.open(recipe.knowledge.path)
