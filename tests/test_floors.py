@@ -12,7 +12,7 @@ FLOORS = [
     ["errors", "records", "text", "likelihood", "reflection", "citations", "refusals"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory", "marked_prompt", "shingles", "robustness", "judging"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "characters", "generator", "packing", "calls"],
     ["decode", "perturb"],
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],

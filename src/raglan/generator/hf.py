@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from raglan.artifact import MANIFEST, fingerprint, write_manifest
+from raglan.characters import add_characters
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
@@ -514,8 +515,8 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
         )
     keep_freed()
     model, tokenizer = _load(settings.model, settings)
-    if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
-        prepare_vocabulary(model, tokenizer, settings)
+    if not hasattr(model, "peft_config"):
+        _extend(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
         model = _with_lora(model, tokenizer, settings)
     for name, parameter in model.named_parameters():
@@ -559,6 +560,14 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _extend(model: Any, tokenizer: Any, settings: GeneratorSettings) -> None:
+    """Give a model the tokens that `vocabulary` names, where it lacks them."""
+    if settings.vocabulary == "self_rag":
+        prepare_vocabulary(model, tokenizer, settings)
+    elif settings.vocabulary == "han":
+        add_characters(model, tokenizer)
+
+
 def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     peft = require("peft", f"to open the adapter {folder}")
     whole = "an adapter is adapter_config.json and adapter_model.safetensors, as peft or raglan saved them: fetch it again"
@@ -575,7 +584,7 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     model, tokenizer = _load(str(base), settings)
     extended = _extended(folder, settings)
     if extended is not None:
-        prepare_vocabulary(model, tokenizer, extended)
+        _extend(model, tokenizer, extended)
     try:
         with quietly():
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None)
@@ -594,12 +603,14 @@ def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
 
 
 def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
-    """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
+    """How the base model of an adapter has to be given more tokens before the adapter fits; None: not at all."""
     path = Path(folder) / MANIFEST
     told = read_json(path) if path.is_file() else {}
+    if told.get("vocabulary") == "han":
+        return settings.model_copy(update={"vocabulary": "han"})
     if told.get("vocabulary") == "self_rag":
         return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
-    return settings if settings.vocabulary == "self_rag" else None
+    return settings if settings.vocabulary != "own" else None
 
 
 def _lacking_adapter(peft: Any, model: Any, file: Path) -> list[str]:
