@@ -220,8 +220,9 @@ def test_sentences_lose_only_blanks(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "mostly"),
     [
-        ("长江的源头", True), ("使用 Transformer 架构", True), ("ひらがなとカタカナ", True), ("The Yangtze is 长江 here", False),
-        ("No Chinese", False), ("1998, 3", False), ("", False), ("한국어는 띄어쓰기", False),
+        ("长江的源头", True), ("使用 Transformer 架构", True), ("ひらがなとカタカナ", True),
+        ("The Yangtze is 长江 here", False), ("No Chinese", False), ("1998, 3", False), ("", False),
+        ("한국어는 띄어쓰기", False),
     ],
 )  # fmt: skip
 def test_mostly_spaceless(text: str, mostly: bool) -> None:

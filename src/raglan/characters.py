@@ -1,7 +1,7 @@
 """A row for every Han character, in a model whose word pieces know next to none: what it cannot spell it cannot copy either.
 
-The embedded encoder's vocabulary was made of English: of 20,992 Han characters it has 244, and all others are one word, [UNK]. A
-reader of [UNK]s sees no difference between them, and could not write one. With a row of its own a character is itself, and
+The embedded encoder's vocabulary was made of English: of 20,992 Han characters it has 244, and all others are one word, [UNK].
+A reader of [UNK]s sees no difference between them, and could not write one. With a row of its own a character is itself, and
 copying needs no more: rows are drawn with the mean and the spread of the old ones, the same in every process, so that equal
 characters are equal and unlike ones are not. They mean nothing at first; questions and passages teach the rest.
 

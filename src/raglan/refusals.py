@@ -2,8 +2,9 @@
 
     abstained   a listed refusal in the first sentence, and no alias of an answer beside it
 
-An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that is a
-refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is 1998年.
+An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
+is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
+1998年.
 """
 
 from __future__ import annotations

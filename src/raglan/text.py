@@ -188,10 +188,10 @@ def _parts(text: str) -> list[str]:
 
 
 def terms(text: str, *, han: Han = "both") -> list[str]:
-    """The terms that BM25 counts: lower-case words, and of Chinese and Japanese
+    """The terms that BM25 counts: lower-case words, and of Chinese and Japanese characters.
 
-        pairs   adjacent characters, and a character that stands alone: 长江的源头 → 长江 江的 的源 源头
-        both    single characters, and adjacent ones
+    pairs   adjacent characters, and a character that stands alone: 长江的源头 → 长江 江的 的源 源头
+    both    single characters, and adjacent ones
     """
     found: list[str] = []
     for word in _TERM.findall(unicodedata.normalize("NFKC", text).lower()):
