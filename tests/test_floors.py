@@ -9,10 +9,10 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
-    ["errors", "records", "text", "likelihood", "reflection", "citations"],
+    ["errors", "records", "text", "likelihood", "reflection", "citations", "refusals"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "characters", "generator", "packing", "calls"],
     ["decode", "perturb"],
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],

@@ -56,7 +56,8 @@ from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Example, Hit
 from raglan.reflection import normalise_label
-from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
+from raglan.refusals import abstained
+from raglan.robustness import char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
 from raglan.text import fold_numbers
 from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from raglan.artifact import MANIFEST, fingerprint, write_manifest
+from raglan.characters import add_characters
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
@@ -541,8 +542,8 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
         name_tokens(model, tokenizer, settings)
     elif settings.tokens:
         raise RecipeError(f"generator.tokens are a causal model's, and {settings.model!r} is none", hint="leave them out")
-    if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
-        prepare_vocabulary(model, tokenizer, settings)
+    if not hasattr(model, "peft_config"):
+        _extend(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
         model = _with_lora(model, tokenizer, settings)
     for name, parameter in model.named_parameters():
@@ -600,13 +601,21 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _extend(model: Any, tokenizer: Any, settings: GeneratorSettings) -> None:
+    """Give a model the tokens that `vocabulary` names, where it lacks them."""
+    if settings.vocabulary == "self_rag":
+        prepare_vocabulary(model, tokenizer, settings)
+    elif settings.vocabulary == "han":
+        add_characters(model, tokenizer)
+
+
 def _load_adapter(folder: str, settings: GeneratorSettings, *, base: str | None = None) -> tuple[Any, Any]:
     """The adapter on `base`; default the one that it names itself."""
     base = adapter_base(folder) if base is None else base
     model, tokenizer = _load(base, settings)
     extended = _extended(folder, settings)
     if extended is not None:
-        prepare_vocabulary(model, tokenizer, extended)
+        _extend(model, tokenizer, extended)
     return put_on(model, tokenizer, folder, base=base, trainable=settings.lora is not None), tokenizer
 
 
@@ -624,12 +633,14 @@ def _load_with(adapter: AdapterSettings, settings: GeneratorSettings) -> tuple[A
 
 
 def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
-    """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
+    """How the base model of an adapter has to be given more tokens before the adapter fits; None: not at all."""
     path = Path(folder) / MANIFEST
     told = read_json(path) if path.is_file() else {}
+    if told.get("vocabulary") == "han":
+        return settings.model_copy(update={"vocabulary": "han"})
     if told.get("vocabulary") == "self_rag":
         return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
-    return settings if settings.vocabulary == "self_rag" else None
+    return settings if settings.vocabulary != "own" else None
 
 
 def _with_new_rows(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> dict[str, Any]:

@@ -208,8 +208,10 @@ class GeneratorSettings(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
     )
-    vocabulary: Literal["own", "self_rag"] = Field(
-        "own", description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none."
+    vocabulary: Literal["own", "self_rag", "han"] = Field(
+        "own",
+        description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none; "
+        "`han`: a model of English word pieces, as the embedded ones, gets a row for each Han character.",
     )
     vocabulary_init: Literal["mean", "words", "random"] = Field(
         "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
