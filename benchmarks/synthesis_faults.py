@@ -84,7 +84,10 @@ def compare(folder: Path, asked: argparse.Namespace) -> None:
         found["billed and not read"] <= found["in doubt"] + found["lost"],
     )
     ok("the calls with a good reply are the same", found["calls done"] == calm["calls done"])
-    ok("without kills and lost replies, ledger and bill are equal", calm["ledger"] == calm["bill"])
+    if calm["lost"]:  # a starved machine times out by itself
+        print(f"n/a  ledger and bill of the straight run: {calm['lost']} of its replies timed out")
+    else:
+        ok("without kills and lost replies, ledger and bill are equal", calm["ledger"] == calm["bill"])
     ok(f"{len(FILES)} files are equal", all(equal(folder, file) for file in FILES) and second["code"] == straight["code"])
     ok("the key is in no file", not any(KEY.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file()))
     told = json.loads((folder / "stormy/data/coverage.json").read_text(encoding="utf-8"))

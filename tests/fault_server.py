@@ -198,13 +198,17 @@ def author(body: dict[str, Any]) -> str:
             f"The inn {mark}{number} was painted green, and nobody remembers by whom." for number in range(many)
         ]
         return json.dumps({"passages": [{"title": f"Of {mark}", "text": text} for text in texts]})
-    years = re.findall(r"year (\d+)", asked[1])
-    return f"It was the year {years[0]}." if years else "The passages do not tell the year."
+    year = str(_year((re.findall(r"mill ([0-9a-f]{10})", asked[1]) or ["0" * 10])[-1]))  # the question stands last
+    return f"It was the year {year}." if f"year {year}" in asked[1] else "The passages do not tell the year."
+
+
+def _year(mark: str) -> int:
+    return 1000 + int(mark[:3], 16) % 900
 
 
 def _draft(mark: str, asked: str) -> dict[str, Any]:
     miller = f"Odo{int(mark, 16) % 40}"
-    years = [1000 + int(mark[:3], 16) % 900, 2000 + int(mark[3:6], 16)]
+    years = [_year(mark), 2000 + int(mark[3:6], 16)]
     options = "`labels`" in asked
     return {
         "query": f"When was the mill {mark} of {miller} opened?" + ("\nA) then\nB) now" if options else ""),
