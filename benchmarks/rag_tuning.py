@@ -38,7 +38,8 @@ from raglan.metrics import Interval, bootstraps
 from raglan.paired import verdict
 from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
-from raglan.robustness import abstained, abstention
+from raglan.refusals import abstained
+from raglan.robustness import abstention
 from raglan.stress import ALONE, Robustness, evaluate_robustness
 from raglan.synthesis.start import run
 from raglan.train import Parts, finished_parts, train

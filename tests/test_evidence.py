@@ -23,8 +23,8 @@ from raglan.perturb.slot import KINDS
 from raglan.prompt import Prompt
 from raglan.recipe import PromptSettings, Recipe, SynthesisSettings, load_recipe
 from raglan.records import Hit, Passage
+from raglan.refusals import abstained
 from raglan.rendering import Rendering, read_rendering, render
-from raglan.robustness import abstained
 from raglan.synthesis import make_plan
 from raglan.synthesis.evidence import Assembler, instruction, instructions
 from raglan.synthesis.plan import Cell, seed_of
@@ -32,7 +32,6 @@ from raglan.synthesis.questions import Questions, open_questions
 from raglan.synthesis.record import example_of
 from raglan.synthesis.start import run
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
-from raglan.verification import abstained as declines
 
 MILLERS = [
     "Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora",
@@ -456,7 +455,6 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
             assert not row["relevant"]
             assert synth["withheld"][0]["id"].startswith("mill-")
             assert abstained(synth["target"], row["answers"])
-            assert declines(synth["target"], row["answers"])
         else:
             assert synth["target"] == row["answers"][0]
             assert [one["id"] for one in gold] == row["relevant"]
@@ -496,7 +494,6 @@ def test_every_wording_of_an_abstention_is_known_as_one(language: str) -> None:
         for missing in instructions()["missing"][language].values():
             text = wording.format(missing=missing)
             assert abstained(text), text
-            assert declines(text), text
 
 
 def test_questions_left_over_are_for_second_attempts(assembler: Assembler, folder: Path) -> None:
