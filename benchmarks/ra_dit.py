@@ -9,8 +9,8 @@ are dealt out anew over their passages (`shuffled`). Measured by a search of all
 
 SQuAD: half of the held-out articles' questions are learned from, the other half is measured: the same paragraphs, other
 questions. NQ: 2,000 questions in five folds; each fold's questions are measured by the tower that learned from the four others,
-so that every question is measured once. No fold's questions are shared (`leak_check`). On 800 of NQ's questions settings had been
-compared; the other 1,200 are told apart too.
+so that every question is measured once. No fold's questions are shared (`leak_check`). On 800 of NQ's questions settings had
+been compared; the other 1,200 are told apart too.
 """
 
 from __future__ import annotations
