@@ -287,7 +287,8 @@ def test_four_choices_take_a_third_of_the_tokens(llama: HFGenerator) -> None:
         shared, seen[0] = seen[0], 0
         prompts = question.prompts(llama.prompt)[0]
         rows = [(prompt, word) for word in words for prompt in prompts]
-        llama.token_logprobs([p for p, _ in rows], [w for _, w in rows], score_eos=False)
+        for prompt, word in rows:
+            llama.forward(llama.collate([llama.row(prompt, word)]))
     finally:
         handle.remove()
     assert min(len(prompt.ids) for prompt in prompts) > 150

@@ -19,8 +19,9 @@ from raglan.exports.rules import alike
 from raglan.exports.synthetic import Synthetic, wordings
 from raglan.perturb import swap
 from raglan.perturb.values import replaced
+from raglan.refusals import abstained
 from raglan.text import words
-from raglan.verification.checks import abstained, holds
+from raglan.verification.checks import holds
 
 __all__ = ["pairs_of"]
 

@@ -131,7 +131,9 @@ class HFGenerator(Generator, MarkedGenerator):
         found: dict[int, np.ndarray] = {}
         was_training = self.model.training
         self.model.eval()
-        trees, alone = grown(rows, room(self.model)) if self.shares_beginnings else ([], list(range(len(rows))))
+        trees, alone = grown(rows, room(self.model))
+        if trees and not self.shares_beginnings:
+            trees, alone = [], list(range(len(rows)))
         most = min(self.batch_tokens, CPU_TOKENS) if self.device.type == "cpu" else self.batch_tokens
         lengths = [len(rows[place]["input_ids"]) + len(rows[place]["labels"]) for place in alone]
         passes: list[tuple[list[int], list[Tree]]] = [([alone[n] for n in own], []) for own in self._by_length(lengths, most)]

@@ -117,7 +117,7 @@ def make_plan(recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = No
     if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
     factors, left_out = factors_of(recipe, cannot=cannot)
-    fit = frozenset(name for name, weights in recipe.synthesis.weights.items() if weights == "fit")
+    fit: frozenset[str] = frozenset(name for name, weights in recipe.synthesis.weights.items() if weights == "fit")
     fit |= {name for name in FITTED if (cannot or {}).get(name) and name not in recipe.synthesis.weights}
     deal = _Deal(factors, recipe.synthesis.n, recipe.seed, fit)
     for name in DEALT:
@@ -168,7 +168,7 @@ def _writable(
     factors: Factors, cannot: Mapping[str, Sequence[str]], named: Collection[str]
 ) -> tuple[Factors, dict[str, tuple[str, ...]]]:
     """Without what a teacher cannot write, and what that was. What the recipe names with a weight does not leave."""
-    left = {}
+    left: dict[str, tuple[str, ...]] = {}
     for name, values in cannot.items():
         gone = [value for value in factors[name].values if value.name in set(values) and value.weight]
         if gone and name in named:

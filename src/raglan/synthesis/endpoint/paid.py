@@ -62,7 +62,7 @@ def estimate_lines(found: Estimate, *, cap_nano: int | None = None) -> list[str]
     for name, (step, low, high) in found.steps.items():
         total = [a + b for a, b in zip(total, (step.calls, step.prompt, step.output), strict=True)]
         lines.append(_line(name, step.calls, step.prompt, step.output, step.nano, low, high))
-    lines.append(_line("all", *total, found.nano, found.low, found.high))
+    lines.append(_line("all", total[0], total[1], total[2], found.nano, found.low, found.high))
     lines.append(
         f"{found.cells} examples, {found.attempts} attempts at an acceptance of {found.acceptance:.0%} "
         f"({found.sampled} cells were run and are kept); about {_time(found.seconds)}"

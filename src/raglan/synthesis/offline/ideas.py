@@ -255,6 +255,7 @@ class _Finder:
     def falses(self, fact: Fact, shown: str) -> Iterator[str]:
         """Different values of the fact's type that the shown text does not hold: numbers changed, names from elsewhere."""
         span, seed = fact.span, self.job.seed("false")
+        made: Iterator[str]
         if span.kind in ("year", "date", "number"):
             made = (swap([span.text], seed=f"{seed}:{turn}", avoid=shown).get(span.text, "") for turn in range(FEW))
         else:
@@ -278,7 +279,7 @@ class _Finder:
         if not said or (cell.answer_format == "short_sentence" and len(counted(asked.text)) > SENTENCE - 12):
             return None
         query = self._claim_query(asked, said)
-        value, labels, fields = told["no"] if wrong else told["yes"], (), ()
+        value, labels, fields = told["no"] if wrong else told["yes"], tuple[str, ...](), tuple[str, ...]()
         if cell.task == "fact_verification" and cell.answer_format != "yes_no_reason":
             value, labels = told["labels"][int(wrong)], tuple(told["labels"])
             fields = (told["verdict"],) if cell.answer_format == "json" else ()

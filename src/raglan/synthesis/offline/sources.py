@@ -179,7 +179,8 @@ class Source:
         for cell, language, linked, serves in asked:
             if (language, linked) not in heaps:
                 heaps[language, linked] = [(0, place) for place in self.places(language, linked=linked)]
-            heap, counts, aside = heaps[language, linked], visited[language], []
+            heap, counts = heaps[language, linked], visited[language]
+            aside: list[int] = []
             while heap and len(aside) < TRIES and cell not in dealt:
                 count, place = heapq.heappop(heap)
                 if count != counts[place]:  # visited meanwhile through the other heap
