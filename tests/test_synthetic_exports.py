@@ -17,6 +17,9 @@ from raglan.exports import SYNTHETIC, Lengths, check_file, export_synthetic, fai
 from raglan.exports.contrast import pairs_of
 from raglan.exports.rules import PAIRS
 from raglan.exports.synthetic import wordings
+from raglan.prompt import Prompt
+from raglan.recipe import PromptSettings
+from raglan.rendering import Rendering, render
 from raglan.text import words
 from raglan.verification.checks import abstained, holds
 
@@ -138,6 +141,22 @@ def test_a_prompt_that_an_example_holds_is_taken_as_it_is(tmp_path: Path) -> Non
     (tmp_path / "one.jsonl").write_text(json.dumps(row), encoding="utf-8")
     made = export_synthetic(list(read_synthetic(tmp_path / "one.jsonl")), tmp_path / "sft.jsonl", form="sft")
     assert read(made.path) == [{"prompt": shown, "completion": "1831"}]
+
+
+@pytest.mark.parametrize("form", ["numbered", "xml", "json"])
+@pytest.mark.parametrize("template", ["question_first", "labelled_parts"])
+def test_a_prompt_is_rendered_as_the_example_says(tmp_path: Path, template: str, form: str) -> None:
+    """Exactly what is read while training: the same words, form and head."""
+    rendering = Rendering(template=template, form=form, head="title", language="zh")
+    row = example("put", "1831", synth={"rendering": rendering.record()})
+    (tmp_path / "one.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    one = next(read_synthetic(tmp_path / "one.jsonl"))
+    made = read(export_synthetic([one], tmp_path / "sft.jsonl", form="sft").path)[0]
+    words_ = tiny.tokenizer(begins=True, ends=False)
+    prompt = Prompt(PromptSettings(max_tokens=4096), words_, layout="joined")
+    asked = render(prompt, rendering, one.example.query, one.passages, instruction=one.instruction)
+    assert made["prompt"] == asked.text
+    assert made["completion"] == (asked.answer_space or "") + "1831"
 
 
 def test_trl_and_datasets_read_what_is_written(files: dict[str, Path]) -> None:

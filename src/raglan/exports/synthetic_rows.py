@@ -28,6 +28,7 @@ from raglan.knowledge import passage_text
 from raglan.prompt import Prompt
 from raglan.recipe import PromptSettings
 from raglan.records import Passage
+from raglan.rendering import read_rendering
 from raglan.text import content_terms, sentences
 from raglan.verification.checks import holds
 
@@ -80,13 +81,16 @@ class _Asked:
 
     @classmethod
     def of(cls, one: Synthetic, settings: PromptSettings) -> _Asked:
-        """As it was shown, if the example holds that; else rendered: the instruction, then the prompt's template."""
+        """As it was shown, if the example holds that or says how it was rendered; else the instruction, then the template."""
         if one.prompt:
             text, closes = one.prompt.rstrip(), one.prompt[len(one.prompt.rstrip()) :]
             return cls(text, closes or _blank(text), (turn("user", text),))
         query, history = one.example.query, one.example.history
-        written = Prompt(settings, None, layout="joined")
-        texts = [f"{one.instruction}\n\n{written.text(query, one.passages, history=own)}".strip() for own in (history, ())]
+        written, passages, before = Prompt(settings, None, layout="joined"), one.passages, f"{one.instruction}\n\n"
+        if record := one.example.metadata["synth"].get("rendering"):
+            rendering = read_rendering(record, where=f"example {one.example.id}")
+            written, passages, before = rendering.worded(written, one.instruction), rendering.set(passages), ""
+        texts = [f"{before}{written.text(query, passages, history=own)}".strip() for own in (history, ())]
         return cls(texts[0], written.answer_space or _blank(texts[0]), (*dialogue(history), turn("user", texts[1])))
 
     def pair(self, pair: tuple[str, str, str]) -> dict[str, str]:
