@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe bench-decontaminate bench-rag-tuning bench-synthesis-faults bench-drcd clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -25,8 +25,13 @@ help:
 	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
 	@echo "make bench-self-rag time, passes and memory of Self-RAG decoding against a loop (20 minutes, one core)"
 	@echo "make bench-self-rag-learns  train and measure a small Self-RAG on the example corpus and on SQuAD (an hour on 2 cores)"
+	@echo "make bench-calls  the call engine against a bare client at 200 ms; its memory; a large journal (7 minutes on 2 cores, 3 GB)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms (a minute on 2 cores)"
+	@echo "make bench-synthesis-faults  2,000 cells synthesized while everything fails, with 20 x kill -9 (ten minutes)"
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
+	@echo "make bench-decontaminate  a million training questions against 200,000 evaluation questions (some minutes of one core)"
+	@echo "make bench-rag-tuning  a reader tuned on noisy evidence against one tuned on clean (after bench-squad; an hour, one core)"
+	@echo "make bench-drcd   Chinese, from documents to figures (needs RAGLAN_DATA, one core)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
 env: .venv/ready
@@ -74,6 +79,7 @@ lint: env
 
 docs: env
 	$(BIN)/python docs/make_recipes.py
+	$(BIN)/python docs/make_prompts.py
 
 bench-build: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
@@ -91,6 +97,15 @@ bench-squad: env
 	$(RAGLAN) train benchmarks/squad.yaml
 	$(RAGLAN) evaluate benchmarks/squad.yaml
 	$(RAGLAN) report benchmarks/squad.yaml -o runs/squad/report.html
+
+bench-drcd: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/drcd.py
+	OMP_NUM_THREADS=1 $(RAGLAN) build benchmarks/drcd.yaml
+	OMP_NUM_THREADS=1 $(RAGLAN) train benchmarks/drcd.yaml
+	OMP_NUM_THREADS=1 $(RAGLAN) evaluate benchmarks/drcd.yaml
+	$(RAGLAN) report benchmarks/drcd.yaml -o runs/drcd/report.html
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/drcd.py --terms
 
 bench-marginal: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
@@ -112,6 +127,10 @@ bench-self-rag-learns: env
 	$(RAGLAN) train benchmarks/self_rag_squad.yaml generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
 	$(BIN)/python benchmarks/self_rag_learns.py benchmarks/self_rag_squad.yaml --unanswerable build/self-rag-squad-questions/unanswerable_test.jsonl generator.model=$$($(BIN)/python benchmarks/self_rag_squad.py --started-from)
 
+bench-rag-tuning: env
+	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC))
+
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py
 
@@ -123,9 +142,17 @@ bench-swap: env
 
 bench-calls: env
 	$(BIN)/python benchmarks/calls.py
+	$(BIN)/python benchmarks/calls.py --many 100000
+	$(BIN)/python benchmarks/calls.py --journal 1000000
+
+bench-synthesis-faults: env
+	$(BIN)/python benchmarks/synthesis_faults.py
 
 bench-dedupe: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/dedupe.py
+
+bench-decontaminate: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decontaminate.py
 
 bench-feedback: env
 	$(BIN)/python benchmarks/feedback.py

@@ -5,13 +5,15 @@
 Questions of 6 to 20 words over 50,000 words of unequal frequency (a word's chance falls as 1/rank), of which a tenth is another
 one with a word changed, and a hundredth another one in other letters. Printed are the seconds of the process, its peak memory
 with everything that Python holds, how many stay, and how many planted ones were found: of the equal ones all must be, and of
-those with a changed word the ones whose true Jaccard index is 0.8 or more, but for what the bands miss.
+those with a changed word the ones whose true Jaccard index is 0.8 or more, but for what the bands miss. Wanted are 120 s of CPU
+on one core and 1 GB; each verdict is a line, and the exit status is 1 after any FAIL.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ from raglan.dedupe import dedupe, needed_memory
 from raglan.splits import jaccard
 
 WORDS = 50_000
+SECONDS, MB = 120, 1000
 
 
 def main() -> None:
@@ -35,9 +38,18 @@ def main() -> None:
     seconds = time.process_time() - began - 2 * made
     told = peak()
     runs = sum(max(1, len(query.split()) - 2) for query in asked(count))
-    print(f"{count:,} questions: {seconds:.1f} s of CPU, peak {told:.0f} MB ({before:.0f} MB before)")
-    print(f"foreseen {needed_memory(count, runs) / 1e6:.0f} MB")
+    print(f"{count:,} questions; {before:.0f} MB before, foreseen {needed_memory(count, runs) / 1e6:.0f} MB more")
     print(f"{len(found.kept):,} stay; {planted(count, found.keeps)}")
+    good = [
+        verdict("time", f"{seconds:.1f} s of CPU", f"at most {SECONDS}", good=seconds <= SECONDS),
+        verdict("memory", f"peak {told:.0f} MB", f"at most {MB}", good=told <= MB),
+    ]
+    sys.exit(not all(good))
+
+
+def verdict(what: str, told: str, wanted: str, *, good: bool) -> bool:
+    print(f"{what}: {told} ({wanted}: {'OK' if good else 'FAIL'})")
+    return good
 
 
 def peak() -> float:

@@ -11,12 +11,17 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from raglan.calls.journal import Journal
 
 KEY = "sk-sentinel-9f8e7d"
 PRICE = {"input": 2.5, "cached": 1.25, "output": 10}
@@ -163,6 +168,166 @@ def say(body: dict[str, Any]) -> str:
         return json.dumps({"colour": "blue", "ready": True})
     wanted = "response_format" in body or "JSON" in told
     return json.dumps({"word": digest[:8], "count": int(digest[:4], 16)}) if wanted else digest
+
+
+SCHEMAS = ("JobsReply", "DraftReply", "PassagesReply")
+MANY = re.compile(r"(?:Number of jobs|数量|Number of passages|段落数量)[:：] ?(\d+)")
+
+
+def author(body: dict[str, Any]) -> str:
+    """A teacher's replies, step by step; all that is said follows from what is asked, and answers stand in the facts."""
+    asked = [message["content"] for message in body["messages"] if message["role"] != "assistant"]
+    told = json.dumps(asked[:2], ensure_ascii=False)  # a repair is told the same as what it repairs
+    if "As a trial of" in told:
+        return json.dumps({"colour": "blue", "ready": True})
+    mark = hashlib.sha256(told.encode()).hexdigest()[:10]
+    form = body.get("response_format", {})
+    name = form.get("json_schema", {}).get("name") or next((name for name in SCHEMAS if name in told), "")
+    many = int(found[1]) if (found := MANY.search(asked[1])) else 0
+    if name == "JobsReply":
+        jobs = [
+            {"job": f"Reader {mark}{number} wants the year of mill {mark}{number}.", "material": "A year."}
+            for number in range(many)
+        ]
+        return json.dumps({"jobs": jobs})
+    if name == "DraftReply":
+        return json.dumps(_draft(mark, asked[1]))
+    if name == "PassagesReply":
+        lists = re.findall(r"(?m)^\d+\.\n((?:- .*\n?)+)", asked[1])
+        texts = [" ".join(line[2:] for line in some.splitlines()) for some in lists] or [
+            f"The inn {mark}{number} was painted green, and nobody remembers by whom." for number in range(many)
+        ]
+        return json.dumps({"passages": [{"title": f"Of {mark}", "text": text} for text in texts]})
+    year = str(_year((re.findall(r"mill ([0-9a-f]{10})", asked[1]) or ["0" * 10])[-1]))  # the question stands last
+    return f"It was the year {year}." if f"year {year}" in asked[1] else "The passages do not tell the year."
+
+
+def _year(mark: str) -> int:
+    return 1000 + int(mark[:3], 16) % 900
+
+
+def _draft(mark: str, asked: str) -> dict[str, Any]:
+    miller = f"Odo{int(mark, 16) % 40}"
+    years = [_year(mark), 2000 + int(mark[3:6], 16)]
+    options = "`labels`" in asked
+    return {
+        "query": f"When was the mill {mark} of {miller} opened?" + ("\nA) then\nB) now" if options else ""),
+        "subject": f"mill {mark}",
+        "facts": [f"The mill {mark} of {miller} was opened in the year {year}." for year in years],
+        "answers": ["A"] if options else [str(years[0])],
+        "history": ["Hello.", "Good day."] if "earlier turns" in asked or "此前的两轮" in asked else [],
+        "labels": ["A", "B"] if options else [],
+        "fields": ["year"] if "`fields`" in asked else [],
+    }
+
+
+PASSING = (
+    (Fault(429, headers={"Retry-After": "1"}), 0.0015), (Fault(429), 0.0015), (Fault(500), 0.03), (Fault(503), 0.03),
+    (Fault(delay=2.5), 0.002), (Fault(cut="reset"), 0.006), (Fault(cut="middle"), 0.006), (Fault(cut="short"), 0.006),
+    (Fault(text=""), 0.004), (Fault(body="<html>busy</html>"), 0.004),
+)  # fmt: skip
+LASTING = (
+    (Fault(text='{"half', finish="length"), 0.004), (Fault(text="no, I will not"), 0.02),
+    (Fault(text="{}", finish="content_filter"), 0.004), (Fault(400, code="context_length_exceeded"), 0.003),
+    (Fault(text='{"query": 7}'), 0.004),
+)  # fmt: skip
+ONCE = LASTING[1][0]  # only the first time: the repair goes well
+
+
+class Storm:
+    """Everything at once: `PASSING` faults by what is asked and how often it was, `LASTING` ones by what is asked alone, and at
+    some requests a key that is refused or a quota that is gone. `kinds` counts what it did."""
+
+    def __init__(self, *, fatal: tuple[int, ...] = (), passing: bool = True):
+        self.fatal, self.passing = set(fatal), passing
+        self.times: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+
+    def __call__(self, number: int, request: Request) -> Fault | None:
+        if "As a trial of" in request.content:
+            return None
+        fault = self._chosen(number, request)
+        if fault is not None:
+            self.kinds[_kind(fault)] += 1
+        return fault
+
+    def _chosen(self, number: int, request: Request) -> Fault | None:
+        if self.fatal and number >= min(self.fatal):
+            self.fatal.remove(min(self.fatal))
+            key = Fault(401, code="invalid_api_key")
+            return Fault(429, code="insufficient_quota") if self.kinds[_kind(key)] else key
+        self.times[request.content] += 1
+        lasting = self._lasting(request)
+        passing = _drawn(PASSING, f"{request.content}{self.times[request.content]}") if self.passing else None
+        if passing is not None and (passing.cut or passing.delay):  # the reply is what it would have been, and gets lost
+            return replace(lasting or Fault(), cut=passing.cut, delay=passing.delay)
+        return passing or lasting
+
+    def _lasting(self, request: Request) -> Fault | None:
+        fault = _drawn(LASTING, json.dumps(request.body["messages"][:2]))
+        repaired = any(message["role"] == "assistant" for message in request.body["messages"])
+        if fault is None or (fault is ONCE and repaired):
+            return None
+        words = fault.status == 200 and fault.finish == "stop" and "response_format" not in request.body
+        return None if words else fault  # any words are an answer
+
+
+def _drawn(mix: tuple[tuple[Fault, float], ...], name: str) -> Fault | None:
+    point = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
+    for fault, share in mix:
+        point -= share
+        if point < 0:
+            return fault
+    return None
+
+
+def _kind(fault: Fault) -> str:
+    if fault.cut or fault.delay:
+        return {"short": "body too short", "middle": "reset in the body", "reset": "reset"}.get(fault.cut, "timeout")
+    if fault.status != 200:
+        return f"{fault.status}{' Retry-After' if fault.headers else ''}{' ' + fault.code if fault.code else ''}"
+    if fault.finish != "stop":
+        return f"200, {fault.finish}"
+    return "200 with HTML" if fault.body else ("200, empty" if not fault.text else "200, wrong JSON")
+
+
+def audit(server: FaultServer, folder: Path) -> dict[str, Any]:
+    """The server's book against the journal's: raises where they disagree.
+
+    Every request has an intent, no call with a journalled good reply is sent again, no Idempotency-Key is billed twice, tokens
+    and money of every reply that came home are the server's to the last one, and the ledger is never below the bill.
+    """
+    journal = Journal(folder)
+    lines, ledger = list(journal.lines()), journal.ledger
+    journal.close()
+    idems: dict[tuple[str, int], str] = {}
+    done: set[str] = set()
+    read: dict[str, tuple[int, int]] = {}
+    tokens, cost, lost = [0, 0], 0, 0
+    for line in lines:
+        if line["kind"] == "intent":
+            assert line["key"] not in done, "a call with a journalled reply was sent again"
+            idems[line["key"], line["attempt"]] = line["idem"]
+        elif line["kind"] == "outcome":
+            if line["class"] == "ok":
+                done |= {line["key"], line.get("for", line["key"])}
+            prompt, _, output = line["usage"]
+            if prompt:
+                read[idems[line["key"], line["attempt"]]] = (prompt, output)
+                tokens, cost = [tokens[0] + prompt, tokens[1] + output], cost + line["cost"]
+            lost += bool(line["cost"]) and not prompt
+    assert Counter(request.idem for request in server.log) <= Counter(idems.values()), "a request without an intent"
+    billed = Counter(request.idem for request in server.log if request.billed)
+    assert not billed or max(billed.values()) == 1, "billed twice"
+    book = {request.idem: request for request in server.log if request.billed}
+    assert all(book[idem].usage == usage for idem, usage in read.items()), "tokens differ"
+    home = sum(book[idem].billed for idem in read)
+    assert (home, server.bill <= ledger.spent) == (cost, True)
+    return {
+        "requests": len(server.log), "replies": len(read), "calls done": len(done), "prompt tokens": tokens[0],
+        "output tokens": tokens[1], "nano-dollars of these": cost, "bill": server.bill, "ledger": ledger.spent,
+        "in doubt": ledger.doubts.calls, "lost": lost, "billed and not read": len(book) - len(read),
+    }  # fmt: skip
 
 
 def seeded(mix: list[tuple[Fault, float]], seed: int = 0) -> Choose:

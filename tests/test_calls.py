@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -28,8 +29,9 @@ from pydantic import BaseModel, ValidationError
 from calls_worker import Word
 from fault_server import KEY, PRICE, Fault, FaultServer, Request, seeded
 from raglan import cli
-from raglan.calls import Ask, CallEngine, Outcome, Usage
+from raglan.calls import Ask, CallEngine, Outcome, Usage, places
 from raglan.calls.classify import Wire, classify
+from raglan.calls.endpoint import Aiohttp, Endpoint, OpenAI, open_endpoint
 from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
 from raglan.calls.journal import NAME, Intent, Journal
 from raglan.calls.limits import Breaker, Bucket, Clock, Gate, backoff, retry_after
@@ -392,6 +394,85 @@ def test_usage_that_counts_reasoning_apart() -> None:
     assert classify(Wire(200, json.dumps(body))).usage == Usage(10, 4, 30)
 
 
+# the wire
+
+
+def _told_by(client: type[Endpoint], server: FaultServer, **settings: Any) -> Wire:
+    async def asked() -> Wire:
+        said = EndpointSettings(**{"base_url": server.url, "model": "m", "timeout": 5, **settings})
+        endpoint = client(said, KEY)
+        try:
+            return await endpoint.send({"messages": [{"role": "user", "content": "长江 q1"}]}, "idem-0")
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "lost"),
+    [
+        (Fault(), 200, False),
+        (Fault(429, headers={"Retry-After": "7"}), 429, False),
+        (Fault(body="<html>é</html>"), 200, False),
+        (Fault(302, headers={"Location": "/elsewhere"}), 302, False),
+        (Fault(cut="short"), 0, True),
+        (Fault(cut="reset"), 0, True),
+        (Fault(cut="middle"), 0, True),
+        (Fault(delay=1.0), 0, True),
+    ],
+    ids=["whole", "429", "html", "redirect", "short", "reset", "middle", "slow"],
+)
+def test_both_clients_tell_the_same(fault: Fault, status: int, *, lost: bool) -> None:
+    timeout = 0.2 if fault.delay else 5
+    with FaultServer() as server:
+        server.faults = lambda number, request: fault
+        wires = [_told_by(client, server, timeout=timeout) for client in (Aiohttp, OpenAI)]
+        first, second = server.log
+    assert first.body == second.body
+    assert (first.idem, second.idem) == ("idem-0", "idem-0")
+    assert {(wire.status, wire.lost) for wire in wires} == {(status, lost)}
+    assert len({wire.body for wire in wires}) == 1
+    assert len({wire.headers.get("retry-after") for wire in wires}) == 1
+    assert all(bool(wire.fault) == (status == 0) for wire in wires)
+    assert not any(KEY in f"{wire.body}{wire.fault}" for wire in wires)
+
+
+@pytest.mark.parametrize("client", [Aiohttp, OpenAI])
+def test_nobody_there_is_not_lost(client: type[Endpoint]) -> None:
+    with FaultServer() as server:
+        wire = _told_by(client, server, base_url="http://127.0.0.1:9/v1")
+    assert wire.fault
+    assert not wire.lost
+
+
+@pytest.mark.parametrize("client", [Aiohttp, OpenAI])
+def test_the_engine_over_either_client(desk: Desk, client: type[Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "" if client is OpenAI else "127.0.0.1")
+    monkeypatch.setenv("HTTP_PROXY", desk.server.url.removesuffix("/v1"))
+    desk.server.faults = by_content(Fault(500), 0.3)
+    assert Counter(outcome.cls for outcome in desk.run(asks(30, Word))) == {"ok": 30}
+
+
+def test_what_aiohttp_cannot_reach_is_left_to_the_openai_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def opened(url: str) -> type[Endpoint]:
+        endpoint = open_endpoint(EndpointSettings(base_url=url, model="m"), None)
+        await endpoint.close()
+        return type(endpoint)
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    assert asyncio.run(opened("https://host.test/v1")) is Aiohttp
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert asyncio.run(opened("https://host.test/v1")) is OpenAI
+    assert asyncio.run(opened("http://host.test/v1")) is Aiohttp
+    monkeypatch.setenv("NO_PROXY", "host.test")
+    assert asyncio.run(opened("https://host.test/v1")) is Aiohttp
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # as if it were not installed
+    assert asyncio.run(opened("https://host.test/v1")) is OpenAI
+
+
 # limits
 
 
@@ -488,9 +569,9 @@ def test_buckets_fill_by_the_minute_and_take_back(monkeypatch: pytest.MonkeyPatc
 
 def test_rates_are_held(desk: Desk) -> None:
     began = time.monotonic()
-    assert len(desk.run(asks(40), rpm=600, speed=10)) == 40  # ten at once, then a hundred a second of real time
+    assert len(desk.run(asks(80), rpm=600, speed=10)) == 80  # ten at once, then a hundred a second of real time
     times = [request.at for request in desk.server.log]
-    assert times[-1] - times[0] >= 0.9 * 30 / 10 / 10
+    assert times[-1] - times[0] >= 0.8 * 70 / 10 / 10  # the first ones arrive late: they open their connections
     assert time.monotonic() - began < 20
 
 
@@ -605,6 +686,35 @@ def test_the_end_of_a_torn_journal_is_asked_again(desk: Desk) -> None:
     assert sum(outcome.reused for outcome in outcomes) == 2
     assert len(desk.server.log) == 4
     assert desk.server.log[-1].again
+
+
+def test_places_are_found_among_many_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "LATELY", 50)
+    found, twin = places.Places(), {}
+    draw = random.Random(1)
+    for offset in range(2000):
+        key = f"{draw.randrange(1500):016x}" + "0" * 48
+        found.put(key, offset)
+        twin[key] = offset
+    assert all(next(found.of(key)) == offset for key, offset in twin.items())
+    assert list(found.of("f" * 64)) == []
+    with pytest.raises(ValueError, match="invalid literal"):
+        found.put("no key", 1)
+
+
+def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    line = {"class": "ok", "finish": "stop", "usage": [1, 0, 1], "cost": 0, "settled": True, "took": 0.1}
+    keys = [16 * "a" + 48 * end for end in "012"]
+    for key in keys[:2]:
+        intent = Intent(key, 1, "answer", "m", key, 0)
+        journal.intend(intent)
+        journal.settle(intent, {**line, "body": f"of {key}"})
+    for _ in range(2):  # as written, and as read again
+        assert [(journal.answer(key) or {}).get("body") for key in keys] == [f"of {keys[0]}", f"of {keys[1]}", None]
+        journal.close()
+        journal = Journal(tmp_path)
+    journal.close()
 
 
 def test_one_writer(desk: Desk) -> None:  # T30

@@ -30,7 +30,7 @@ from raglan.calls.structured import parse, strict_schema
 from raglan.critique import Critique, kappa, read_audit
 from raglan.critique.annotate import annotate
 from raglan.critique.critic_data import balanced, candidates
-from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, reply_model, templates
+from raglan.critique.judgements import LABELS, TOKENS, Judgement, Reject, Template, Verdict, read_reply, reply_model, templates
 from raglan.critique.rules import Rules
 from raglan.critique.sources import Row, drawn
 from raglan.critique.teacher import PIECE, Book, CriticLabels, Labelled, Teacher
@@ -400,9 +400,10 @@ def test_other_wordings_make_other_critic_data(work: Critique, tmp_path: Path) -
     assert all("New words. " in row["query"] for row in read_lines(tmp_path / "critic" / "train.jsonl"))
 
 
-def test_a_critic_is_trained_from_a_recipe_and_annotates(folder: Path, tmp_path: Path) -> None:
-    """Critic data → `raglan train` → annotator, on the wordings that it learned and no others."""
-    text = (folder / "recipe.yaml").read_text()
+@pytest.mark.parametrize("labels", ["words", "tokens"])
+def test_a_critic_is_trained_from_a_recipe_and_annotates(folder: Path, tmp_path: Path, labels: str) -> None:
+    """Critic data → `raglan train` → annotator, on the wordings that it learned and no others; labels as words or as tokens."""
+    text = (folder / "recipe.yaml").read_text().replace("critic: {", f"critic: {{labels: {labels}, ")
     text = text.replace("path: out", f"path: {tmp_path}/out").replace("k: 4", "k: 1")
     text = (
         text.replace("irrelevant: 0.5", "irrelevant: 0.0, limit: 8")
@@ -412,20 +413,31 @@ def test_a_critic_is_trained_from_a_recipe_and_annotates(folder: Path, tmp_path:
     (folder / "judged.yaml").write_text(text + f"  annotator: {{kind: critic, recipe: {tmp_path}/critic.yaml}}\n")
     shared = text[text.index("knowledge:") : text.index("generator:")].replace("path: kb", f"path: {folder}/kb")
     shared = shared.replace("corpus.jsonl", f"{folder}/corpus.jsonl").replace("encoder/encoder", f"{folder}/encoder/encoder")
+    says = {"words": "{}", "tokens": "{self_rag: {answers: tokens}}"}[labels]
     (tmp_path / "critic.yaml").write_text(f"""
 name: critic
 {shared}
-generator: {{model: {folder}/llama, dtype: float32}}
+generator: {{model: {folder}/llama, dtype: float32, vocabulary: self_rag}}
+prompt: {says}
 data: {{kind: questions, path: out/critic/train.jsonl, dev: out/critic/dev.jsonl, source: none}}
 objective: {{kind: answer}}
 train: {{max_steps: 3, learning_rate: 1.0e-2, per_device_train_batch_size: 4, report_to: none}}
 """)
     made = Critique(load_recipe(folder / "judged.yaml"))
     made.critic_data()
+    rows = read_lines(tmp_path / "out" / "critic" / "train.jsonl")
+    learned = {row["answers"][0] for row in rows}
+    known = [TOKENS[kind] if labels == "tokens" else {label: label for label in LABELS[kind]} for kind in LABELS]
+    assert learned <= {answer for own in known for answer in own.values()}
     with pytest.raises(CheckpointError, match=r"critic\.yaml gives no critic: its stage .* is not finished"):
         _ = made.annotator
     train(load_recipe(tmp_path / "critic.yaml"))
-    assert made.annotator.name == "critic"
+    assert isinstance(made.annotator, CriticLabels)
+    critic = made.annotator.generator
+    ids = critic.row(critic.prompt.render(rows[0]["query"], []), rows[0]["answers"][0])["labels"]
+    assert (ids[0] in critic.schema.controls) == (labels == "tokens")
+    assert critic.schema.controls.isdisjoint(critic.answer_ids("is [Relevant] a word?"))  # what others wrote is never a token
+    assert labels == "words" or len(ids) == 2
     figures = made.compare_annotator()
     assert sum(one["rows"] for one in figures.values()) == len(read_lines(tmp_path / "out" / "critic" / "test.jsonl"))
     account = made.annotate()
@@ -435,9 +447,14 @@ train: {{max_steps: 3, learning_rate: 1.0e-2, per_device_train_batch_size: 4, re
     assert shares
     assert all(0 < share <= 1 for share in shares)
     manifest = json.loads((tmp_path / "out" / "critic" / "manifest.json").read_text())
+    wordings = dict(manifest["templates"])
     manifest["templates"]["is_rel"] = "another"
     (tmp_path / "out" / "critic" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="learned is_rel in the wording another"):
+        _ = Critique(made.recipe).annotator
+    manifest["templates"], manifest["labels"] = wordings, "tokens" if labels == "words" else "words"
+    (tmp_path / "out" / "critic" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"labels that are {manifest['labels']}, .* asks for {labels}"):
         _ = Critique(made.recipe).annotator
 
 
@@ -774,7 +791,9 @@ def paid(folder: Path, url: str, out: Path, *, cap: str = "5") -> Path:
     return path
 
 
-def test_an_endpoint_judges_through_the_call_engine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_judges_through_the_call_engine(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CRITIC_KEY", KEY)
     with FaultServer() as server:
         server.reply = judge
@@ -790,6 +809,12 @@ def test_an_endpoint_judges_through_the_call_engine(folder: Path, tmp_path: Path
         (tmp_path / "paid" / "critic" / "manifest.json").unlink()  # made again, of labels that are there
         seen = len(server.log)
         assert again.critic_data()["judgements"] == figures
+        _, out, _ = run("critique", str(folder / "paid.yaml"), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
+        for kind, one in figures.items():  # labels, rejects with their reasons, agreement of the second pass
+            assert all(f"  {number} rejected: {reason}" in out for reason, number in one["rejected"].items())
+            assert f"{kind:17s} {one['asked']} asked, {sum(one['rejected'].values())} rejected" in out
+        assert "rejected: malformed" in out
+        assert out.count("kappa") == sum(one["second_pass"]["rows"] > 0 for one in figures.values()) > 0
         assert len(server.log) == seen > count
         assert told["rows"]["in"] == told["rows"]["out"] + sum(told["rows"]["dropped"].values())
         assert told["rows"]["out"] > 0
@@ -852,6 +877,33 @@ def test_a_priced_teacher_without_a_cap_is_refused(folder: Path, tmp_path: Path,
     path = paid(folder, "http://localhost:1/v1", tmp_path / "open", cap="null")
     with pytest.raises(RecipeError, match="has a price and no cap_usd"):
         _ = Critique(load_recipe(path)).teacher
+
+
+def test_an_estimate_comes_before_the_bill(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--estimate asks a few, keeps them and tells what all cost; then --yes goes on without a cap, and pays for none twice."""
+    monkeypatch.setenv("CRITIC_KEY", KEY)
+    with FaultServer() as server:
+        server.reply = judge
+        recipe = paid(folder, server.url, tmp_path / "open", cap="null")
+        code, out, _ = run("critique", str(recipe), "--estimate", "--json", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0
+        told = json.loads(out)
+        sampled = server.bill
+        assert (told["asked"], 0 < sampled < told["nano"]) == (24, True)
+        code, _, err = run("critique", str(recipe), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
+        assert (code, "--yes goes without a cap" in " ".join(err.split())) == (2, True)
+        assert server.bill == sampled
+        code, _, _ = run("critique", str(recipe), "--only", "critic", "--yes", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0
+        assert told["low_nano"] <= server.bill <= told["high_nano"]
+        judged = [request.content for request in server.log if "As a trial of" not in request.content]
+        assert len(judged) == told["judgements"]
+        assert "24 were asked" in run("critique", str(recipe), "--estimate", capsys=capsys, monkeypatch=monkeypatch)[1]
+    path = folder / "recipe.yaml"
+    code, _, err = run("critique", str(path), "--estimate", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, "costs nothing" in err) == (2, True)
 
 
 def test_spend_never_exceeds_the_cap(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import raglan.decontaminate
 from raglan.decontaminate import EvaluationQuestions, decontaminate, open_sets, write_leakage
 from raglan.documents import write_examples
 from raglan.errors import CorpusError, RecipeError
@@ -105,7 +106,10 @@ PASSAGE = (
 )
 
 
-def test_gold_passages_are_found_in_quotes_and_in_synthetic_examples() -> None:
+@pytest.mark.parametrize("batch", [1, 20_000])
+def test_gold_passages_are_found_in_quotes_and_in_synthetic_examples(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raglan.decontaminate, "BATCH", batch)
+
     def quoted(identity: str, quote: str) -> Example:
         return Example(identity, f"what of {identity}", metadata={"evidence": [{"document": "d", "quote": quote}]})
 
@@ -117,7 +121,7 @@ def test_gold_passages_are_found_in_quotes_and_in_synthetic_examples() -> None:
         quoted("equal", PASSAGE.upper()), synthetic("half", "gold", half), synthetic("support", "support", PASSAGE),
         synthetic("noise", "noise", PASSAGE), quoted("less", less), quoted("few", "Ilse Brandt"),
     ]  # fmt: skip
-    got = found(train, quoted("h", PASSAGE), quoted("few words", "Ilse Brandt"))
+    got = found(train, quoted("few words", "Ilse Brandt"), quoted("h", PASSAGE))
     runs = [frozenset(zip(*(answer_words(text)[n:] for n in range(8)), strict=False)) for text in (PASSAGE, half)]
     share = round(len(runs[0] & runs[1]) / len(runs[0]), 3)
     assert 0.5 <= share < 1
@@ -133,8 +137,8 @@ questions = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(questions, questions, st.sampled_from([0.3, 0.5, 0.7, 1.0]))
-def test_what_is_found_is_what_a_loop_over_all_pairs_finds(own: list, other: list, share: float) -> None:
+@given(questions, questions, st.sampled_from([0.3, 0.5, 0.7, 1.0]), st.sampled_from([2, 20_000]))
+def test_what_is_found_is_what_a_loop_over_all_pairs_finds(own: list, other: list, share: float, batch: int) -> None:
     train = [Example(f"t{n}", query, (answer,)) for n, (query, answer) in enumerate(own)]
     held = [Example(f"h{n}", query, (answer,)) for n, (query, answer) in enumerate(other)]
 
@@ -156,7 +160,9 @@ def test_what_is_found_is_what_a_loop_over_all_pairs_finds(own: list, other: lis
                 checks["D3"] = round(index, 3)
             if checks:
                 expected[a.id, b.id] = checks
-    assert found(train, *held, settings=DecontaminateSettings(runs=share, words=share)) == expected
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(raglan.decontaminate, "BATCH", batch)
+        assert found(train, *held, settings=DecontaminateSettings(runs=share, words=share)) == expected
 
 
 def test_questions_without_words_are_equal_as_they_stand() -> None:

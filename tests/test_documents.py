@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from conftest import json_lines
 from raglan.chunk import Chunker
 from raglan.documents import read_documents, read_examples
 from raglan.errors import CorpusError
 from raglan.records import Document
+from raglan.text import sentence_spans
 
 WORDS = tiny.bert_tokenizer().backend_tokenizer
 
@@ -64,6 +66,62 @@ def test_chinese_is_cut_at_sentences() -> None:
     assert len(passages) > 1
     assert all(p.text.endswith("。") for p in passages)
     assert "".join(p.text for p in passages) == text
+
+
+CHINESE = [
+    ("他很忙。「韓牛」貴。《史記》好。", 6, ["他很忙。", "「韓牛」貴。", "《史記》好。"]),  # an opening mark is no closing one
+    ("他說：「走吧。」然後離開了。北京很冷！", 8, ["他說：「走吧。」", "然後離開了。", "北京很冷！"]),
+    ("他走了……天黑了。真的嗎？！是的。", 7, ["他走了……", "天黑了。", "真的嗎？！", "是的。"]),
+    ("東南西北，春夏秋冬，甲乙丙丁戊己庚。", 10, ["東南西北，春夏秋冬，", "甲乙丙丁戊己庚。"]),  # a sentence that does not fit
+    ("甲，乙丙丁戊己庚辛壬癸子。", 8, ["甲，", "乙丙丁戊己庚辛壬", "癸子。"]),  # nor a clause
+    ("一二三。\n\n四五。六七。八九十。", 6, ["一二三。", "四五。六七。", "八九十。"]),  # a paragraph that fits is whole
+    ("一二。\n\n三四。\n\n五六。", 6, ["一二。\n\n三四。", "五六。"]),
+]
+
+
+@pytest.mark.parametrize(("text", "most", "wanted"), CHINESE)
+def test_chinese_is_cut_where_it_ends(text: str, most: int, wanted: list[str]) -> None:
+    cut = chunker(8)
+    cut.max_tokens = most
+    cut.__post_init__()
+    assert [passage.text for passage in cut.passages(Document("zh", text))] == wanted
+
+
+def test_chinese_markdown_keeps_its_headings_fences_and_tables() -> None:
+    fence, table = "```\n甲。\n\n乙。\n```", "| 甲 | 乙 |\n| 丙 | 丁 |"
+    text = f"# 題\n\n一二三四五。\n\n{fence}\n\n## 節\n\n{table}\n\n六七。"
+    passages = chunker(12).passages(Document("zh.md", text))
+    assert [p.text for p in passages] == ["一二三四五。", fence, table, "六七。"]
+    assert [p.title for p in passages] == ["題", "題", "題 > 節", "題 > 節"]
+
+
+def test_neighbours_share_chinese_sentences_as_overlap_says() -> None:
+    text = "一二三。四五六。七八九。十甲乙。"
+    shared = chunker(12, 4).passages(Document("zh", text))
+    assert [p.text for p in shared] == ["一二三。四五六。七八九。", "七八九。十甲乙。"]
+    assert [p.text for p in chunker(12, 3).passages(Document("zh", text))] == ["一二三。四五六。七八九。", "十甲乙。"]
+
+
+@pytest.mark.parametrize("most", [48, 128])
+def test_no_sentence_that_fits_is_cut_in_a_chinese_encyclopedia(most: int, data: Path) -> None:
+    cut, inside, borders = chunker(most), 0, 0
+    for row in json_lines(data / "drcd_zh" / "corpus.jsonl.gz")[:120]:
+        text = row["text"]
+        passages = cut.passages(Document(row["id"], text, row["title"]))
+        assert "".join("".join(p.text for p in passages).split()) == "".join(text.split())
+        assert all(text[p.start : p.end] == p.text for p in passages)
+        assert all(tokens(p.text) <= most for p in passages)
+        spans = sentence_spans(text)
+        borders += len(passages) - 1
+        for end in (p.end for p in passages[:-1]):
+            torn = [(start, stop) for start, stop in spans if start < end < stop]
+            assert all(tokens(text[start:stop]) > most for start, stop in torn)
+            inside += len(torn)
+    assert 0 < inside < borders / 2  # long sentences there are, and they are cut
+
+
+def tokens(text: str) -> int:
+    return len(WORDS.encode(text, add_special_tokens=False).ids)
 
 
 def test_overlap_and_whole_documents() -> None:

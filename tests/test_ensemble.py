@@ -15,7 +15,7 @@ import torch
 
 from raglan.data import choices_of
 from raglan.decode import Asked, concat, ensemble, ensembles
-from raglan.decode.ensemble import _answer, _Form
+from raglan.decode.ensemble import _answer, _Form, _forms
 from raglan.errors import CorpusError, RecipeError
 from raglan.generator import EncodedPrompts, HFGenerator
 from raglan.likelihood import choice_scores, sequence_logprob, token_logprob
@@ -215,6 +215,13 @@ def test_with_one_passage_it_is_plain_decoding_and_without_any_closed_book(gener
             assert answer.posterior == (() if said else (1.0,))
 
 
+def test_empty_answers_are_dropped_unless_there_is_nothing_else(generator: HFGenerator) -> None:
+    prompts = [Rendered((1,), "")]
+    empty, word = ((generator.eos,), True), (tuple(generator.answer_ids("odo")), True)
+    assert [form.text for form in _forms(generator, prompts, [empty, word, empty])] == ["odo"]
+    assert [(form.text, form.ids) for form in _forms(generator, prompts, [empty, empty])] == [("", (generator.eos,))]
+
+
 def test_drawn_answers_are_scored_as_any_other(generator: HFGenerator) -> None:
     question = asked()
     torch.manual_seed(0)
@@ -280,7 +287,8 @@ def test_four_choices_take_a_third_of_the_tokens(llama: HFGenerator) -> None:
         shared, seen[0] = seen[0], 0
         prompts = question.prompts(llama.prompt)[0]
         rows = [(prompt, word) for word in words for prompt in prompts]
-        llama.token_logprobs([p for p, _ in rows], [w for _, w in rows], score_eos=False)
+        for prompt, word in rows:
+            llama.forward(llama.collate([llama.row(prompt, word)]))
     finally:
         handle.remove()
     assert min(len(prompt.ids) for prompt in prompts) > 150

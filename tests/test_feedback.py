@@ -22,6 +22,7 @@ import torch
 from raglan.data import answer_rows, stage_examples
 from raglan.documents import read_examples, write_examples
 from raglan.errors import CheckpointError, CorpusError, RecipeError
+from raglan.exports import check_file
 from raglan.feedback import (
     FeedbackStore,
     Fields,
@@ -602,6 +603,47 @@ def test_one_command_trains_on_the_store(
         code, _, said = call("feedback", *words, *([] if "--store" in words else ["--store", store]))
         assert code == 2
         assert message in said
+
+
+def test_names_that_mean_nothing_are_told_with_their_cure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form with names of its own: nothing is used at first, and the same file imported with --map is."""
+    result = {"from_name": "better", "to_name": "a", "type": "textarea", "value": {"text": ["Rusk"]}}
+    annotation = {"id": 1, "completed_by": {"id": 3, "email": "ann@example.org"}, "result": [result]}
+    task = {"id": 1, "data": {"question": "who?"}, "annotations": [annotation]}
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps([task]))
+    words = ["feedback", "import", str(path), "--from", "label-studio", "--store", str(tmp_path / "f.sqlite")]
+    code, out, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, out) == (0, "1 new\n")
+    assert "0 used: none" in told
+    assert "'better' is not mapped to any of answer, relevance, rating, comment" in told
+    assert "hint: say what a name means and import again, as in --map" in told
+    wrong = ["argilla" if word == "label-studio" else word for word in words]
+    assert "another tool's: check --from" in run(*wrong, capsys=capsys, monkeypatch=monkeypatch)[2]
+    code, out, told = run(*words, "--map", "answer=better", capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, out) == (0, "0 new, 1 changed\n")
+    assert "1 used: 1 answer" in told
+    assert "hint" not in told
+    path.write_text(path.read_text().replace("better", "rating").replace("Rusk", "[/very]"))  # no markup, but a label
+    assert "'[/very]' is no number and no known label" in run(*words, capsys=capsys, monkeypatch=monkeypatch)[2]
+
+
+def test_what_services_demand_of_exported_lines_is_kept_or_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat lines and preference pairs pass the check of such files; that they are too few is told."""
+    with FeedbackStore(tmp_path / "f.sqlite", create=True) as store:
+        store.add(everything())
+    for form, name in (("sft", "openai-chat"), ("dpo", "openai-dpo")):
+        path = tmp_path / f"{form}.jsonl"
+        words = ["feedback", "export", "-o", str(path), "--as", form, "--store", str(tmp_path / "f.sqlite")]
+        code, _, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+        faults = [fault.text for fault in check_file(path, name) if fault.level == "error"]  # type: ignore[arg-type]
+        assert faults == [f"{len(path.read_text().splitlines())} rows; at least 10 are needed"]
+        assert code == 0
+        assert faults[0] in told
 
 
 def test_feedback_on_measured_questions_is_never_learned(folder: Path, system: RAG) -> None:

@@ -9,17 +9,17 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
-    ["errors", "records", "text", "likelihood", "reflection", "citations"],
+    ["errors", "records", "text", "likelihood", "reflection", "citations", "refusals"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory", "marked_prompt", "shingles", "robustness", "judging"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "generator", "packing", "calls"],
+     "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering"],  # fmt: skip
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "characters", "generator", "packing", "calls"],
     ["decode", "perturb"],
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "dedupe", "decontaminate",
+     "shown", "trainer", "train", "evaluate", "sweep", "calibration", "grid", "critique", "dedupe", "decontaminate",
      "verification", "synthesis", "stress", "judge"],  # fmt: skip
-    ["grid_tables", "stress_tables", "report", "interop", "published_rows", "exports", "bridges"],
+    ["grid_tables", "stress_tables", "synthesis_tables", "report", "interop", "published_rows", "exports", "bridges"],
     ["cli", "cli_calls", "cli_clean", "cli_critique", "cli_feedback", "cli_plan", "cli_rows", "cli_synthesize", "cli_sweep",
      "cli_robustness", "__main__"],  # fmt: skip
 ]

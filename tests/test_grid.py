@@ -21,7 +21,7 @@ from raglan.cli import app
 from raglan.errors import CheckpointError, RecipeError
 from raglan.evaluate import evaluate_recipe
 from raglan.generator import EncodedPrompts
-from raglan.grid import Cell, Grid, evaluate_grid, open_grid
+from raglan.grid import Cell, Grid, _plan, evaluate_grid, open_grid
 from raglan.knowledge import build_knowledge
 from raglan.metrics import Interval
 from raglan.paired import Paired, macro, paired, resampled_means, verdict
@@ -218,7 +218,7 @@ def test_each_part_comes_from_its_own_stage(trained: Path) -> None:
     assert stage_parts(loaded, []) == Parts()
     assert train(loaded, only="read").query_encoder is None  # what it starts from is nothing of `find`
     assert train(loaded) == finished["read"]
-    with pytest.raises(CheckpointError, match="holds no finished stage"):
+    with pytest.raises(CheckpointError, match=r"stage 'read' is not trained with .* now"):
         stage_parts(load_recipe(trained, ["seed=9"]), ["read"])
 
 
@@ -370,6 +370,14 @@ def test_what_cannot_be_a_grid(trained: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             evaluate_grid(load_recipe(trained, [change]))
+
+
+def test_choices_that_are_not_there_are_told(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A task measured by accuracy whose questions have none is answered in words, and says so; one measured by F1 is silent."""
+    plain = _plan(load_recipe(trained, ["grid.tasks.choices.questions=dev.jsonl"]))
+    assert not any(next(task for task in plain.tasks if task.name == "choices").choices)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["task choices: 20 of 20 questions have no choices and are answered in words"]
 
 
 def test_tuned_parts_may_be_folders(measured: tuple[Path, Grid, list[int]]) -> None:

@@ -25,6 +25,8 @@ from transformers import (
     RagConfig,
     RagSequenceForGeneration,
     RagTokenForGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.models.rag.retrieval_rag import RagRetriever
 from typer.testing import CliRunner
@@ -42,6 +44,7 @@ from raglan.recipe import EncoderSettings, GeneratorSettings, PromptSettings, lo
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Passage
 from raglan.train import Parts
+from raglan.vocabulary import save_tokenizer
 from raglan.weights import read_tensors
 
 MODELS: dict[str, Any] = {"sequence": RagSequenceForGeneration, "token": RagTokenForGeneration}
@@ -487,6 +490,27 @@ def test_the_method_is_that_of_the_last_stage_that_was_trained(tmp_path: Path) -
     done = CliRunner().invoke(app, ["checkpoint", "export", str(path), "-o", str(tmp_path / "cli")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "cli" / "config.json").read_text())["architectures"] == ["RagTokenForGeneration"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llama_tokenizer_goes_out_with_its_blanks(legacy: bool, tmp_path: Path) -> None:
+    """T5 models with a Llama tokenizer are published; transformers 5 forgets `legacy` when it saves one."""
+    path = other_system(tmp_path, generator={"model": "t5", "dtype": "float32"})
+    words = tiny.llama_tokenizer(legacy=legacy)
+    words.pad_token = "<unk>"
+    tiny.t5(tmp_path / "t5")
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    T5ForConditionalGeneration(T5Config(**{**config, "vocab_size": len(words)})).save_pretrained(str(tmp_path / "t5"))
+    (tmp_path / "t5" / "tokenizer.json").unlink()
+    save_tokenizer(words, tmp_path / "t5")
+    text = "the tin</s>the inn"
+    before = AutoTokenizer.from_pretrained(str(tmp_path / "t5"))(text)["input_ids"]
+    assert before == words(text)["input_ids"]
+    opened(path)
+    export_rag(load_recipe(path), Parts(), tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(str(tmp_path / "out" / "generator_tokenizer"))
+    assert after(text)["input_ids"] == before
+    assert after.legacy == legacy
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:

@@ -145,6 +145,25 @@ def test_chinese_is_found_by_words(tmp_path: Path) -> None:
     assert index.search(Queries(["zzz"]), 2)[1].tolist() == [[-1, -1]]
 
 
+@pytest.mark.parametrize(("han", "found"), [("both", [0, 1]), ("pairs", [-1, -1])])
+def test_terms_of_chinese_are_cut_as_the_index_was(han: str, found: list[int], tmp_path: Path) -> None:
+    build_bm25(["江水清。", "大江東去。"], BM25Settings(kind="bm25", han=han), tmp_path)  # type: ignore[arg-type]
+    assert sorted(BM25Index(tmp_path).search(Queries(["江"]), 2)[1][0].tolist()) == sorted(found)
+
+
+def test_the_cut_of_terms_is_in_the_fingerprint_and_another_is_refused(tmp_path: Path) -> None:
+    made = {}
+    for han in ("both", "pairs"):
+        build_bm25(["tower in 1831"], BM25Settings(kind="bm25", han=han), tmp_path / han)  # type: ignore[arg-type]
+        made[han] = BM25Index(tmp_path / han).fingerprint
+    assert made["both"] != made["pairs"]  # though no term differs
+    (tmp_path / "both" / "terms.json").write_text('{"terms": "raglan-0-both"}')
+    with pytest.raises(IndexMismatch, match=r"'raglan-0-both'.*'raglan-1-pairs' or 'raglan-1-both'.*"):
+        BM25Index(tmp_path / "both")
+    (tmp_path / "both" / "terms.json").unlink()  # of before it was written down
+    assert BM25Index(tmp_path / "both").search(Queries(["tower"]), 1)[1].tolist() == [[0]]
+
+
 def test_hybrid_by_hand() -> None:
     class Fixed:
         needs_vectors = False

@@ -89,6 +89,12 @@ def test_lsr_example_b_first_row_is_flat_and_mean_prob_is_not() -> None:
     assert normalised_entropy(sharp).item() < 0.5
 
 
+def test_entropy_is_a_share_of_what_the_present_passages_allow() -> None:
+    """H/ln K by hand; a pad is no passage, and one passage alone is certain."""
+    p = double([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    assert normalised_entropy(p.log()).tolist() == pytest.approx([1.5 * math.log(2) / math.log(3), 1, 1, 0], abs=1e-12)
+
+
 @pytest.mark.parametrize("direction", ["student_first", "target_first"])
 def test_lsr_example_c_fixed_point(direction: str) -> None:
     values = double([[0.5, 0.3, 0.2]]).log()

@@ -16,11 +16,15 @@ from typer.testing import CliRunner
 import tiny
 from raglan.artifact import read_manifest
 from raglan.cli import app
+from raglan.decode import Asked, self_rag
 from raglan.errors import CorpusError
+from raglan.generator import open_generator
+from raglan.marked_prompt import GROUPS
 from raglan.marked_rows import read_marked_rows
 from raglan.published_rows import export_rows, import_rows, published, unpublished
-from raglan.recipe import load_recipe
-from raglan.reflection import Schema
+from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, load_recipe
+from raglan.records import Hit, Passage
+from raglan.reflection import Schema, rel
 from raglan.train import finished_parts, learning_curves
 
 OUTPUTS = [
@@ -37,7 +41,7 @@ OFF = [
 
 
 def line(output: str, **more: Any) -> str:
-    return json.dumps({"instruction": "Do it.", "input": "", "output": output, **more}) + "\n"
+    return json.dumps({"instruction": "Do it.", "input": "", "output": output} | more) + "\n"
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -106,6 +110,57 @@ def test_half_a_character_is_told_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"line 2 holds .*half a character"):
         import_rows(tmp_path / "theirs.jsonl", tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------- the published checkpoint's layout
+
+PUBLISHED = {  # ids of the published 7B, 32,000 pieces before them
+    "retrieve": (32000, 32001, 32002), "is_rel": (32003, 32004), "markup": (32005, 32006),
+    "is_use": (32007, 32008, 32009, 32010, 32011), "is_sup": (32012, 32013, 32014),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["special", "ordinary"])
+def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tiny.self_rag(tmp_path_factory.mktemp("published"), special=request.param, base=32000)
+    return open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings())
+
+
+def test_published_rows_become_the_published_checkpoints_ids(layout: Any, tmp_path: Path) -> None:
+    """Imported rows, joined from parts, are the ids that the checkpoint's own tokenizer gives to the whole string."""
+    assert dict(layout.schema.ids) == PUBLISHED
+    assert (layout.tokenizer.pad_token_id, len(layout.tokenizer)) == (32015, 32016)
+    matrices = (layout.model.get_input_embeddings(), layout.model.get_output_embeddings())
+    assert [len(matrix.weight) for matrix in matrices] == [32016, 32016]
+    said = ["When was it built?", "## Input:\n\nName one.", "Was ist das? 中文 é", "  blanks "]
+    whole = "".join(line(output, instruction=asked) for output, asked in zip(OUTPUTS, said, strict=True))
+    (tmp_path / "theirs.jsonl").write_text(whole, encoding="utf-8")
+    assert import_rows(tmp_path / "theirs.jsonl", tmp_path / "ours.jsonl") == []
+    for row, output, asked in zip(read_marked_rows(tmp_path / "ours.jsonl"), OUTPUTS, said, strict=True):
+        made = layout.marked_prompt.row_ids(row)
+        string = layout.prompt.settings.self_rag.template.format(instruction=asked) + output
+        assert [*made.input_ids, *made.labels] == [*layout.tokenizer(string)["input_ids"], layout.eos]
+        between = [token for token, group in zip(made.labels, made.groups, strict=True) if GROUPS[group] == "passage"]
+        learned = [token for token, ok in zip(made.labels, made.learned, strict=True) if ok]
+        assert len(learned) == len(made.labels) - len(between)
+        assert layout.schema.controls.isdisjoint(between)
+        assert set(learned) & layout.schema.controls == set(made.labels) & layout.schema.controls
+    export_rows(tmp_path / "ours.jsonl", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "theirs.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_a_checkpoint_of_that_layout_answers(layout: Any, form: Any) -> None:
+    hits = [Hit(Passage(name, f"{name} in a tin", name), 1 / rank, rank, rank) for rank, name in enumerate("ab", 1)]
+    more = {"passages": "static"} if form == "long" else {}
+    asks = SelfRagDecode(kind="self_rag", form=form, retrieve="always", max_new_tokens=4, **more)
+    [answer] = self_rag(layout, Asked(["what is [Relevant] a?"], [hits]), asks)
+    levels = answer.trace["levels"][0]["candidates"] if form == "long" else answer.trace["candidates"]
+    assert len(levels) == 2
+    behind = [answer.trace["prompt"] + layout.marked_prompt.passage(hit.passage) for hit in hits]
+    marks = layout.contexts(behind, marks=layout.schema.marks)
+    assert [one["rel"] for one in levels] == pytest.approx(rel(marks.mark_logprobs, missing="error").tolist(), abs=1e-5)
+    assert layout.schema.controls.isdisjoint(answer.trace["prompt"])
 
 
 # ------------------------------------------------------------------------------------------------------- it learns

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from raglan.metrics import bootstrap, bootstraps, exact_match, f1, jackknife, paired_bootstrap
+from raglan.refusals import abstained
 from raglan.robustness import (
-    abstained,
     abstention,
     char_3gram_recall,
     citation_figures,
@@ -101,6 +101,12 @@ def test_a_closed_label_is_right_or_wrong(prediction: str, gold: str, expected: 
         ("根据这些段落无法回答。", ["北京"], True),
         ("无法确定，可能是北京。", ["北京"], False),
         ("北京。不知道更多。", ["上海"], False),
+        ("段落中沒有提到是誰設計的。", ["北京"], True),
+        ("資訊不足，可能是一九九八年。", ["1998年"], False),
+        ("They do not say more than 3,000.", ["3000"], False),
+        ("Not enough information", ["not enough information"], False),
+        ("Not enough information", ["supported"], True),
+        ("I don't know; not enough information.", ["not enough information"], False),
     ],
 )
 def test_an_abstention_is_a_refusal_without_an_alias(prediction: str, answers: list[str], declined: bool) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,10 @@ from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from tiny import ScriptedGenerator, decides, said
 
+found = partial(tiny.hits, text="{} text")
 NO, CONT = "[No Retrieval]", "[Continue to Use Evidence]"
 USE = (0.1, 0.1, 0.1, 0.1, 0.6)  # use = .5
 ON = (0.05, 0.9, 0.05)  # a boundary that retrieves
-
-
-def found(*titles: str) -> list[Hit]:
-    return [Hit(Passage(title, f"{title} text", title), row, 1.0, row + 1) for row, title in enumerate(titles)]
 
 
 def settings(**changes: Any) -> SelfRagDecode:
@@ -303,7 +301,8 @@ def test_released_siblings_is_another_prompt() -> None:
         generator = ScriptedGenerator(
             example().scripts[""],
             otherwise=lambda tail: (
-                "p1" if "one" in tail else "p2", *[name for name in ("p0", "p1", "p2") if f"<paragraph>{name}" in tail]
+                "p1" if "one" in tail else "p2",
+                *[name for name in ("p0", "p1", "p2") if f"<paragraph>{name}" in tail],
             ),
         )
         ask(generator, found("p0", "p1", "p2"), settings(max_segments=2, keep_passages=0, released=released, stop="never"))
@@ -431,9 +430,9 @@ def test_steps_without_a_passage() -> None:
     for how in ("inherit", "zero", 0.7):
         answer = ask(ScriptedGenerator(script), found("a"), settings(retrieve="adaptive", absent_step=how, combine="sum"))[0]
         finals[how] = answer.segments[1].score
-        product = ask(
-            ScriptedGenerator(script), found("a"), settings(retrieve="adaptive", absent_step=how, combine="product")
-        )[0]
+        product = ask(ScriptedGenerator(script), found("a"), settings(retrieve="adaptive", absent_step=how, combine="product"))[
+            0
+        ]
         assert product.trace is not None
         assert product.trace["score"] == pytest.approx(1.55)
     assert finals == pytest.approx({"inherit": 0.9 + 0.65 + 0.25, "zero": 0.25, 0.7: 0.7})

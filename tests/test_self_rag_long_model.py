@@ -30,15 +30,8 @@ HITS = [Hit(Passage(f"p{row}", text, f"t{row}"), row, 1.0, row + 1) for row, tex
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint that likes to judge and to stop at boundaries, so that its trees grow."""
-    folder = tiny.self_rag(tmp_path_factory.mktemp("self_rag"))
-    generator = open_generator(GeneratorSettings(model=str(folder), dtype="float32"), PromptSettings())
-    with torch.no_grad():
-        head = generator.model.get_output_embeddings().weight
-        head *= 10
-        head[[*generator.schema.ids["retrieve"], *generator.schema.ids["is_sup"], *generator.schema.ids["is_use"]]] *= 1.7
-    generator.model.save_pretrained(str(folder))
-    return folder
+    """Likes to judge and to stop at boundaries, so that its trees grow."""
+    return tiny.sure_self_rag(tmp_path_factory.mktemp("self_rag"), sure=10, likes=("retrieve", "is_sup", "is_use"), by=1.7)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +132,7 @@ evaluate: {{questions: dev.jsonl, k: [1], modes: [retrieved], limit: 3}}
     assert code == 0
     assert "[1]" in out.splitlines()[1]
     assert "  cites [1] " in out
+    assert out.splitlines()[2].startswith("or: ")  # n_best: 2
     assert "retrieve: r " in out
     assert re.search(r"\n    \* (  )?\[\d\] .*: final ", out)  # the answer's own path
     assert re.search(r"\n    [ *]   \[\d\] .*: final ", out)  # the second level below its parent

@@ -20,20 +20,18 @@ from raglan.calibration import fitted
 from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.rate import prompts_of, threshold_of
 from raglan.decode.self_rag.rules import calibrated, decide
+from raglan.decode.self_rag.trace import told
 from raglan.errors import GeneratorError
 from raglan.recipe import CalibrationSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from tiny import ScriptedGenerator, decides, said
+from tiny import hits as found
 
 USE = (0.01, 0.02, 0.05, 0.12, 0.80)
 
 
 def settings(**given: Any) -> SelfRagDecode:
     return SelfRagDecode(kind="self_rag", **given)
-
-
-def found(*titles: str) -> list[Hit]:
-    return [Hit(Passage(title, f"about {title}", title), n, 1.0 / (n + 1), n + 1) for n, title in enumerate(titles)]
 
 
 def ask(generator: Any, hits: Sequence[Hit], question: str = "why", **given: Any) -> Answer:
@@ -386,6 +384,9 @@ def test_three_modes_give_one_type(capitals: ScriptedGenerator) -> None:
         assert decision["r"] == pytest.approx(0.947368, abs=1e-6)  # recorded whatever was decided
         assert json.loads(json.dumps(answer.trace, allow_nan=False)) == answer.trace
         assert answer.closed_book == (not answer.trace["retrieved"])
+    lines = {mode: told(answer.trace or {})[0] for mode, answer in answers.items()}
+    assert lines["adaptive"].startswith("retrieve: r 0.9474 against δ 0.2; ")
+    assert lines["never"].startswith("do not retrieve: r 0.9474 against δ 0.2, as decode.retrieve says whatever r is; ")
     assert len(shapes) == 1
     assert answers["no_hits"].trace is not None
     assert answers["no_hits"].trace["decisions"][0]["fallback"] == "no_hits"
@@ -426,7 +427,7 @@ def test_all_passages_irrelevant(way: str, text: str, flags: list[str]) -> None:
     assert kept.text == "Rome"
 
 
-SETS = 250  # by the arithmetic alone 1,200 more are tried in test_reflection
+SETS = 1000  # by the arithmetic alone 1,200 more are tried in test_reflection
 
 
 def test_bound_gives_what_none_gives_on_random_candidates() -> None:
@@ -443,7 +444,7 @@ def test_bound_gives_what_none_gives_on_random_candidates() -> None:
         useful = masses(5, 4 if good else draw.randrange(5), share)
         return said(name, rel=masses(2, int(not good), share), sup=judged, use=useful)
 
-    scripts = {f"q{n:03d}": {(): decides(0.1, 0.9), **{(name,): line(name) for name in pieces}} for n in range(SETS)}
+    scripts = {f"q{n:04d}": {(): decides(0.1, 0.9), **{(name,): line(name) for name in pieces}} for n in range(SETS)}
     generator = ScriptedGenerator(scripts)
     asked = Asked(list(scripts), [found(*pieces)] * SETS)
     runs = []

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import tiny
 from raglan.decode.self_rag.table import Table
 from raglan.errors import RecipeError
 from raglan.evaluate import gold
-from raglan.generator import open_generator
-from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, SweepSettings
+from raglan.recipe import SelfRagDecode, SweepSettings
 from raglan.records import Example
 from raglan.reflection import Components
 from raglan.sweep import Setting, settings_of, sweep
@@ -82,10 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with 8 questions and a tiny checkpoint that is sure of itself."""
     folder = tmp_path_factory.mktemp("sweep")
     small_recipe(folder)
-    model = open_generator(GeneratorSettings(model=str(tiny.self_rag(folder / "m")), dtype="float32"), PromptSettings())
-    with torch.no_grad():
-        model.model.get_output_embeddings().weight *= 12
-    model.model.save_pretrained(str(folder / "m"))
+    tiny.sure_self_rag(folder / "m", likes=())
     (folder / "asks.yaml").write_text("""
 name: asks
 knowledge: {path: kb, documents: corpus.jsonl, chunk: null, encoder: {model: encoder/encoder, dtype: float32}}

@@ -40,8 +40,10 @@ from raglan.text import (
     content_terms,
     fold_numbers,
     han_numeral,
+    mostly_spaceless,
     placed_words,
     restore_surface,
+    sentence_spans,
     sentences,
     terms,
     words,
@@ -204,6 +206,27 @@ def test_content_terms(text: str, wanted: list[str]) -> None:
 )
 def test_sentences_end_where_they_do(text: str, wanted: list[str]) -> None:
     assert sentences(text) == wanted
+
+
+@given(st.text("aA。！”」「 .\n…中", max_size=30))
+@settings(deadline=None)
+def test_sentences_lose_only_blanks(text: str) -> None:
+    spans = sentence_spans(text)
+    assert [text[start:end] for start, end in spans] == sentences(text)
+    assert all(a_end <= start for (_, a_end), (start, _) in itertools.pairwise(spans))
+    assert "".join("".join(text[start:end] for start, end in spans).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "mostly"),
+    [
+        ("长江的源头", True), ("使用 Transformer 架构", True), ("ひらがなとカタカナ", True),
+        ("The Yangtze is 长江 here", False), ("No Chinese", False), ("1998, 3", False), ("", False),
+        ("한국어는 띄어쓰기", False),
+    ],
+)  # fmt: skip
+def test_mostly_spaceless(text: str, mostly: bool) -> None:
+    assert mostly_spaceless(text) is mostly
 
 
 SENTENCES = [
@@ -376,6 +399,8 @@ def test_the_jackknife_of_a_mean_is_the_normal_interval() -> None:
 
 def test_terms_of_two_scripts() -> None:
     assert terms("Röntgen's X-ray, 1901") == ["röntgen", "s", "x", "ray", "1901"]
+    assert terms("长江的源头", han="pairs") == ["长江", "江的", "的源", "源头"]
+    assert terms("Ｂ城 3月 源", han="pairs") == ["b", "城", "3", "月", "源"]  # a lone character is a term by itself
     assert terms("印歐語系 in 1786年") == ["印", "歐", "語", "系", "印歐", "歐語", "語系", "in", "1786", "年"]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from raglan.errors import CallsStopped, CorpusError, GeneratorError, RecipeError
-from raglan.verification import CHECKS, Judge, Shown, Verifier, Written, abstained, funnel, read_written
+from raglan.refusals import abstained
+from raglan.verification import CHECKS, Judge, Shown, Verifier, Written, funnel, read_written
 from test_cli import run
 
 GOLD = Shown("The Aldermere observatory admitted its first visitors in 1873, under the astronomer Ilse Brandt.")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -22,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -30,7 +33,7 @@ from transformers import (
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.recipe import SelfRagPromptSettings
-from raglan.records import Marked
+from raglan.records import Hit, Marked, Passage
 from raglan.reflection import NAMES, ORDER, Schema
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation + "éü中文北京大學"
@@ -88,6 +91,34 @@ def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
     return _saved(LlamaForCausalLM(config), words, folder)
 
 
+def mistral(folder: Path, *, seed: int = 0, layers: int = 2, width: int = 32) -> Path:
+    """As the Mistral bases are published: bos 1, eos 2, no padding of its own, grouped heads."""
+    torch.manual_seed(seed)
+    words = tokenizer(begins=True, ends=False)
+    words.pad_token = None
+    config = MistralConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return _saved(MistralForCausalLM(config), words, folder)
+
+
+def adapter(base: Path, folder: Path, *, seed: int = 0, named: str = "mistralai/Mistral-7B-v0.1", **lora: Any) -> Path:
+    """A LoRA adapter as peft publishes it, with factors that do something; `named`: the base that its config tells of."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    told = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), LoraConfig(**told))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.peft_config["default"].base_model_name_or_path = named
+    model.save_pretrained(str(folder))
+    return folder
+
+
 def marked_tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A Llama's with the 15 reflection tokens, in the published order; <pad> it has already. `words` are for scripts."""
     made = tokenizer(begins=True, ends=False, more=["\n", *(word.replace(" ", "▁") for word in words)])
@@ -95,16 +126,19 @@ def marked_tokenizer(*, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     return made
 
 
-def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> LlamaTokenizer:
+def llama_tokenizer(*, legacy: bool = True, special: bool | None = None, base: int = 0) -> LlamaTokenizer:
     """A SentencePiece-like tokenizer with bytes behind its letters. `legacy` puts a blank behind control tokens too.
 
     Args:
         special: reflection tokens, registered as special or as ordinary ones; none where it is None.
+        base: pieces before them, 32,000 of a real one; no text is made of those that fill up.
     """
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     pieces = ["<unk>", "<s>", "</s>", *bytes_, "▁", *string.printable[:94], "th", "in", "▁th", "▁the", "▁a", "▁in"]
     merges = [("t", "h"), ("i", "n"), ("▁", "th"), ("▁th", "e"), ("▁", "a"), ("▁", "in")]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    pieces = list(dict.fromkeys(pieces))
+    pieces += [f"▁filler{number}" for number in range(base - len(pieces))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     words = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
     if special is None:
         return words
@@ -117,16 +151,40 @@ def llama_tokenizer(*, legacy: bool = True, special: bool | None = None) -> Llam
     return words
 
 
-def self_rag(folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True) -> Path:
-    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it."""
+def self_rag(
+    folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True, base: int = 0
+) -> Path:
+    """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it.
+
+    With a `base` of 32,000 their ids are those of the published 7B.
+    """
     torch.manual_seed(seed)
-    words = llama_tokenizer(special=special if extended else None)
+    words = llama_tokenizer(special=special if extended else None, base=base)
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=words.pad_token_id, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=tied,
     )  # fmt: skip
     return _saved(LlamaForCausalLM(config), words, folder)
+
+
+@torch.no_grad()
+def sure_self_rag(folder: Path, *, sure: float = 12.0, likes: Collection[str] = ("is_sup", "is_use"), by: float = 1.6) -> Path:
+    """Such a checkpoint that is `sure` of what it writes and likes these roles (`eos` is one), so that rows end."""
+    self_rag(folder)
+    model = LlamaForCausalLM.from_pretrained(str(folder))
+    schema = read_schema(llama_tokenizer(special=True), model.config.vocab_size)
+    head = model.get_output_embeddings().weight
+    head *= sure
+    head[[one for role in likes for one in ((2,) if role == "eos" else schema.ids[role])]] *= by
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def hits(*titles: str, text: str = "about {}") -> list[Hit]:
+    """Passages of these titles, the first one the best."""
+    passages = [Passage(title, text.format(title), title) for title in titles]
+    return [Hit(passage, row, 1.0 / (row + 1), row + 1) for row, passage in enumerate(passages)]
 
 
 def marked_llama(folder: Path, *, seed: int = 0, width: int = 64) -> Path:

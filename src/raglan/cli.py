@@ -36,7 +36,9 @@ app = typer.Typer(
     help="Train the retriever and the generator of a retrieval-augmented system as one piece.",
 )  # fmt: skip
 
-checkpoint = typer.Typer(no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, and put them together again.")
+checkpoint = typer.Typer(
+    no_args_is_help=True, help="Take Hugging Face RAG checkpoints apart, put them together again; merge adapters."
+)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(synthesize, name="synthesize")
 app.command()(calls)
@@ -76,7 +78,7 @@ def build(recipe: RecipePath, overrides: Overrides = None) -> None:
     base = build_knowledge(load_recipe(recipe, overrides or []).knowledge)
     made = base.manifest
     for name, reason in made["skipped"]:
-        console.print(f"skipped {name}: {reason}")
+        console.print(f"skipped {name}: {reason}", markup=False)
     figures = {name: value for name, value in made["index_figures"].items() if value}
     typer.echo(
         f"{made['input_files']} files read, {len(made['skipped'])} skipped, {made['documents']} documents, "
@@ -167,6 +169,8 @@ def answer(
     for found in answers:
         text = cited_text(found) if found.citations else found.text
         typer.echo(f"Q: {found.query}\nA: {text or '(no answer)'}   (log-probability {found.logprob:.3f})")
+        for other in found.alternatives:
+            typer.echo(f"or: {other.text or '(no answer)'}   (log-probability {other.logprob:.3f})")
         for number, hit in enumerate(found.citations, 1):
             typer.echo(f"  cites [{number}] {hit.passage.id}: {_brief(hit.passage.title, hit.passage.text)}")
         for hit in found.hits:
@@ -347,6 +351,28 @@ def export_checkpoint(
     stage, parts = found[-1]
     console.print(f"[dim]system: {stage}[/dim]")
     typer.echo(str(export_rag(loaded, parts, output, trained=[name for name, _ in found])))
+
+
+@checkpoint.command("merge")
+def merge_checkpoint(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to make, which transformers and vLLM open.")],
+    overrides: Overrides = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: base (as they are kept), float32, bfloat16 or float16.")] = "base",
+    untuned: Annotated[bool, typer.Option("--untuned", help="The generator as it was before training.")] = False,
+) -> None:
+    """Add a recipe's LoRA adapter to its base and write one plain model. Takes the tuned generator if there is one."""
+    from raglan.interop import merge_adapter
+    from raglan.knowledge import KnowledgeBase
+    from raglan.train import Parts, finished_parts
+
+    loaded = load_recipe(recipe, overrides or [])
+    begun = bool(KnowledgeBase.versions(loaded.knowledge.path))
+    stage, parts = finished_parts(loaded)[-1] if begun and not untuned else ("untuned", Parts())
+    console.print(f"[dim]system: {stage}[/dim]")
+    if dtype not in ("base", "float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype is {dtype!r}", hint="one of base, float32, bfloat16, float16")
+    typer.echo(str(merge_adapter(loaded, parts, output, dtype=dtype)))  # type: ignore[arg-type]
 
 
 @app.command()

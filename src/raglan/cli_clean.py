@@ -116,12 +116,10 @@ def check_leaks(
 
 def _registered(recipe: Path | None, against: list[str], missing: list[str]) -> DecontaminateSettings:
     """The recipe's sets, the questions that it evaluates on, and those of the command line."""
-    loaded = load_recipe(recipe) if recipe is not None else None
-    settings = (loaded.decontaminate if loaded is not None else None) or DecontaminateSettings()
+    from raglan.decontaminate import registered
+
+    settings = registered(load_recipe(recipe)) if recipe is not None else DecontaminateSettings()
     sets = dict(settings.sets)
-    measured = loaded.evaluate.questions if loaded is not None and loaded.evaluate is not None else None
-    if measured is not None and measured not in {one.path for one in sets.values()}:
-        sets.setdefault("evaluate", EvaluationSet(path=measured))
     for text in against:
         name, mark, path = text.partition("=")
         if not (name and mark and path):

@@ -31,6 +31,10 @@ def critique(
     audit: Annotated[
         Path | None, typer.Option(help="A filled-in audit.csv: tell how far people agree with the teacher.", show_default=False)
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Ask a few judgements of each kind, keep them, and tell what all will cost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Let a teacher that costs money go on without a cap.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Label, make critic data, annotate. What is done is kept; an interrupted run goes on, and asks no teacher twice."""
@@ -45,7 +49,10 @@ def critique(
     if audit is not None:
         _tell({"audit": read_audit(audit)}, as_json)
         return
-    work = Critique(load_recipe(recipe, overrides or []))
+    work = Critique(load_recipe(recipe, overrides or []), uncapped=yes)
+    if estimate:
+        _tell_estimate(work.estimate(), as_json)
+        return
     told: dict[str, Any] = {}
     if only != "annotation" and work.settings.critic is not None and shard is None and join is None:
         told["critic"] = work.critic_data()["judgements"]
@@ -68,6 +75,8 @@ def _tell(told: dict[str, Any], as_json: bool) -> None:
             f"{kind:17s} {figures['asked']} asked, {rejected} rejected, {figures['balanced_out']} balanced out; "
             f"{_counts(figures['kept'])}; {_counts(figures['rows'])}; second pass {_agrees(figures['second_pass'])}"
         )
+        for reason, count in figures["rejected"].items():
+            typer.echo(f"  {count} rejected: {reason}")
     for name in ("annotator", "audit"):
         for kind, figures in told.get(name, {}).items():
             typer.echo(
@@ -81,6 +90,26 @@ def _tell(told: dict[str, Any], as_json: bool) -> None:
         for source, counts in told["annotation"]["labels"].items():
             for name, labels in counts.items():
                 typer.echo(f"  {source:12s} {name:9s} {_counts(labels)}")
+
+
+def _tell_estimate(found: Any, as_json: bool) -> None:
+    from raglan.calls.money import dollars
+
+    if as_json:
+        ends = {"low_nano": round(found.low), "high_nano": round(found.high)}
+        told = {"judgements": found.cells, "asked": found.sampled, "nano": round(found.nano), **ends, "seconds": found.seconds}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for step, (usage, low, high) in found.steps.items():
+        typer.echo(
+            f"{step:26s} {usage.calls:8.0f} calls {usage.prompt:12.0f} tokens in {usage.output:10.0f} out  "
+            f"{dollars(round(usage.nano))} ({dollars(round(low))} to {dollars(round(high))})"
+        )
+    typer.echo(
+        f"{found.cells} judgements, of which {found.sampled} were asked and are kept: {dollars(round(found.nano))} in all, "
+        f"with 95 % between {dollars(round(found.low))} and {dollars(round(found.high))}, {found.seconds / 60:.0f} minutes; "
+        "the annotation comes on top"
+    )
 
 
 def _counts(counts: dict[str, int]) -> str:

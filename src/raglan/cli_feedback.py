@@ -48,11 +48,12 @@ def split(
     told = f"{made.groups} groups by {by}, the largest {100 * made.largest:.1f} % of the questions"
     console.print(told + (", an earlier split honoured" if known else ""))
     for identity, reason in made.aside:
-        console.print(f"set aside: {identity}, {reason}")
+        console.print(f"set aside: {identity}, {reason}", markup=False, soft_wrap=True)
 
 
 StoreOption = Annotated[str, typer.Option("--store", help="An SQLite file, or postgresql://user:password@host/name.")]
 AGREE = "Where people disagree: majority, all or each."
+CHECKED: Any = {"sft": "openai-chat", "dpo": "openai-dpo"}  # what services demand of such files is told
 
 
 @feedback.command("import")
@@ -78,8 +79,13 @@ def import_feedback(
     typer.echo(", ".join(told))
     used = Counter(one.kind for one in found if not one.aside)
     console.print(f"{sum(used.values())} used: {', '.join(f'{n} {kind}' for kind, n in used.items()) or 'none'}")
-    for reason, count in Counter(one.aside for one in found if one.aside).most_common():
-        console.print(f"{count} set aside: {reason}")
+    reasons = Counter(one.aside for one in found if one.aside)
+    for reason, count in reasons.most_common():
+        console.print(f"{count} set aside: {reason}", markup=False, soft_wrap=True)
+    if not found:
+        console.print("hint: nobody has said anything in this file, or it is another tool's: check --from", soft_wrap=True)
+    if any("mapped" in reason for reason in reasons):
+        console.print("hint: say what a name means and import again, as in --map answer=better_answer", soft_wrap=True)
 
 
 @feedback.command("list")
@@ -150,6 +156,7 @@ def export_feedback(
     """Write feedback as questions to train on, chat lines, preference pairs, passage labels, a review file, or all of it."""
     from raglan import feedback as said
     from raglan.documents import example_row, read_examples
+    from raglan.exports import check_file
     from raglan.records import Example
 
     if ratings not in ("ignore", "filter", "weight") or (ratings == "filter") != (min_rating is not None):
@@ -177,6 +184,9 @@ def export_feedback(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     typer.echo(f"{output}  {len(rows)} rows" + (f"; {len(out)} held-out questions left out" if out else ""))
+    for fault in check_file(output, CHECKED[form]) if form in CHECKED and rows else ():
+        if fault.level != "unchecked":
+            console.print(f"{f'line {fault.line}: ' if fault.line else ''}{fault.text}", markup=False, soft_wrap=True)
 
 
 def _agree(text: str) -> str:

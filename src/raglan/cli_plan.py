@@ -1,8 +1,9 @@
-"""`raglan synthesize recipe.yaml --plan`, and `raglan synthesize coverage`: what is to be written, and what became of it."""
+"""`raglan synthesize recipe.yaml` (`--plan`), and `raglan synthesize coverage`: training data, its plan, what became of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from raglan.errors import CorpusError, RecipeError
+from raglan.errors import CorpusError
 from raglan.progress import console
-from raglan.recipe import load_recipe
+from raglan.recipe import Recipe, load_recipe
 
 __all__ = ["coverage", "run"]
 
@@ -25,15 +26,70 @@ def run(
         list[str] | None, typer.Argument(help="Settings to change, as in synthesis.n=500.", show_default=False)
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Plan the examples, and write none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run 24 examples, keep them, and tell what all of them will cost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Paid calls may cost what they cost, without a cap.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan training data by the recipe's `synthesis`: plan/plan.jsonl has a line an example, and every margin is exact."""
-    from raglan.synthesis import make_plan, write_plan
-
-    if not plan:
-        raise RecipeError("a plan is all that this command makes", hint="say so: --plan")
+    """Write training data by the recipe's `synthesis`: planned, written, checked, exact in number. Exits with 3 if short."""
     settings = load_recipe(recipe, overrides or [])
-    made = make_plan(settings)
+    if plan:
+        _plan(settings, as_json)
+        return
+    if dry_run:
+        _forecast(settings, as_json)
+        return
+    from raglan.synthesis.start import run as write
+
+    done = write(settings, yes=yes)
+    if as_json:
+        typer.echo(json.dumps(done.told, ensure_ascii=False, indent=2))
+    else:
+        _tell_done(done.told)
+    console.print(f"[dim]{done.folder}[/dim]", soft_wrap=True)
+    if done.exit_code:
+        raise typer.Exit(done.exit_code)
+
+
+def _forecast(settings: Recipe, as_json: bool) -> None:
+    """Calls, tokens, money with an interval, and time."""
+    from raglan.calls.money import cap_of
+    from raglan.synthesis.endpoint import estimate_lines, estimate_row
+    from raglan.synthesis.start import forecast
+
+    found = forecast(settings)
+    assert settings.synthesis is not None
+    if as_json:
+        typer.echo(json.dumps(estimate_row(found), indent=2))
+        return
+    for line in estimate_lines(found, cap_nano=cap_of(settings.synthesis.money)):
+        typer.echo(line)
+
+
+def _tell_done(told: Mapping[str, Any]) -> None:
+    """How many were asked for and came, and where the others were lost."""
+    typer.echo(f"{told['requested']} requested, {told['kept']} kept, {told['surplus']} surplus, {told['attempts']} attempts")
+    for reason, count in told["funnel"].items():
+        if reason != "attempts":
+            typer.echo(f"  rejected: {reason}: {count}")
+    if told["splits"]:
+        sizes = ", ".join(f"{count} {name}" for name, count in told["splits"].items())
+        typer.echo(f"split: {sizes}; the largest group is {told['largest_group']:.1%}")
+    if told["stopped"]:
+        typer.echo(f"stopped, {told['stopped']}; the same command goes on from here")
+    for factor, values in told["left_out"].items():
+        typer.echo(f"left out of {factor}: {', '.join(values)}")
+
+
+def _plan(settings: Recipe, as_json: bool) -> None:
+    """The plan alone: plan/plan.jsonl has a line an example, and every margin is exact."""
+    from raglan.recipe import OfflineTeacher
+    from raglan.synthesis import make_plan, write_plan
+    from raglan.synthesis.offline import CANNOT
+
+    teacher = settings.synthesis.teacher if settings.synthesis is not None else None
+    made = make_plan(settings, cannot=CANNOT if isinstance(teacher, OfflineTeacher) else None)
     assert settings.synthesis is not None
     folder = write_plan(made, settings.synthesis.path / "plan")
     if as_json:

@@ -29,7 +29,14 @@ synthesize = typer.Typer(
     cls=_RecipeFirst, no_args_is_help=True, help="Training data: planned, exported for other trainers, and checked."
 )
 
-As = Annotated[str, typer.Option("--as", help="openai-chat, openai-dpo, trl or sentence-transformers.", show_default=False)]
+As = Annotated[
+    str,
+    typer.Option(
+        "--as", show_default=False,
+        help="Of a synthesized dataset sft, chat, raft, dpo or retriever; of other sources openai-chat, openai-dpo, trl or "
+        "sentence-transformers.",
+    ),
+]  # fmt: skip
 Model = Annotated[
     str | None, typer.Option(help="For lengths: a hosted model's name, as gpt-4o, or a folder.", show_default=False)
 ]
@@ -70,16 +77,20 @@ def check(
             for fault in faults:
                 typer.echo(f"{path}{f':{fault.line}' if fault.line else ''}: {fault.level}: {fault.text}")
     bad = any(failed(faults, strict=strict) for faults in found.values())
-    console.print("[red]faults were found[/red]" if bad else f"no fault: {' and '.join(path.name for path in found)}")
     if bad:
+        console.print("faults were found", style="red")
         raise typer.Exit(2)
+    console.print(f"no fault: {' and '.join(path.name for path in found)}", markup=False)
 
 
 @synthesize.command()
 def export(
     source: Annotated[
         Path,
-        typer.Argument(help="Data points (a stage's folder, or .jsonl), pairs of answers, or questions.", show_default=False),
+        typer.Argument(
+            help="A synthesized dataset, data points (a stage's folder, or .jsonl), pairs of answers, or questions.",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .jsonl file to write.", show_default=False)],
     form: As,
@@ -102,13 +113,22 @@ def export(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many of the questions.")] = None,
     untuned: Annotated[bool, typer.Option("--untuned", help="With a recipe: its parts as they were before training.")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="Of a synthesized dataset: train, dev, …; default all its examples.", show_default=False)
+    ] = None,
     model: Model = None,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Write a training file for others, and <name>.meta.jsonl beside it, line for line. It is checked before it appears."""
-    from raglan.exports import Lengths, export_pairs, export_points, holds_pairs, holds_points
+    from raglan.exports import SYNTHETIC, Lengths, export_pairs, export_points, holds_pairs, holds_points
 
     wanted = _form(form)
+    if wanted in SYNTHETIC:
+        given = {"--prompt": prompt, "--separate-context": separate_context, "--shape": shape, "--target": target, "-k": k}
+        _applies({name: (value, False, "examples were written with it") for name, value in given.items()})
+        _tell(_synthetic(source, output, wanted, by, split, limit, Lengths.of(model, tokenizer=tokenizer)))
+        return
+    _applies({"--split": (split, False, f"{wanted} is not made of a synthesized dataset alone")})
     _one_of("--shape", shape or "messages", ("prompt_completion", "messages"))
     pairs, points = holds_pairs(source), holds_points(source)
     _fits(source, wanted, pairs=pairs)
@@ -132,9 +152,31 @@ def export(
         done = export_pairs(found.pairs(source), output, form=wanted, **asked)
     else:
         done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape or "prompt_completion"), **asked)
+    _tell(done)
+
+
+def _tell(done: Any) -> None:
     for fault in done.warnings:
-        console.print(f"warning: {fault.text}")
+        console.print(f"warning: {fault.text}", markup=False, soft_wrap=True)
     typer.echo(f"{done.path}: {done.rows} rows, {done.left_out} left out")
+
+
+def _synthetic(
+    source: Path, output: Path, form: Any, by: Path | None, split: str | None, limit: int | None, lengths: Any
+) -> Any:
+    """A synthesized dataset; a recipe's prompt is that of examples which do not hold their own."""
+    from raglan.exports import export_synthetic, holds_synthetic, read_synthetic
+
+    if not holds_synthetic(source):
+        raise CorpusError(
+            f"{source} is no synthesized dataset, and --as {form} is made of one",
+            hint="give the folder that raglan synthesize made; for other sources --as trl, openai-chat or openai-dpo",
+        )
+    if by is not None and not _is_recipe(by):
+        raise RecipeError(f"--from is {by}, and nothing is searched for here", hint="a recipe, for its prompt; or leave it out")
+    prompt = None if by is None else load_recipe(by).prompt
+    examples = list(read_synthetic(source, split=split))[:limit]
+    return export_synthetic(examples, output, form=form, prompt=prompt, lengths=lengths)
 
 
 @dataclass(frozen=True)
@@ -199,14 +241,12 @@ def _labels(source: Path, output: Path, found: _Found, target: str | None) -> An
     system = _system(recipe, found.untuned)
     retriever = system.retriever
     if learned.candidates is not None:
-        retriever = type(retriever)(retriever.base, retriever.encoder, index=learned.candidates)
+        retriever = retriever.by(learned.candidates)
     points = _points(source, retriever, found.k or learned.k, found.limit, seed=recipe.seed)
     wanted: Any = target or learned.target
     scores = recipe.run / "scores"
     scorer = open_scorer(learned.scorer, system.generator)
-    done = export_sentences(
-        points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos, scorer=scorer
-    )
+    done = export_sentences(points, output, system, scores=scores, target=wanted, score_eos=learned.score_eos, scorer=scorer)
     console.print(NOTE)
     return done
 

@@ -277,10 +277,15 @@ def answer_rows(
     source = "mixed" if isinstance(data, LessonData) else data.source
     chosen = choose_passages(examples, source, data.passages, retriever, seed)
     a_row = (None if isinstance(data, LessonData) else data.passages_a_row) or data.passages
-    rows, cut, starved = [], 0, 0
+    rows: list[dict[str, Any]] = []
+    cut = starved = without = 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
         for start in range(0, max(len(passages), 1), a_row):
-            prompt = generator.prompt.render(example.query, passages[start : start + a_row], history=example.history)
+            given = passages[start : start + a_row]
+            prompt = generator.prompt.render(example.query, given, history=example.history)
+            if _lost_its_evidence(example, given, prompt.dropped_passages):
+                without += 1
+                continue
             cut += prompt.truncated
             starved += prompt.starved
             weight = {"weight": example.metadata["weight"]} if "weight" in example.metadata else {}
@@ -288,9 +293,17 @@ def answer_rows(
     if starved:
         least = generator.prompt.settings.min_passage_tokens
         log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, len(rows), least)
+    if without:
+        log.warning("%d rows are left out: what answers them does not fit into %d tokens", without, generator.prompt.budget)
     if cut:
         log.info("%d of %d prompts had a passage cut to fit %d tokens", cut, len(rows), generator.prompt.budget)
     return rows
+
+
+def _lost_its_evidence(example: Example, given: Sequence[Passage], dropped: int) -> bool:
+    """Whether a relevant passage was to be shown, and none is among those that fit whole."""
+    relevant = [passage.id in example.relevant for passage in given]
+    return any(relevant) and not any(relevant[: len(relevant) - dropped])
 
 
 def choose_passages(examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int) -> list[list[Passage]]:

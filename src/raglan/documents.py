@@ -36,6 +36,7 @@ from raglan.text import SPACELESS, check_history, check_query, half_character
 __all__ = [
     "DocumentStream",
     "Reading",
+    "example_of_row",
     "example_row",
     "read_documents",
     "read_examples",
@@ -272,6 +273,11 @@ def example_row(example: Example) -> dict[str, Any]:
     row = {"id": example.id, "query": example.query, "answers": list(example.answers), "relevant": relevant}
     extra = {"grades": dict(example.grades), "history": list(example.history)}
     return {**row, **{key: value for key, value in extra.items() if value}, **metadata}
+
+
+def example_of_row(row: Mapping[str, Any]) -> Example:
+    """An example from such an object. Raises CorpusError."""
+    return _checked(row, 1)
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from raglan.artifact import write_json
 from raglan.errors import CheckpointError
+from raglan.vocabulary import save_tokenizer
 from raglan.weights import lacking, read_json, read_tensors, weight_files, without, write_tensors
 
 __all__ = [
@@ -119,7 +120,7 @@ def save_dpr(tower: SentenceTransformer, folder: Path) -> None:
     config, tensors = as_dpr(tower)
     write_tensors(folder / "model.safetensors", {f"ctx_encoder.{name}": value for name, value in tensors.items()})
     write_json(folder / "config.json", {**config, "architectures": ["DPRContextEncoder"]})
-    tower.tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tower.tokenizer, folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -211,7 +211,8 @@ class Encoder:
         if self.pairs:
             save_dpr(self.passage_tower, folder)
         else:
-            self.passage_tower.save(str(folder), create_model_card=False)
+            with without_bars():
+                self.passage_tower.save(str(folder), create_model_card=False)
 
     def save_query_tower(self, folder: Path, **figures: Any) -> None:
         """Write the query tower as a sentence-transformers model that remembers its passage tower.
@@ -224,7 +225,8 @@ class Encoder:
                 f"the passage tower has learned, and the vectors are those of {self.passage_fingerprint}",
                 hint="take a snapshot(), encode the passages by it, and save the query tower from there",
             )
-        self.query_tower.save(str(folder), create_model_card=False)
+        with without_bars():
+            self.query_tower.save(str(folder), create_model_card=False)
         told = {**self.identity, "query_prompt": self._prompt("query"), **figures}
         write_manifest(folder, "query encoder", {**told, "weights": directory_fingerprint(folder)})
 

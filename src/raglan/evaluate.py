@@ -56,7 +56,8 @@ from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Example, Hit
 from raglan.reflection import normalise_label
-from raglan.robustness import abstained, char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
+from raglan.refusals import abstained
+from raglan.robustness import char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
 from raglan.text import fold_numbers
 from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 
@@ -132,7 +133,8 @@ def domain(recipe: Recipe) -> str | None:
 def data_sets(data: Mapping[str, Any]) -> set[str]:
     """The names of the data sets behind data settings."""
     found = {name.casefold() for name in data.get("sources") or {}}
-    files = [data.get("path"), *(source.get("path") for source in (data.get("sources") or {}).values())]
+    mixed = [data.get(name) for name in (data.get("mix") or "").split("+") if name]
+    files = [data.get("path"), *mixed, *(source.get("path") for source in (data.get("sources") or {}).values())]
     for path in (Path(name) for name in files if name):
         found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
         beside = (path if path.is_dir() else path.parent) / MANIFEST

@@ -292,6 +292,9 @@ def _tasks(recipe: Recipe, settings: GridSettings, corpus: Corpus) -> list[_Task
         task = _Task(name, own, own.decode or recipe.decode, examples)
         if isinstance(task.decode, ClassifyDecode):
             check_classes(examples, task.decode)
+        bare = sum(not choices for choices in task.choices)
+        if bare and own.metric == "accuracy":
+            log.warning("task %s: %d of %d questions have no choices and are answered in words", name, bare, len(examples))
         tasks.append(task)
     return tasks
 

@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -35,13 +35,15 @@ from raglan.artifact import read_manifest, write_json
 from raglan.dpr import DEFAULTS, as_dpr, copy_tokenizer, dpr_folder, misfits, vector_size, write_tower
 from raglan.encoder import open_tower
 from raglan.errors import CheckpointError
-from raglan.generator import HFGenerator, open_generator
+from raglan.generator import HFGenerator, open_merged
+from raglan.generator.adapter import adapter_base, is_adapter
 from raglan.rag import PRIOR
-from raglan.recipe import MarginalObjective, PromptSettings, Recipe
+from raglan.recipe import GeneratorSettings, MarginalObjective, PromptSettings, Recipe
 from raglan.train import Parts
+from raglan.vocabulary import save_tokenizer
 from raglan.weights import lacking, read_json, read_tensors, without, without_copies, write_tensors
 
-__all__ = ["export_rag", "import_rag"]
+__all__ = ["export_rag", "import_rag", "merge_adapter"]
 
 MODELS = {"RagSequenceForGeneration": "sequence", "RagTokenForGeneration": "token"}
 GENERATORS = {"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}
@@ -126,9 +128,52 @@ def export_rag(recipe: Recipe, parts: Parts, out: Path, *, trained: Collection[s
             begins = config["generator"].get("forced_bos_token_id")
             answers = read_json(home / "generation_config.json")
             write_json(folder / "generation_config.json", _changed(answers, {"forced_bos_token_id": begins}, {}))
-        tower.tokenizer.save_pretrained(str(folder / QUESTION_WORDS))
-        generator.tokenizer.save_pretrained(str(folder / GENERATOR_WORDS))
+        save_tokenizer(tower.tokenizer, folder / QUESTION_WORDS)
+        save_tokenizer(generator.tokenizer, folder / GENERATOR_WORDS)
     return Path(out)
+
+
+def merge_adapter(recipe: Recipe, parts: Parts, out: Path, *, dtype: Literal["base", "float32", "bfloat16", "float16"]) -> Path:
+    """Write a recipe's generator as one plain model that transformers and vLLM open: base + s·BA, and the tokenizer.
+
+    Args:
+        parts: whose generator it is; the recipe's own where there is none.
+        out: the folder to make.
+        dtype: of the weights that are written, `base` for those that the base is kept in. Sums are float32.
+
+    Raises:
+        CheckpointError: no adapter; one that does not fit; a quantised base; an `out` that is taken.
+    """
+    settings = _tuned(recipe, parts)
+    if settings.adapter is None and not is_adapter(settings.model):
+        raise CheckpointError(
+            f"generator {settings.model!r} has no adapter to merge",
+            hint="name one as generator.adapter, or train with generator.lora",
+        )
+    base = settings.model if settings.adapter is not None else adapter_base(settings.model)
+    with _appearing(out) as folder:
+        kind = _stored(base) if dtype == "base" else dtype
+        generator = open_merged(settings.model_copy(update={"dtype": kind}), recipe.prompt)
+        if not generator.is_seq2seq:  # as the published tokenizers of such models are
+            _turn_left(generator.tokenizer)
+        generator.save(folder, merged=True, dtype=kind)
+    return Path(out)
+
+
+def _turn_left(tokenizer: Any) -> None:
+    """Padding and truncation on the left. Only what a tokenizer was made with is saved, as it is by then."""
+    for name in ("padding_side", "truncation_side"):
+        setattr(tokenizer, name, "left")
+        tokenizer.init_kwargs[name] = "left"
+
+
+def _stored(base: str) -> str:
+    """The precision that a model's weights are kept in."""
+    try:
+        told = str(AutoConfig.from_pretrained(base).dtype).removeprefix("torch.")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "float32"  # what is wrong with it is told when it is loaded
+    return told if told in ("bfloat16", "float16") else "float32"
 
 
 @contextmanager
@@ -264,11 +309,12 @@ train: {{learning_rate: 3.0e-5}}
 
 def _open_generator(recipe: Recipe, parts: Parts) -> HFGenerator:
     """The generator in float32, with its adapter merged if it has one."""
-    own = {"model": parts.generator or recipe.generator.model, "dtype": "float32", "lora": None, "freeze": ()}
-    generator = open_generator(recipe.generator.model_copy(update=own), recipe.prompt)
-    if hasattr(generator.model, "merge_and_unload"):
-        generator.model = generator.model.merge_and_unload()
-    return generator
+    return open_merged(_tuned(recipe, parts).model_copy(update={"dtype": "float32"}), recipe.prompt)
+
+
+def _tuned(recipe: Recipe, parts: Parts) -> GeneratorSettings:
+    own = recipe.generator
+    return own if parts.generator is None else own.model_copy(update={"model": parts.generator, "adapter": None})
 
 
 def _check(

@@ -44,6 +44,7 @@ from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import HybridIndex as HybridSettings
 from raglan.recipe import KnowledgeSettings
 from raglan.records import Passage
+from raglan.text import terms_identity
 
 __all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "reencoded"]
 
@@ -394,7 +395,7 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
     before is not made again.
     """
     indexes = base.manifest["settings"]["indexes"]
-    version = fingerprint([base.manifest["corpus"], encoder.identity, indexes])
+    version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings)])
     final = path / "versions" / version
     if not (final / "manifest.json").is_file():
         working = path / "building" / version
@@ -413,7 +414,12 @@ def _version(settings: KnowledgeSettings, encoder: Encoder, documents: DocumentS
     given = settings.vectors
     ready = [] if given is None else [[given.first, *map(_stamp, [given.path, *([given.ids] if given.ids else [])])]]
     texts = ([document.id, document.title, document.text] for document in documents)
-    return streamed_fingerprint([made_of, encoder.identity], texts, lambda: [documents.skipped, *ready])
+    return streamed_fingerprint([made_of, encoder.identity, *_terms(settings)], texts, lambda: [documents.skipped, *ready])
+
+
+def _terms(settings: KnowledgeSettings) -> list[str]:
+    """How BM25's terms are cut: another way makes another version."""
+    return [terms_identity(index.han) for index in settings.indexes.values() if isinstance(index, BM25Settings)]
 
 
 def _stamp(path: Path) -> list[list[Any]]:

@@ -3,7 +3,8 @@
 The order of what gives way: the question is never cut; if it cannot fit, that is an error which names the limit. Few-shot
 examples go first, whole, the last of them first. Then history loses whole turns, the oldest first, until every passage has its
 least tokens. Passages are cut at their ends, the longest first, so that all of them stay; the template's own words stay
-whole. Text of a passage, a turn or a question never becomes a control token: special tokens are added by id, and their
+whole. With `whole_passages` none is cut: those that do not fit leave, the last ranked first, when turns have left. Text of a
+passage, a turn or a question never becomes a control token: special tokens are added by id, and their
 spellings in text stay text.
 
 Layouts: `joined` is one text for any model; `chat` puts the same text into the model's chat template; `fused` gives every
@@ -50,6 +51,7 @@ class Rendered:
     starved: bool = False
     dropped_turns: int = 0
     dropped_shots: int = 0
+    dropped_passages: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -69,6 +71,8 @@ class Prompt:
         self.lead = ""  # the shots that this prompt begins with
         if settings.shots and layout == "fused":
             raise RecipeError("this generator reads passage by passage and no prompt.shots", hint="leave out prompt.shots")
+        if settings.whole_passages and layout == "fused":
+            raise RecipeError("this generator gives each passage a block of its own", hint="leave out prompt.whole_passages")
         self.question_tokenizer: Any = None  # the query encoder's, where there is one
         self.budget = settings.max_tokens if limit is None else min(settings.max_tokens, limit)
 
@@ -88,14 +92,18 @@ class Prompt:
                 return replace(found, dropped_shots=len(shots) - kept)
         return replace(self._joined(query, passages, history), dropped_shots=len(shots))
 
+    def text(self, query: str, passages: Sequence[Passage], *, history: Sequence[str] = ()) -> str:
+        """The prompt as text, nothing cut: for readers with tokenizers of their own. It needs none."""
+        return self._text(query, [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)], history)
+
     def within(self, tokens: int) -> Prompt:
         """This prompt with another budget."""
         other = copy.copy(self)
         other.budget = tokens
         return other
 
-    def worded(self, **settings: str) -> Prompt:
-        """This prompt with other templates."""
+    def worded(self, **settings: Any) -> Prompt:
+        """This prompt with other templates and other such settings."""
         other = copy.copy(self)
         other.settings = self.settings.model_copy(update=settings)
         return other
@@ -156,6 +164,17 @@ class Prompt:
         return Rendered(tuple(ids), told, sources, "", cut, starved, len(history) - len(turns))
 
     def _joined(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
+        if not self.settings.whole_passages:
+            return self._cut(query, passages, history)
+        lengths = [len(self._ids(self.passage_text(passage, number))) for number, passage in enumerate(passages, 1)]
+        kept = fit(lengths, self.budget - len(self._whole(query, [""] * len(passages)))) or ()
+        for count in range(len(kept), -1, -1):  # joins can cost a token more than their parts
+            found = self._cut(query, passages[:count], history)
+            if not found.cut_tokens:
+                break
+        return replace(found, dropped_passages=len(passages) - count, starved=bool(passages) and not count)
+
+    def _cut(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
         texts = [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)]
         wanted = [self._ids(text) for text in texts]
         lengths = [len(own) for own in wanted]
@@ -207,7 +226,8 @@ class Prompt:
 
     def _least(self, wanted: Sequence[Sequence[int]], *, together: bool) -> int:
         """Tokens that history must leave: every passage's least, or the largest of them where each has a block."""
-        least = [min(len(own), self.settings.min_passage_tokens) for own in wanted]
+        most = None if self.settings.whole_passages else self.settings.min_passage_tokens
+        least = [len(own[:most]) for own in wanted]
         return sum(least) if together else max(least, default=0)
 
     def _whole(self, query: str, texts: Sequence[str], turns: Sequence[str] = ()) -> list[int]:

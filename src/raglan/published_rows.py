@@ -6,8 +6,8 @@
      "is_use", "metadata": {"published": {fields, order, …}}}
 
 Here a spelling is the token, because the authors wrote it so. The output is cut at the 15 spellings and read by the one grammar
-there is (`raglan.reflection.parse`). A passage's title is its first line; without a line break it has none (null). A row off
-the grammar is kept as it is, under `verbatim`, and told; training counts it and leaves it out.
+there is (`raglan.reflection.parse`). A passage's title is its first line; without a line break, or where that line is empty, it
+has none (null). A row off the grammar is kept as it is, under `verbatim`, and told; training counts it and leaves it out.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def _parts(output: str) -> dict[str, Any]:
 def _segment(segment: Segment, text: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
     passage = None
     if segment.passage is not None:
-        title, broken, rest = text(segment.passage).partition("\n")
-        passage = {"title": title if broken else None, "text": rest if broken else title}
+        whole = text(segment.passage)
+        title, broken, rest = whole.partition("\n")
+        passage = {"title": title, "text": rest} if broken and title else {"title": None, "text": whole}
         passage = {"id": fingerprint(passage), **passage}
     made = {
         "decision": segment.decision, "passage": passage, "is_rel": None if segment.is_rel is None else _said(segment.is_rel),

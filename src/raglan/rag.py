@@ -74,7 +74,7 @@ class RAG:
             weights = weights.model_copy(update=read_manifest(prior, PRIOR)["values"])
         settings = recipe.generator
         if generator is not None:
-            settings = settings.model_copy(update={"model": generator})
+            settings = settings.model_copy(update={"model": generator, "adapter": None})  # it is in what learned
         reads = open_any(settings, recipe.prompt)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained

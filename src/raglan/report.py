@@ -18,6 +18,7 @@ from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.stress import Robustness, open_robustness, robustness_folder
 from raglan.stress_tables import judge_tables, noise_points, robustness_tables
+from raglan.synthesis_tables import synthesis_tables
 from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report"]
@@ -70,6 +71,7 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "curves": _curves(learning_curves(recipe)),
         "further": _further(recipe, evaluations),
         "noise": _noise(recipe),
+        "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
         "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),

@@ -1,13 +1,12 @@
 """How an answer holds up: abstention, citations, quotes, flips, followed falsehoods; all computed, no judge.
 
-    abstained       a listed refusal in the first sentence, and no alias of an answer beside it
     precision       abstentions that were due / abstentions     recall          due ones / unanswerable questions
     over-abstention abstentions on answerable / answerable      hallucination   answers on unanswerable / unanswerable
     validity        marks in 1…K / marks                        citation recall needed gold cited / needed gold
     flip            correctness differs among orders            disagreement    pairs of orders that differ / pairs
 
-A figure that does not apply (no mark, no quote, nobody abstained) is NaN and left out of its mean. The refusals are data, in
-refusals.yaml. An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same.
+A figure that does not apply (no mark, no quote, nobody abstained) is NaN and left out of its mean. What an abstention is says
+`raglan.refusals`.
 """
 
 from __future__ import annotations
@@ -17,18 +16,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
-import yaml
 
 from raglan.metrics import Whole, found_answers
-from raglan.text import answer_words, normalise_answer, sentences
+from raglan.text import normalise_answer
 
 __all__ = [
-    "abstained",
     "abstention",
     "char_3gram_recall",
     "citation_figures",
@@ -46,40 +41,6 @@ __all__ = [
 
 _MARK = re.compile(r"[\[【](\d{1,6}(?:\s*[,、;]\s*\d{1,6})*)[\]】]")
 _QUOTE = re.compile(r'##begin_quote##(.+?)##end_quote##|“([^”]+)”|"([^"\n]+)"|「([^」]+)」', re.DOTALL)
-_CUT = "\0"  # stands where the refusal stood: no alias reaches over it
-
-
-@cache
-def _refusals() -> list[list[str]]:
-    """The listed phrases as words, the longest first."""
-    told = yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text(encoding="utf-8"))
-    phrases = [answer_words(phrase) for phrase in (*told["en"], *told["zh"])]
-    return sorted(phrases, key=len, reverse=True)
-
-
-def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
-    """Whether an answer declines: a listed refusal in its first sentence, and beside it no alias of an answer.
-
-    An empty answer is no abstention: nobody declined.
-    """
-    said = sentences(prediction)
-    if not said:
-        return False
-    first, declined = _without_refusals(answer_words(said[0]))
-    if not declined:
-        return False
-    rest = " ".join([*first, _CUT, *answer_words(" ".join(said[1:]))])
-    padded = f" {rest} "
-    return not any(f" {' '.join(own)} " in padded for answer in answers if (own := answer_words(answer)))
-
-
-def _without_refusals(words: list[str]) -> tuple[list[str], bool]:
-    kept, place = [], 0
-    while place < len(words):
-        phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
-        kept.append(words[place] if phrase is None else _CUT)
-        place += 1 if phrase is None else len(phrase)
-    return kept, _CUT in kept
 
 
 def abstention(declined: Sequence[bool], answerable: Sequence[bool]) -> dict[str, float]:

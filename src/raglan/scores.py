@@ -177,7 +177,8 @@ class ScoreTable:
     def _ordered(self, pairs: Sequence[Pair], keys: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Longest first. Where a scorer computes once what rows begin with, pairs with the same passages stand together, those
         with the longest first."""
-        if not self.scorer.shares_beginnings:
+        once = len({pairs[int(place)].passages for place in places}) == len(places)
+        if once or not self.scorer.shares_beginnings:
             return places[np.lexsort((keys[places], -sizes[places]))]
         best: dict[tuple[Passage, ...], tuple[int, bytes]] = {}  # of each group its first pair's place in the order
         rank = [(-int(sizes[place]), bytes(keys[place])) for place in places]

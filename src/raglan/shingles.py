@@ -24,7 +24,7 @@ __all__ = ["Shingles", "mixed", "shared", "shingles", "text_hash", "word_hash"]
 Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
-PAIRS = 100_000  # compared at once
+PAIRS = 20_000  # compared at once: some 30 MB of questions
 FULL = 2**64
 
 

@@ -6,7 +6,7 @@ belongs together is a group:
     by question   questions of the same normalised words, after the same turns
     by document   these, and connected components over the documents that questions are about: of Q1 {A}, Q2 {A, B}, Q3 {B}
                   and Q4 {C}, the first three are one group. Of a synthetic example these are the documents of its gold and
-                  support passages, noise joins nothing; one that was written from scratch is tied by its job
+                  support passages and of evidence that was withheld, noise joins nothing; from scratch its job ties it, too
 
 A group's place is hash(seed, its smallest id) in [0, 1), cut by the shares. An earlier split is honoured: nobody moves, a new
 question joins the group that it touches, and one that would tie groups of two splits together is set aside and listed.
@@ -44,6 +44,7 @@ __all__ = [
     "read_split",
     "split_examples",
     "write_split",
+    "write_split_file",
 ]
 
 log = logging.getLogger(__name__)
@@ -135,8 +136,10 @@ def _keys(example: Example, by: str, corpus: Corpus | None) -> list[str]:
     if by == "question":
         return words
     documents = sorted(set(_documents(example, corpus)))
-    if not documents and (job := _synth(example).get("job")):  # written from scratch: from no document, for a job
-        return [*words, f"job {job}"]
+    if job := _synth(example).get("job"):  # written from scratch, for a job: what was written for it belongs together
+        words.append(f"job {job}")
+        if not documents:
+            return words
     if not documents:
         raise CorpusError(
             f"question {example.id!r} names no document, so it cannot be split by document",
@@ -158,6 +161,8 @@ def _documents(example: Example, corpus: Corpus | None) -> Iterator[str]:
     for passage in gold_passages(example):
         if document := passage.get("document") or passage.get("id"):
             yield str(document)
+    for passage in _synth(example).get("withheld") or ():  # it would have answered, and is what the question is about
+        yield str(passage.get("document") or passage.get("id"))
 
 
 def gold_passages(example: Example) -> list[Mapping[str, Any]]:
@@ -258,12 +263,17 @@ def write_split(folder: Path, split: Split, examples: Sequence[Example]) -> dict
         write_examples(folder / f"{name}.jsonl", part)
     aside = [replace(e, metadata={**e.metadata, "aside": reasons[e.id]}) for e in examples if e.id in reasons]
     write_examples(folder / "aside.jsonl", aside)
-    write_json(folder / "split.json", {
+    write_split_file(folder / "split.json", split, reasons)
+    return {name: len(part) for name, part in parts.items()}
+
+
+def write_split_file(path: Path, split: Split, aside: Mapping[str, str] | None = None) -> None:
+    """Which question goes where and why; `read_split` reads it."""
+    write_json(path, {
         "kind": KIND, "by": split.by, "seed": split.seed, "shares": dict(split.shares),
         "questions": {name: {"split": place, "keys": list(split.keys[name])} for name, place in sorted(split.places.items())},
-        "aside": reasons,
+        "aside": dict(split.aside) if aside is None else dict(aside),
     })  # fmt: skip
-    return {name: len(part) for name, part in parts.items()}
 
 
 def _former(folder: Path, split: Split, given: set[str]) -> tuple[list[Example], dict[str, str]]:

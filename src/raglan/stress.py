@@ -56,7 +56,8 @@ from raglan.perturb import (
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
 from raglan.records import Answer, Example, Hit, Passage
-from raglan.robustness import abstained, abstention, citation_figures, constant, disagreement, flipped, follows, marks
+from raglan.refusals import abstained
+from raglan.robustness import abstention, citation_figures, constant, disagreement, flipped, follows, marks
 from raglan.train import Parts
 
 __all__ = [

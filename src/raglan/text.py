@@ -9,12 +9,13 @@ Exact match and F1 do not fold them, as no published figure does.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
 
 from raglan.errors import CorpusError
 
@@ -22,6 +23,7 @@ __all__ = [
     "FUNCTION_WORDS",
     "MAX_QUERY_CHARACTERS",
     "QUESTION_WORDS",
+    "Han",
     "Placed",
     "answer_words",
     "cased_words",
@@ -31,14 +33,17 @@ __all__ = [
     "fold_numbers",
     "half_character",
     "han_numeral",
+    "mostly_spaceless",
     "normalise_answer",
     "pattern",
     "placed_words",
     "question_key",
     "restore_surface",
+    "sentence_spans",
     "sentences",
     "shortened",
     "terms",
+    "terms_identity",
     "words",
 ]
 
@@ -58,6 +63,8 @@ not only very too just again further once here there now also s t d ll re ve m d
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _EMPTY_WORDS = FUNCTION_WORDS | QUESTION_WORDS
 
+Han = Literal["pairs", "both"]
+TERMS = 1  # to be raised when `terms` cuts otherwise: an index of the old ones is refused then
 SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _SPACELESS = re.compile(f"([{SPACELESS}])")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -68,7 +75,8 @@ _SENTENCE_END = re.compile(
 _ABBREVIATED = re.compile(
     r"(?:\b[A-Z]|\b(?:Dr|Mr|Mrs|Ms|St|Prof|Sr|Jr|Capt|Col|Gen|Lt|No|vol|pp?|cf|ca|c|ed|eds|vs|etc|e\.g|i\.e|al|Mt|Ft))\.$"
 )
-_TERM = re.compile(rf"[{SPACELESS}]+|(?:(?![{SPACELESS}])[^\W_])+")
+_WORD = re.compile(rf"(?:(?![{SPACELESS}])[^\W_])+")
+_TERM = re.compile(rf"[{SPACELESS}]+|{_WORD.pattern}")
 
 _HAN_DIGITS = {sign: value for value, signs in enumerate(["零〇", "一", "二两兩", *"三四五六七八九"]) for sign in signs}
 _HAN_UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -179,15 +187,25 @@ def _parts(text: str) -> list[str]:
     return [part for word in _TERM.findall(text) for part in (word if _SPACELESS.match(word) else [word])]
 
 
-def terms(text: str) -> list[str]:
-    """The terms that BM25 counts: lower-case words; in Chinese and Japanese single characters and adjacent pairs."""
+def terms(text: str, *, han: Han = "both") -> list[str]:
+    """The terms that BM25 counts: lower-case words, and of Chinese and Japanese characters.
+
+    pairs   adjacent characters, and a character that stands alone: 长江的源头 → 长江 江的 的源 源头
+    both    single characters, and adjacent ones
+    """
     found: list[str] = []
     for word in _TERM.findall(unicodedata.normalize("NFKC", text).lower()):
-        if _SPACELESS.match(word):
-            found += [*word, *(word[i : i + 2] for i in range(len(word) - 1))]
-        else:
+        if not _SPACELESS.match(word):
             found.append(word)
+            continue
+        found += [*word] if han == "both" or len(word) == 1 else []
+        found += [word[i : i + 2] for i in range(len(word) - 1)]
     return found
+
+
+def terms_identity(han: Han) -> str:
+    """Names how `terms` cuts: what an index was made with, and has to be asked with."""
+    return f"raglan-{TERMS}-{han}"
 
 
 def content_terms(text: str) -> list[str]:
@@ -314,13 +332,29 @@ def sentences(text: str) -> list[str]:
     English and other scripts with capitals, Chinese and Japanese. A full stop behind an initial or a usual abbreviation ends
     nothing, and neither does one before a small letter.
     """
-    found, start = [], 0
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where the `sentences` of a text stand, as characters [start, end)."""
+    ends, start = [], 0
     for mark in _SENTENCE_END.finditer(text):
-        if mark.group("stop") and _ABBREVIATED.search(text, start, mark.end("stop")):
-            continue
-        found.append(text[start : mark.end()].strip())
-        start = mark.end()
-    return [sentence for sentence in (*found, text[start:].strip()) if sentence]
+        if not (mark.group("stop") and _ABBREVIATED.search(text, start, mark.end("stop"))):
+            start = mark.end()
+            ends.append(start)
+    return [span for span in itertools.starmap(partial(_stripped, text), itertools.pairwise([0, *ends, len(text)])) if span]
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int] | None:
+    inner = text[start:end].strip()
+    at = start + len(text[start:end]) - len(text[start:end].lstrip())
+    return (at, at + len(inner)) if inner else None
+
+
+def mostly_spaceless(text: str) -> bool:
+    """Whether half of the words or more are Chinese or Japanese, of which each character is one."""
+    spaceless = len(_SPACELESS.findall(text))
+    return spaceless > 0 and 2 * spaceless >= spaceless + len(_WORD.findall(text))
 
 
 def restore_surface(answer: str, sources: list[str]) -> str:

@@ -32,7 +32,7 @@ from raglan.data import answer_rows, class_texts, learned_answers, load_examples
 from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
 from raglan.documents import read_examples
-from raglan.errors import RecipeError
+from raglan.errors import CheckpointError, RecipeError
 from raglan.feedback import FeedbackStore
 from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
@@ -60,12 +60,14 @@ from raglan.recipe import (
     QuestionData,
     Recipe,
     SelfRagData,
+    ShownData,
     StageSettings,
 )
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import Plan
+from raglan.shown import shown_rows
 from raglan.splits import check_leaks
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 from raglan.weights import read_json
@@ -74,7 +76,7 @@ __all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "learned_from", "
 
 log = logging.getLogger(__name__)
 KIND = "stage"
-ROWS = "rows.json"  # what became of the rows of `data.kind: self_rag`
+ROWS = "rows.json"  # what became of the rows of `data.kind: self_rag` and `shown`
 LEARNED = {"answer": "generator", "lsr": "query_encoder"}
 # How a scorer is reached and how fast it goes changes no score; where a stage starts is told by the stages behind it.
 NOT_LEARNED: Any = {"starts_from": True, "data": {"allow_test"}, "objective": {"scorer": {
@@ -232,9 +234,16 @@ def stage_parts(recipe: Recipe, names: Sequence[str]) -> Parts:
     """
     parts = Parts()
     for stage, _ in _stages(recipe):
-        if stage.name in names:
-            read_manifest(stage.result, KIND)
-            parts = stage.parts(parts)
+        if stage.name not in names:
+            continue
+        if not (stage.result / MANIFEST).is_file():
+            raise CheckpointError(
+                f"stage {stage.name!r} is not trained with the recipe's settings, documents and questions as they are now: "
+                f"{stage.result} holds no finished stage",
+                hint="`raglan train` with the same recipe and overrides trains it, or goes on where it stopped",
+            )
+        read_manifest(stage.result, KIND)
+        parts = stage.parts(parts)
     return parts
 
 
@@ -273,7 +282,7 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
-            recipe.knowledge.encoder.query_model,
+            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe),
         )],
     ]  # fmt: skip
     own: dict[str, list[Any]] = {}
@@ -299,12 +308,18 @@ def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Pa
     return list(stages.values())
 
 
+def _adapter_folder(recipe: Recipe) -> list[Path]:
+    adapter = recipe.generator.adapter
+    return [] if adapter is None else [Path(adapter.path) / (adapter.subfolder or "")]
+
+
 def files_of(data: Any) -> list[Path]:
     """The files that a stage's data are read from."""
     if isinstance(data, InstructionMix):
         paths = [*(source.path for source in data.sources.values()), *(task.path for task in data.dev.values())]
         return [path for path in paths if path is not None]
-    named = [path for key in ("path", "dev", "replay") if (path := getattr(data, key, None)) is not None]
+    keys = ("path", "kiqa", "synthetic", "dev", "replay")
+    named = [path for key in keys if (path := getattr(data, key, None)) is not None]
     return [*named, *getattr(data, "exclude_documents_of", ())]
 
 
@@ -324,7 +339,8 @@ def _held_out_files(recipe: Recipe, stage: StageSettings) -> list[Path]:
     measured = [recipe.evaluate.questions] if recipe.evaluate is not None else []
     measured += [task.questions for task in recipe.grid.tasks.values()] if recipe.grid is not None else []
     data = stage.data
-    asked = data.dev is not None and not isinstance(data, SelfRagData)  # held-out rows of Self-RAG are no questions file
+    written = isinstance(data, SelfRagData | ShownData)  # held-out rows, and no file of questions that are measured
+    asked = data.dev is not None and not written
     dev = [task.path for task in data.dev.values()] if isinstance(data, InstructionMix) else [data.dev] if asked else []
     files = [*measured, *dev, *(data.exclude if isinstance(data, FeedbackData) else ())]
     return [path for path in dict.fromkeys(files) if path.exists()]
@@ -341,6 +357,8 @@ def _learned_files(data: Any) -> list[Path]:
     """Files of questions that a stage learns from, beside feedback, which is checked as it is read."""
     if isinstance(data, InstructionMix):
         return [source.path for source in data.sources.values() if source.path is not None and source.context != "none"]
+    if isinstance(data, ShownData):
+        return [data.files[name] for name in data.sources]
     path = data.replay if isinstance(data, FeedbackData) else getattr(data, "path", None)
     return [path] if path is not None else []
 
@@ -423,6 +441,8 @@ def _answer(
         return _mixed(recipe, stage, system, settings, data)
     if isinstance(data, SelfRagData):
         return _marked(recipe, stage, system, settings, data)
+    if isinstance(data, ShownData):
+        return _shown(recipe, stage, system, settings, data)
     assert not isinstance(data, LsrMixData)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
@@ -458,6 +478,17 @@ def _marked(
     write_json(stage.folder / ROWS, made.figures)
     objective = AnswerObjective(system.generator, reduction=settings.reduction, group_weights=settings.group_weights)
     return objective, made.rows, made.held_out
+
+
+def _shown(
+    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: ShownData
+) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+    if recipe.generator.lora is None:
+        system.generator.model.float()
+    made = shown_rows(data, system.generator, seed=recipe.seed)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    write_json(stage.folder / ROWS, made.figures)
+    return AnswerObjective(system.generator, reduction=settings.reduction), made.rows, made.held_out
 
 
 def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
@@ -565,7 +596,7 @@ def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Exa
     if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
         examples = class_texts(examples, recipe.decode)
     data = stage.settings.data
-    assert not isinstance(data, LsrMixData | SelfRagData)
+    assert not isinstance(data, LsrMixData | SelfRagData | ShownData)
     return learned_answers(examples, data, system.retriever, recipe.seed)
 
 

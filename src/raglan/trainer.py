@@ -33,6 +33,7 @@ from raglan.objective import MarginalObjective, Objective
 from raglan.objective.collapse import CollapseMonitor
 from raglan.objective.lsr import CandidateRefresh, LsrObjective
 from raglan.objective.staleness import Refresher
+from raglan.quiet import without_bars
 from raglan.recipe import InstructionMix, Recipe, StageSettings
 
 __all__ = ["Interrupt", "Refreshing", "Researching", "StageTrainer", "last_whole", "restore", "stage_trainer"]
@@ -194,7 +195,8 @@ class StageTrainer(Trainer):
             for name, tensor in whole.items():
                 names.setdefault(tensor.data_ptr(), name)
             state_dict = {name: whole[name] for name in names.values()}
-        super()._save(output_dir, state_dict)
+        with without_bars():
+            super()._save(output_dir, state_dict)
         kept = _memory(self.objective) if self.args.should_save else {}  # ranks share the folder
         for name, part in kept.items():
             path = Path(str(output_dir or self.args.output_dir)) / name

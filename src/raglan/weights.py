@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from raglan.errors import CheckpointError
 
-__all__ = ["lacking", "read_json", "read_tensors", "weight_files", "without", "without_copies", "write_tensors"]
+__all__ = [
+    "lacking",
+    "read_json",
+    "read_tensor_file",
+    "read_tensors",
+    "weight_files",
+    "without",
+    "without_copies",
+    "write_tensors",
+]
 
 SAFE, OLD = "model.safetensors", "pytorch_model.bin"
 
@@ -32,7 +41,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         CheckpointError: no weights, a damaged file, or a .bin that holds more than tensors.
     """
     files = [file for file in weight_files(folder) if not file.name.endswith(".json")]
-    return {name: tensor for file in files for name, tensor in (_old if file.suffix == ".bin" else _safe)(file).items()}
+    return {name: tensor for file in files for name, tensor in read_tensor_file(file).items()}
+
+
+def read_tensor_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name, on the CPU. Raises CheckpointError: damaged, or a .bin that holds more than tensors."""
+    return (_old if file.suffix == ".bin" else _safe)(file)
 
 
 def weight_files(folder: Path) -> list[Path]:

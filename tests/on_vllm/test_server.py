@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +46,21 @@ def local(folder: Path) -> HFGenerator:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(folder, tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url
+
+
+@contextmanager
+def serving(folder: Path, log: Path, *, length: int = 512) -> Iterator[str]:
+    """vLLM's server over a model, as "tiny"; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(length), "--enforce-eager",
         "--block-size", "32", "--max-num-seqs", "16",
     ]  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}) as process:
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, log)
@@ -63,7 +70,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")[-3000:]
         try:
             with urllib.request.urlopen(address, timeout=1):

@@ -22,6 +22,7 @@ from raglan.errors import RecipeError
 __all__ = ["Ask", "CallClass", "Outcome", "Usage", "call_key", "canonical"]
 
 CallClass = Literal["ok", "truncated", "malformed", "refused", "transient", "permanent", "fatal"]
+ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 OURS = ("model", "messages", "n", "stream", "stream_options", "response_format", "max_completion_tokens", "tools", "functions")
 
 
@@ -116,6 +117,6 @@ def canonical(value: Any) -> bytes:
         RecipeError: something that is no JSON, which would have no lasting name.
     """
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        return ENCODER.encode(value).encode()
     except (TypeError, ValueError) as fault:
         raise RecipeError(f"a call must be plain JSON: {fault}") from None

@@ -1,61 +1,122 @@
-"""One request over the `openai` client: no retries of its own, no redirects, its aiohttp transport where that is installed.
+"""One request on the wire: by aiohttp where that is installed, else by the `openai` client; no retries, no redirects.
 
-Every attempt is the engine's to count and to pay, so `max_retries` is 0. The reply is taken as text and read here: the client's
-typed objects cost time and are not used. `Idempotency-Key` names the call and how many of its tries the server has settled, so
-that a request sent again because nobody knows what became of it is known again. The key is read from the named environment
-variable and cut out of whatever the server says.
+A call is one POST of JSON, and its reply is taken as text and read here. The `openai` client makes address, headers and typed
+options anew for each call, which takes four times as long as all that aiohttp does, so it is asked only where aiohttp is not
+there, or where the environment names a proxy. Both tell the same of the same fault. Every attempt is the engine's to count and
+to pay: neither tries anything twice. `Idempotency-Key` names the call and how many of its tries the server has settled, so that
+a request sent again because nobody knows what became of it is known again. The key is read from the named environment variable
+and cut out of whatever the server says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
+import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from raglan import __version__
 from raglan.calls.classify import Wire
 from raglan.errors import GeneratorError, require
 from raglan.recipe import EndpointSettings
 
-__all__ = ["Endpoint", "read_key"]
+__all__ = ["Endpoint", "open_endpoint", "read_key"]
 
-NOT_SENT = ("ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "UnsupportedProtocol", "PoolTimeout")
+NOT_SENT = {"ConnectError", "ClientConnectorError", "UnsupportedProtocol", "PoolTimeout"}
+KEPT_SECONDS = 4.0  # of an idle connection: many servers close theirs after 5, and the request that meets that is lost
 
 
-class Endpoint:
+class Endpoint(ABC):
     """A client for one endpoint, to be used and closed in one event loop."""
 
     def __init__(self, settings: EndpointSettings, key: str | None):
-        self.openai = require("openai", "to call an endpoint")
         self.settings, self._key = settings, key
-        self.client = self.openai.AsyncOpenAI(
-            base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout,
-            http_client=_transport(self.openai, settings),
-        )  # fmt: skip
-
-    async def close(self) -> None:
-        await self.client.close()
 
     async def send(self, body: Mapping[str, Any], idem: str) -> Wire:
         """Ask once; whatever happens is told, not raised."""
-        openai = self.openai
         try:
             async with asyncio.timeout(self.settings.timeout):
-                text = await self.client.post(
-                    "/chat/completions", body=body, cast_to=str, options={"headers": {"Idempotency-Key": idem}}
-                )
-            return Wire(200, self._clean(text))
-        except openai.APIStatusError as fault:
-            return Wire(fault.status_code, self._clean(fault.response.text), dict(fault.response.headers))
-        except (TimeoutError, openai.APITimeoutError) as fault:
+                wire = await self._asked(body, idem)
+        except TimeoutError as fault:
             return Wire(fault=f"no answer within {self.settings.timeout:g} s", lost=not _never_sent(fault))
-        except openai.APIConnectionError as fault:
-            return Wire(fault=self._clean(f"connection: {fault.__cause__ or fault}"), lost=not _never_sent(fault))
+        return wire if self._key is None else _without(wire, self._key)
 
-    def _clean(self, text: str) -> str:
-        """Without the key: servers like to repeat it."""
-        return text.replace(self._key, "…") if self._key else text
+    @abstractmethod
+    async def _asked(self, body: Mapping[str, Any], idem: str) -> Wire:
+        """What came back, the key still in it where the server repeats it. Raises: TimeoutError."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let the connections go."""
+
+
+class Aiohttp(Endpoint):
+    """As many connections as requests, and nothing kept between them: no cookie, no header."""
+
+    def __init__(self, settings: EndpointSettings, key: str | None):
+        super().__init__(settings, key)
+        self._aiohttp = aiohttp = require("aiohttp", "to call an endpoint")
+        self._url = f"{settings.base_url}/chat/completions"
+        headers = {"Content-Type": "application/json", "User-Agent": f"raglan/{__version__}"}
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS, ssl=_trusted(settings.base_url)),
+            headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
+            timeout=aiohttp.ClientTimeout(), cookie_jar=aiohttp.DummyCookieJar(),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _asked(self, body: Mapping[str, Any], idem: str) -> Wire:
+        content, headers = json.dumps(body).encode(), {"Idempotency-Key": idem}
+        try:
+            async with self._session.post(self._url, data=content, headers=headers, allow_redirects=False) as reply:
+                text = (await reply.read()).decode(errors="replace")
+                told = {} if reply.status == 200 else {name.lower(): value for name, value in reply.headers.items()}
+                return Wire(reply.status, text, told)
+        except self._aiohttp.ClientError as fault:
+            return _broken(fault, fault)
+
+
+class OpenAI(Endpoint):
+    """The `openai` client with its default transport."""
+
+    def __init__(self, settings: EndpointSettings, key: str | None):
+        super().__init__(settings, key)
+        self._openai = openai = require("openai", "to call an endpoint")
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=settings.timeout),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _asked(self, body: Mapping[str, Any], idem: str) -> Wire:
+        openai, options = self._openai, {"headers": {"Idempotency-Key": idem}}
+        try:
+            return Wire(200, await self._client.post("/chat/completions", body=body, cast_to=str, options=options))
+        except openai.APIStatusError as fault:
+            return Wire(fault.status_code, fault.response.text, dict(fault.response.headers))
+        except openai.APITimeoutError as fault:
+            if _never_sent(fault):  # some transports call a refused connection a timeout
+                return _broken(fault, fault.__cause__ or fault)
+            raise TimeoutError from fault
+        except openai.APIConnectionError as fault:
+            return _broken(fault, fault.__cause__ or fault)
+
+
+def open_endpoint(settings: EndpointSettings, key: str | None) -> Endpoint:
+    """The cheapest client that can reach an endpoint; to be opened in the event loop that uses it."""
+    direct = importlib.util.find_spec("aiohttp") is not None and not _proxied(settings.base_url)
+    return (Aiohttp if direct else OpenAI)(settings, key)
 
 
 def read_key(variable: str | None) -> str | None:
@@ -69,21 +130,37 @@ def read_key(variable: str | None) -> str | None:
     return os.environ.get(variable) if variable else None
 
 
-def _transport(openai: Any, settings: EndpointSettings) -> Any:
-    """As many connections as requests; aiohttp's take two thirds of the time of the default ones."""
-    options: dict[str, Any] = {"follow_redirects": False, "timeout": settings.timeout}
-    if importlib.util.find_spec("aiohttp") and hasattr(openai, "DefaultAioHttpClient"):
-        try:
-            return openai.DefaultAioHttpClient(**options)
-        except RuntimeError:  # older clients want a further package beside aiohttp
-            pass
-    return openai.DefaultAsyncHttpxClient(**options)
+def _proxied(url: str) -> bool:
+    """Whether the environment wants a proxy between."""
+    parts, proxies = urlsplit(url), getproxies()
+    return (parts.scheme in proxies or "all" in proxies) and not proxy_bypass(parts.hostname or "")
+
+
+def _trusted(url: str) -> ssl.SSLContext | bool:
+    """Whom to trust: those that SSL_CERT_FILE names, else the system's roots and, where it is installed, certifi's."""
+    if not url.startswith("https"):
+        return True
+    context = ssl.create_default_context()
+    if "SSL_CERT_FILE" not in os.environ and importlib.util.find_spec("certifi"):  # some Pythons know none of the system's
+        context.load_verify_locations(require("certifi", "to know whom to trust").where())
+    return context
+
+
+def _broken(fault: BaseException, told: BaseException) -> Wire:
+    return Wire(fault=f"connection: {str(told) or type(told).__name__}", lost=not _never_sent(fault))
+
+
+def _without(wire: Wire, key: str) -> Wire:
+    """Without the key: servers like to repeat it."""
+    if key not in wire.body and key not in wire.fault:
+        return wire
+    return replace(wire, body=wire.body.replace(key, "…"), fault=wire.fault.replace(key, "…"))
 
 
 def _never_sent(fault: BaseException | None) -> bool:
     """Whether no byte of the request can have reached the server."""
     while fault is not None:
-        if type(fault).__name__ in NOT_SENT:
+        if NOT_SENT & {kind.__name__ for kind in type(fault).__mro__}:
             return True
         fault = fault.__cause__ or fault.__context__
     return False

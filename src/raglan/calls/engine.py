@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from raglan.calls.asks import Ask, Outcome, Usage, call_key
 from raglan.calls.classify import Reply, Wire, classify
-from raglan.calls.endpoint import Endpoint, read_key
+from raglan.calls.endpoint import open_endpoint, read_key
 from raglan.calls.journal import Intent, Journal
 from raglan.calls.limits import Clock, Gate, backoff, retry_after
 from raglan.calls.money import Entry, Price, cap_of, dollars, prompt_bound
@@ -158,8 +158,10 @@ class _Run:
         self.fault: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._done: queue.SimpleQueue[list[tuple[str, Outcome]] | None] = queue.SimpleQueue()
-        self._handed: list[tuple[int, int, str, Ask]] = []  # to the loop, all at once: a thread's turn costs more than a list
-        self._ended: list[tuple[str, Outcome]] = []  # by the loop, likewise
+        self._heap: list[tuple[int, int, str, Ask]] = []  # handed to the loop: a worker takes from it without being woken
+        self._idle = 0  # workers that found it empty
+        self._turn = threading.Lock()  # of these two
+        self._ended: list[tuple[str, Outcome]] = []  # by the loop; all of a turn at once
         self._sources: list[_Waiting] = []
         self._numbers = itertools.count()
         self._out: dict[str, list[Ask]] = {}  # handed to the loop, by key, with equal asks that wait for the same reply
@@ -192,9 +194,7 @@ class _Run:
             while (ask := self._next()) is not None:
                 found = self._known_or_sent(ask)
                 if found is not None:
-                    self._hand()
                     yield found
-            self._hand()
             if not self._out:
                 return
             told = self._done.get()
@@ -233,13 +233,17 @@ class _Run:
             self._out[key].append(ask)
             return None
         self._out[key] = [ask]
-        self._handed.append((-ask.depth, next(self._numbers), key, ask))
+        self._hand((-ask.depth, next(self._numbers), key, ask))
         return None
 
-    def _hand(self) -> None:
-        if self._handed:
-            self._tell(self._give, self._handed)
-            self._handed = []
+    def _hand(self, ask: tuple[int, int, str, Ask]) -> None:
+        """To the loop, which is woken only where a worker has nothing to do."""
+        with self._turn:
+            heapq.heappush(self._heap, ask)
+            idle = self._idle > 0
+            self._idle -= idle
+        if idle:
+            self._tell(self._there.release)
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
@@ -294,9 +298,8 @@ class _Run:
 
     async def _work(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._endpoint = Endpoint(self.settings, self.engine._key)
+        self._endpoint = open_endpoint(self.settings, self.engine._key)
         self._gate = Gate(self.settings.concurrency, rpm=self.settings.rpm, tpm=self.settings.tpm, clock=self.engine.clock)
-        self._heap: list[tuple[int, int, str, Ask]] = []
         self._there = asyncio.Semaphore(0)
         self._probing = asyncio.Lock()
         self._halt = asyncio.Event()
@@ -326,11 +329,6 @@ class _Run:
                 await asyncio.get_running_loop().run_in_executor(disk, self.journal.sync)
             except CallsStopped as fault:
                 self._stop(fault)
-
-    def _give(self, asks: list[tuple[int, int, str, Ask]]) -> None:
-        for ask in asks:
-            heapq.heappush(self._heap, ask)
-            self._there.release()
 
     def _deliver(self, key: str, outcome: Outcome) -> None:
         """Hand an outcome out, together with all that end in this turn of the loop."""
@@ -366,16 +364,25 @@ class _Run:
 
     async def _worker(self) -> None:
         while True:
-            await self._there.acquire()
-            if self._quit:
+            while (taken := self._taken()) is None and not self._quit:
+                await self._there.acquire()
+            if taken is None or self._quit:
                 return
-            _, _, key, ask = heapq.heappop(self._heap)
+            _, _, key, ask = taken
             try:
                 outcome = await self._answer(ask, key)
             except CallsStopped as fault:
                 self._stop(fault)
                 return
             self._deliver(key, outcome)
+
+    def _taken(self) -> tuple[int, int, str, Ask] | None:
+        """The deepest ask that was handed in; without one, the worker counts as idle until it is woken."""
+        with self._turn:
+            if self._heap:
+                return heapq.heappop(self._heap)
+            self._idle += 1
+            return None
 
     async def _answer(self, ask: Ask, key: str) -> Outcome:
         """An ask's outcome, after one repetition or one repair."""

@@ -15,6 +15,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,9 +23,10 @@ from raglan.calls.asks import Ask, Outcome, Usage
 from raglan.calls.engine import CallEngine
 from raglan.errors import GeneratorError
 
-__all__ = ["Cell", "Estimate", "Step", "estimate", "extrapolate", "share_out"]
+__all__ = ["Cell", "Estimate", "Step", "draw_sample", "estimate", "extrapolate", "share_out"]
 
 SAMPLE, RESAMPLES, Z = 24, 10_000, 1.96
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Estimate:
 def estimate(
     engine: CallEngine, asks: Iterable[Ask], *, stratum: Callable[[Ask], str] = lambda ask: ask.step,
     follow: Callable[[Outcome], Iterable[Ask]] | None = None,
-    accepted: Callable[[Outcome], bool] = lambda outcome: outcome.cls == "ok", sample: int = SAMPLE, seed: int = 0,
+    accepted: Callable[[Outcome], bool] = lambda outcome: outcome.cls == "ok", shared: Callable[[Ask], int] | None = None,
+    sample: int = SAMPLE, seed: int = 0, planned: Mapping[str, int] | None = None,
 ) -> Estimate:  # fmt: skip
     """Run a stratified sample of cells, and say what all of them will cost. The sample's replies are kept.
 
@@ -90,18 +93,24 @@ def estimate(
         stratum: what kind of cell an ask begins.
         follow: as in `CallEngine.run`.
         accepted: whether an outcome lets its cell be accepted.
+        shared: how many of all cells an ask serves; each of them bears its part of the cost. Default one.
+        planned: cells of each stratum, where `asks` is a sample of them already, as `draw_sample` gives; all of it is run.
 
     Raises:
         CallsStopped: as `CallEngine.run`. GeneratorError: no cell was accepted, so there is nothing to reckon with.
     """
-    planned, drawn = _sample(asks, stratum, sample, random.Random(seed))
+    if planned is None:
+        planned, drawn = draw_sample(asks, stratum, sample, seed=seed)
+    else:
+        drawn = [(stratum(ask), ask) for ask in asks]
+    serves = shared or (lambda _: 1)
     cells: list[Cell] = []
-    keys: list[dict[str, str]] = []
+    keys: list[dict[str, tuple[str, int]]] = []
     of: dict[int, int] = {}
     for name, ask in drawn:
         of[id(ask)] = len(cells)
         cells.append(Cell(name))
-        keys.append({engine.key(ask): ask.step})
+        keys.append({engine.key(ask): (ask.step, serves(ask))})
     held = [ask for _, ask in drawn]  # ids stay their own as long as the asks are held
 
     def next_asks(outcome: Outcome) -> list[Ask]:
@@ -110,7 +119,7 @@ def estimate(
         further = list(follow(outcome)) if follow is not None else []
         held.extend(further)
         of.update({id(ask): number for ask in further})
-        keys[number].update({engine.key(ask): ask.step for ask in further})
+        keys[number].update({engine.key(ask): (ask.step, serves(ask)) for ask in further})
         return further
 
     for _ in engine.run(list(held), follow=next_asks):
@@ -162,35 +171,40 @@ def share_out(planned: Mapping[str, int], sample: int) -> dict[str, int]:
     return shares
 
 
-def _sample(
-    asks: Iterable[Ask], stratum: Callable[[Ask], str], sample: int, draw: random.Random
-) -> tuple[Counter[str], list[tuple[str, Ask]]]:
-    """How many cells each stratum has, and some of each, drawn evenly in one pass."""
+def draw_sample(
+    items: Iterable[T], stratum: Callable[[T], str], sample: int = SAMPLE, *, seed: int = 0
+) -> tuple[Counter[str], list[tuple[str, T]]]:
+    """How many items each stratum has, and some of each, drawn evenly in one pass. Raises GeneratorError: there is none."""
     planned: Counter[str] = Counter()
-    held: dict[str, list[Ask]] = defaultdict(list)
-    for ask in asks:
-        name = stratum(ask)
+    held: dict[str, list[T]] = defaultdict(list)
+    draw = random.Random(seed)
+    for item in items:
+        name = stratum(item)
         planned[name] += 1
         place = len(held[name]) if len(held[name]) < sample else draw.randrange(planned[name])
         if place < sample:
-            held[name][place : place + 1] = [ask]
+            held[name][place : place + 1] = [item]
     if not planned:
         raise GeneratorError("there is nothing to ask", hint="check the plan")
     shares = share_out(planned, sample)
-    return planned, [(name, ask) for name in sorted(held) for ask in draw.sample(held[name], shares[name])]
+    return planned, [(name, item) for name in sorted(held) for item in draw.sample(held[name], shares[name])]
 
 
-def _price(engine: CallEngine, cells: Sequence[Cell], keys: Sequence[Mapping[str, str]]) -> None:
+def _price(engine: CallEngine, cells: Sequence[Cell], keys: Sequence[Mapping[str, tuple[str, int]]]) -> None:
     """What the cells' requests cost, read from the journal: tries, repairs and repetitions with them."""
-    of = {key: (number, step) for number, known in enumerate(keys) for key, step in known.items()}
+    of: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
+    for number, known in enumerate(keys):
+        for key, (step, serves) in known.items():
+            of[key].append((number, step, serves))
     for line in engine.journal.lines():
-        found = of.get(line.get("for") or line.get("key", ""))
-        if line["kind"] != "outcome" or found is None:
+        bearers = of.get(line.get("for") or line.get("key", ""))
+        if line["kind"] != "outcome" or bearers is None:
             continue
-        number, step = found
         usage = Usage(*line["usage"])
-        entry = cells[number].steps.setdefault(step, Step())
-        entry.add(Step(1, usage.prompt, usage.output, line["cost"], line["took"]))
+        for number, step, serves in bearers:
+            part = 1 / max(serves, len(bearers))
+            entry = cells[number].steps.setdefault(step, Step())
+            entry.add(Step(1, usage.prompt, usage.output, line["cost"], line["took"]), part)
 
 
 def _interval(costs: np.ndarray, kept: np.ndarray, total: int, seed: int, resamples: int) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ with the repair. An intent without an outcome is *in doubt*: it is charged at it
 
 Guarantees. A written line survives kill -9; the disk has it after at most 200 ms, so power loss may cost these. A torn last
 line is dropped. A damaged line before it is an error with its offset. One process writes (lock). When a line cannot be written
-no other is, and so no request is sent. Held in memory are 32 bytes and an offset for each answered call, never a reply.
+no other is, and so no request is sent. Held in memory are sixteen bytes for each answered call, never a reply.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 from raglan.calls.asks import canonical
 from raglan.calls.money import Ledger
+from raglan.calls.places import Places
 from raglan.errors import CallsStopped, CheckpointError
 
 try:
@@ -68,7 +69,7 @@ class Journal:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger()
         self.modes: dict[tuple[str, str], str] = {}
-        self._answers: dict[bytes, int] = {}  # digest of an ok call → offset of its outcome
+        self._answers = Places()  # of ok calls: where their outcomes are
         self._tries: dict[str, tuple[int, int]] = {}  # of a call without ok: intents, and how many of these the server settled
         self._halves: dict[str, int] = {}  # malformed or cut off, and not yet repaired or completed → offset
         self._turn = threading.Lock()
@@ -126,8 +127,11 @@ class Journal:
 
     def answer(self, key: str) -> dict[str, Any] | None:
         """The ok outcome of a call, or of its repair; None where there is none."""
-        offset = self._answers.get(bytes.fromhex(key))
-        return None if offset is None else self._at(offset)
+        for offset in self._answers.of(key):
+            line = self._at(offset)
+            if key in (line["key"], line.get("for")):
+                return line
+        return None
 
     def half(self, key: str) -> dict[str, Any] | None:
         """A paid reply that was malformed or cut off, while what was to mend it has no outcome yet."""
@@ -238,7 +242,7 @@ class Journal:
             return
         for name in (key, mended):
             if name is not None:
-                self._answers[bytes.fromhex(name)] = offset
+                self._answers.put(name, offset)
                 self._tries.pop(name, None)
                 self._halves.pop(name, None)
 

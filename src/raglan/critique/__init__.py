@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_json
+from raglan.calls.estimate import Estimate
 from raglan.critique.agreement import agreement, kappa, read_audit
 from raglan.critique.annotate import Annotation, Check, annotate, join, shard_of
 from raglan.critique.check import row_check
 from raglan.critique.classifier import KIND as CLASSIFIER
 from raglan.critique.classifier import Classifier, fit_classifier
 from raglan.critique.critic_data import KIND as CRITIC
-from raglan.critique.critic_data import candidates, labelled_rows, make_critic_data
+from raglan.critique.critic_data import asked_again, asked_of, candidates, labelled_rows, make_critic_data
 from raglan.critique.endpoint import EndpointLabels
 from raglan.critique.judgements import Judgement, Template, Verdict, templates
 from raglan.critique.rules import Rules, Words
@@ -57,11 +58,15 @@ log = logging.getLogger(__name__)
 class Critique:
     """A recipe's `critique`, with all that it needs opened when it is needed.
 
+    Attributes:
+        uncapped: whether a teacher that costs money may do without a cap.
+
     Raises:
         RecipeError: a recipe without `critique`.
     """
 
     recipe: Recipe
+    uncapped: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe.critique is None:
@@ -80,6 +85,22 @@ class Critique:
             self.settings, self.rows, self.base.corpus, self.search, self.teacher, self.templates, self._book("teacher"),
             seed=self.recipe.seed, made_of=self.made_of,
         )  # fmt: skip
+
+    def estimate(self) -> Estimate:
+        """What the critic data's labels will cost, from some that are really asked for, and kept.
+
+        Raises:
+            RecipeError: a teacher that costs nothing. CallsStopped, GeneratorError: as `EndpointLabels.estimate`.
+        """
+        settings = self.settings.teacher
+        if not isinstance(settings, EndpointSettings):
+            raise RecipeError(f"critique.teacher is {settings.kind}, which costs nothing", hint="leave out --estimate")
+        asked = asked_of(self.settings, self.rows, self.base.corpus, self.search, seed=self.recipe.seed)
+        assert self.settings.critic is not None
+        again = asked_again(asked, self.settings.critic, self.recipe.seed)
+        calls = self.settings.path / "calls"
+        teacher = EndpointLabels(settings, self.templates, calls, money=self.settings.money, uncapped=True)
+        return teacher.estimate(asked, again, seed=self.recipe.seed)
 
     def annotate(self, *, shard: tuple[int, int] | None = None) -> dict[str, Any]:
         """Annotate the generator's rows, or those of one shard; the manifest."""
@@ -171,7 +192,7 @@ class Critique:
             return Rules(settings, self.base.corpus)
         if isinstance(settings, EndpointSettings):
             calls = self.settings.path / "calls" / (name if "-" in name else "")
-            return EndpointLabels(settings, self.templates, calls, money=self.settings.money)
+            return EndpointLabels(settings, self.templates, calls, money=self.settings.money, uncapped=self.uncapped)
         return CriticLabels(_trained(settings.recipe, self.templates), self.templates)
 
     def _classifier(self) -> Classifier:
@@ -209,7 +230,13 @@ def _trained(path: Path, mine: Mapping[JudgementKind, Template]) -> Any:
         told = read_json(manifest) if manifest is not None and manifest.is_file() else {}
         if told.get("kind") == CRITIC:  # a stage may learn other questions first
             _check_wordings(told["templates"], mine, f"{path}, stage {name}")
-    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator})
+            learned, asked = told.get("labels", "words"), "tokens" if recipe.prompt.self_rag.answers == "tokens" else "words"
+            if learned != asked:
+                raise CheckpointError(
+                    f"{path}, stage {name}, has labels that are {learned}, and prompt.self_rag.answers asks for {asked}",
+                    hint="prompt.self_rag.answers: tokens belongs to critique.critic.labels: tokens",
+                )
+    settings = recipe.generator.model_copy(update={"model": stages[-1][1].generator, "adapter": None})
     return open_generator(settings, recipe.prompt)
 
 

@@ -23,17 +23,17 @@ from typing import Any
 from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.corpus import Corpus
 from raglan.critique.agreement import agreement, write_audit
-from raglan.critique.judgements import Judgement, Reject, Template, Verdict
+from raglan.critique.judgements import TOKENS, Judgement, Reject, Template, Verdict
 from raglan.critique.sources import Row, drawn, spoiled
 from raglan.critique.teacher import Book, Teacher
 from raglan.documents import write_examples
-from raglan.errors import CheckpointError, CorpusError
+from raglan.errors import CheckpointError, CorpusError, RecipeError
 from raglan.recipe import CriticDataSettings, CritiqueSettings, JudgementKind
 from raglan.records import Example, Hit, Passage
 from raglan.splits import split_examples
 from raglan.text import sentences
 
-__all__ = ["Search", "balanced", "candidates", "labelled_rows", "make_critic_data"]
+__all__ = ["Search", "asked_again", "asked_of", "balanced", "candidates", "labelled_rows", "make_critic_data"]
 
 KIND = "critic data"
 DEPTH = 5  # passages that a row's pairs are made of
@@ -120,6 +120,19 @@ def _outputs(made: _Material, chance: float, abstention: str) -> list[str]:
     return list(dict.fromkeys([output, *([made.wrong] if made.wrong else []), *more]))
 
 
+def asked_of(settings: CritiqueSettings, rows: Sequence[Row], corpus: Corpus, search: Search, *, seed: int) -> list[Judgement]:
+    """The judgements that the teacher is asked for, without those of the second pass. Raises RecipeError: `critic` is null."""
+    if settings.critic is None:
+        raise RecipeError("critique.critic is null, so there is no critic data to make")
+    every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
+    return _fewer([one for one in every if one.kind in settings.judgements], settings.critic.most, seed)
+
+
+def asked_again(asked: Sequence[Judgement], settings: CriticDataSettings, seed: int) -> list[Judgement]:
+    """Those of them that the second pass asks for once more, if they were labelled."""
+    return [one for one in asked if drawn(seed, one.id, "second pass") < settings.second_pass]
+
+
 def make_critic_data(
     settings: CritiqueSettings, rows: Sequence[Row], corpus: Corpus, search: Search, teacher: Teacher,
     templates: Mapping[JudgementKind, Template], book: Book, *, seed: int, made_of: str,
@@ -135,8 +148,7 @@ def make_critic_data(
     identity = fingerprint([made_of, teacher.fingerprint, wanted.model_dump(mode="json"), wordings])
     if (there := _there(folder, identity)) is not None:
         return there
-    every = candidates(rows, corpus, search, seed=seed, abstention=settings.abstention)
-    asked = _fewer([one for one in every if one.kind in settings.judgements], wanted.most, seed)
+    asked = asked_of(settings, rows, corpus, search, seed=seed)
     labels = book.label(teacher, asked, templates)
     good = [(one, found) for one in asked if isinstance(found := labels[one.id], Verdict)]
     if not good:
@@ -152,7 +164,8 @@ def make_critic_data(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     for name in wanted.shares:
-        examples = [_example(one, found, templates[one.kind], name) for one, found in kept if places[one.id] == name]
+        own = [(one, found) for one, found in kept if places[one.id] == name]
+        examples = [_example(one, found, templates[one.kind], name, wanted.labels) for one, found in own]
         write_examples(folder / f"{name}.jsonl", examples)
     _write_lines(folder / "labels.jsonl", (_told(one, found) for one, found in good))
     rejects = [(one, found) for one in asked if isinstance(found := labels[one.id], Reject)]
@@ -163,7 +176,7 @@ def make_critic_data(
     told = {kind: _figures(kind, asked, good, rejects, kept, places, wanted, again[kind]) for kind in settings.judgements}
     write_manifest(folder, KIND, {
         "made_of": identity, "teacher": teacher.name, "seed": seed, "judgements": told,
-        "templates": wordings,
+        "templates": wordings, "labels": wanted.labels,
     })  # fmt: skip
     return read_manifest(folder, KIND)
 
@@ -172,7 +185,12 @@ def labelled_rows(folder: Path, rows: Iterable[Judgement], split: str) -> list[t
     """The judgements of a split's file with their labels, from all those that could be in it."""
     known = {judgement.id: judgement for judgement in rows}
     lines = (json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n") if line)
-    return [(known[line["id"]], line["answers"][0]) for line in lines]
+    return [(known[line["id"]], _label(known[line["id"]].kind, line["answers"][0])) for line in lines]
+
+
+def _label(kind: JudgementKind, answer: str) -> str:
+    """The label that a critic's answer is: itself, or what its reflection token says."""
+    return next((label for label, token in TOKENS[kind].items() if token == answer), answer)
 
 
 def _there(folder: Path, identity: str) -> dict[str, Any] | None:
@@ -224,7 +242,7 @@ def _second(
     templates: Mapping[JudgementKind, Template], book: Book, seed: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Agreement of a second pass with the first, by judgement."""
-    drawn_again = [one for one, _ in good if drawn(seed, one.id, "second pass") < settings.second_pass]
+    drawn_again = asked_again([one for one, _ in good], settings, seed)
     labels = book.label(teacher, drawn_again, templates, draw=1) if drawn_again else {}
     first = {one.id: found.label for one, found in good}
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -234,9 +252,10 @@ def _second(
     return defaultdict(lambda: agreement([]), {kind: agreement(found) for kind, found in pairs.items()})
 
 
-def _example(judgement: Judgement, verdict: Verdict, template: Template, split: str) -> Example:
+def _example(judgement: Judgement, verdict: Verdict, template: Template, split: str, labels: str) -> Example:
+    answer = TOKENS[judgement.kind][verdict.label] if labels == "tokens" else verdict.label
     told = {"kind": judgement.kind, "instruction": judgement.instruction, "split": split}
-    return Example(judgement.id, template.prompt(judgement), (verdict.label,), metadata=told)
+    return Example(judgement.id, template.prompt(judgement), (answer,), metadata=told)
 
 
 def _told(judgement: Judgement, verdict: Verdict) -> dict[str, Any]:

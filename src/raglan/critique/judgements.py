@@ -28,8 +28,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, cr
 from raglan.artifact import fingerprint
 from raglan.recipe import JudgementKind
 from raglan.records import Passage
+from raglan.reflection import NAMES
 
-__all__ = ["LABELS", "Judgement", "Reject", "Template", "Verdict", "checked", "read_reply", "reply_model", "templates"]
+__all__ = [
+    "LABELS", "TOKENS", "Judgement", "Reject", "Template", "Verdict", "checked", "read_reply", "reply_model", "templates",
+]  # fmt: skip
 
 LABELS: dict[JudgementKind, tuple[str, ...]] = {
     "retrieve": ("yes", "no"),
@@ -37,6 +40,13 @@ LABELS: dict[JudgementKind, tuple[str, ...]] = {
     "is_rel": ("relevant", "irrelevant"),
     "is_sup": ("fully", "partially", "no"),
     "is_use": ("1", "2", "3", "4", "5"),
+}
+TOKENS: dict[JudgementKind, dict[str, str]] = {  # each label as the reflection token that says it
+    "retrieve": {"yes": NAMES["retrieve"][1], "no": NAMES["retrieve"][0]},
+    "retrieve_segment": dict(zip(("no", "yes", "continue"), NAMES["retrieve"], strict=True)),
+    "is_rel": dict(zip(("irrelevant", "relevant"), NAMES["is_rel"], strict=True)),
+    "is_sup": dict(zip(("fully", "partially", "no"), NAMES["is_sup"], strict=True)),
+    "is_use": dict(zip("12345", NAMES["is_use"], strict=True)),
 }
 HEADS = {
     "instruction": "Instruction", "preceding": "Preceding sentences", "passage": "Passage", "sentence": "Sentence",

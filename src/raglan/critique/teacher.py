@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from raglan.artifact import fingerprint
-from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, checked
+from raglan.critique.judgements import LABELS, TOKENS, Judgement, Reject, Template, Verdict, checked
 from raglan.errors import CheckpointError
 from raglan.generator import Scorer
 from raglan.progress import counting
@@ -51,12 +51,16 @@ class Teacher(ABC):
 
 
 class CriticLabels(Teacher):
-    """A trained generator: the likeliest label, and p = softmax over the labels' log-probabilities, end token included."""
+    """A trained generator: the likeliest label, and p = softmax over the labels' log-probabilities, end token included.
+
+    Where its `prompt.self_rag.answers` is `tokens`, a label is its reflection token.
+    """
 
     name = "critic"
 
     def __init__(self, generator: Scorer, templates: Mapping[JudgementKind, Template]):
         self.generator, self.templates = generator, templates
+        self.tokens = generator.prompt.settings.self_rag.answers == "tokens"
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +76,7 @@ class CriticLabels(Teacher):
                 rendered = self.generator.prompt.render(self.templates[judgement.kind].prompt(judgement), [])
                 labels = LABELS[judgement.kind]
                 prompts += [rendered] * len(labels)
-                answers += labels
+                answers += [TOKENS[judgement.kind][label] for label in labels] if self.tokens else labels
             sums = iter([float(np.sum(own, dtype=np.float64)) for own in self.generator.token_logprobs(prompts, answers)])
             for judgement in part:
                 yield judgement.id, _likeliest(judgement.kind, [next(sums) for _ in LABELS[judgement.kind]])

@@ -6,6 +6,7 @@
 | `openai-dpo` | {input: {messages, …}, preferred_output: [one message], non_preferred_output: [one message]} |
 | `trl` | {messages}, {prompt, completion} or {prompt, chosen, rejected}, as texts or as lists of messages |
 | `sentence-transformers` | {query, passage_1 … passage_K, label: [K numbers]} |
+| `sft`, `chat`, `raft`, `dpo`, `retriever` | of a synthesized dataset: see `raglan.exports.rules` |
 
 A service that meets a row longer than its model's context cuts it at its end, and that is the answer; so lengths are part of
 the check, where a tokenizer is given. What no published rule demands and we do is marked `ours`.
@@ -22,13 +23,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raglan.errors import CheckpointError, CorpusError, RecipeError
+from raglan.exports import rules
 from raglan.exports.messages import Found, conversation, line_keys, message, tool_lists
-from raglan.text import half_character, normalise_answer
+from raglan.text import half_character, question_key
 
 __all__ = ["FORMS", "Fault", "Form", "Lengths", "check_file", "failed", "meta_path", "shared_questions"]
 
-Form = Literal["openai-chat", "openai-dpo", "trl", "sentence-transformers"]
-FORMS: tuple[Form, ...] = ("openai-chat", "openai-dpo", "trl", "sentence-transformers")
+Form = Literal["openai-chat", "openai-dpo", "trl", "sentence-transformers", "sft", "chat", "raft", "dpo", "retriever"]
+FORMS: tuple[Form, ...] = (
+    "openai-chat", "openai-dpo", "trl", "sentence-transformers", "sft", "chat", "raft", "dpo", "retriever",
+)  # fmt: skip
+UNMEASURED = ("sentence-transformers", "raft", "retriever")  # forms without one text that a model reads as it stands
 Level = Literal["error", "warning", "unchecked"]
 MAX_BYTES = 512_000_000
 FEWEST, FEW = 10, 50  # rows: fewer are refused by the service; fewer teach little
@@ -115,8 +120,10 @@ def check_file(path: Path, form: Form, *, lengths: Lengths | None = None) -> lis
         if row is not None and lengths is not None and not any(level == "error" for level, _ in found):
             found += _too_long(row, form, lengths)
         faults += [Fault(number, level, text) for level, text in found]
+    if form == "retriever":
+        faults = sorted([*faults, *_meta_faults(path)])
     faults += [Fault(0, level, text) for level, text in _file_faults(path, form, rows)]
-    if lengths is None and form != "sentence-transformers":
+    if lengths is None and form not in UNMEASURED:
         faults.append(Fault(0, "unchecked", "length not checked: name a model and give a tokenizer"))
     return faults
 
@@ -151,7 +158,7 @@ def shared_questions(train: Path, validation: Path, form: Form) -> list[Fault]:
     The question of a line is its `.meta.jsonl`'s, where there is one: a rendered prompt holds passages besides. A question
     that continues a dialogue is the same only after the same turns.
     """
-    first: dict[tuple[str, ...], int] = {}
+    first: dict[str, int] = {}
     for number, question in _questions(train, form):
         first.setdefault(question, number)
     return [
@@ -198,12 +205,20 @@ def _file_faults(path: Path, form: Form, rows: int) -> Iterator[Found]:
         yield "warning", f"{rows} rows; fewer than {FEW} teach little"
 
 
+def _meta_faults(path: Path) -> Iterator[Fault]:
+    """What the lines beside a file say of its negatives, where there are any."""
+    if meta_path(path).is_file():
+        for number, row, _ in read_lines(meta_path(path)):
+            yield from (Fault(number, level, text) for level, text in rules.meta_rules(row or {}))
+
+
 def _line_check(form: Form) -> Callable[[dict[str, Any]], Iterator[Found]]:
     """The check of one line. Two forms have to look alike on all lines, so theirs remembers the first."""
     seen: dict[str, Any] = {}
     checks: dict[Form, Callable[[dict[str, Any]], Iterator[Found]]] = {
         "openai-chat": _chat, "openai-dpo": _dpo,
         "trl": partial(_trl, seen), "sentence-transformers": partial(_sentences, seen),
+        "sft": rules.sft, "chat": _plain_chat, "raft": rules.raft, "dpo": rules.preference, "retriever": rules.retriever,
     }  # fmt: skip
     return checks[form]
 
@@ -211,6 +226,13 @@ def _line_check(form: Form) -> Callable[[dict[str, Any]], Iterator[Found]]:
 def _chat(row: dict[str, Any]) -> Iterator[Found]:
     yield from line_keys(row, {"messages", "tools", "parallel_tool_calls", "functions"})
     yield from tool_lists(row)
+    yield from conversation(row.get("messages"))
+    yield from _learned(row.get("messages"))
+
+
+def _plain_chat(row: dict[str, Any]) -> Iterator[Found]:
+    """A conversation and nothing else."""
+    yield from line_keys(row, {"messages"})
     yield from conversation(row.get("messages"))
     yield from _learned(row.get("messages"))
 
@@ -339,12 +361,12 @@ def _too_long(row: dict[str, Any], form: Form, lengths: Lengths) -> list[Found]:
 
 
 def _ways(row: Mapping[str, Any], form: Form) -> Iterator[tuple[list[Any], Any]]:
-    if form == "openai-chat":
+    if form in ("openai-chat", "chat"):
         yield row["messages"], row.get("tools") or row.get("functions")
     elif form == "openai-dpo":
         for name in OUTPUTS:
             yield [*row["input"]["messages"], *row[name]], row["input"].get("tools")
-    elif form == "trl":
+    elif form in ("trl", "sft", "dpo"):
         ends = [key for key in ("completion", "chosen", "rejected") if key in row]
         for key in ends or ["messages"]:
             yield [*(_as_turns(row["prompt"], "user") if ends else []), *_as_turns(row[key], "assistant")], None
@@ -360,7 +382,8 @@ def _texts(value: Any) -> list[str]:
     return [] if value is None else [json.dumps(value, ensure_ascii=False)]
 
 
-def _questions(path: Path, form: Form) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _questions(path: Path, form: Form) -> Iterator[tuple[int, str]]:
+    """(line, key) of each line that asks something."""
     beside = meta_path(path)
     source = beside if beside.is_file() else path
     for number, row, _ in read_lines(source):
@@ -368,7 +391,7 @@ def _questions(path: Path, form: Form) -> Iterator[tuple[int, tuple[str, ...]]]:
             continue
         said = _from_meta(row) if source is beside else _from_line(row, form)
         if said:
-            yield number, tuple(normalise_answer(text) or text.strip() for text in said)
+            yield number, question_key(said[-1], said[:-1])
 
 
 def _from_meta(row: Mapping[str, Any]) -> list[str]:
@@ -377,8 +400,8 @@ def _from_meta(row: Mapping[str, Any]) -> list[str]:
 
 def _from_line(row: Mapping[str, Any], form: Form) -> list[str]:
     """The turns up to and with the question; what is learned, and the system's words, left out."""
-    if form == "sentence-transformers":
-        return [str(row.get("query", ""))]
+    if form in UNMEASURED:
+        return [str(row.get("question" if form == "raft" else "query", ""))]
     turns = row.get("messages", row.get("prompt"))
     if form == "openai-dpo" and isinstance(row.get("input"), dict):
         turns = row["input"].get("messages")

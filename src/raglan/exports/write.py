@@ -22,7 +22,7 @@ from raglan.recipe import QA_PROMPTS
 from raglan.records import DataPoint
 from raglan.text import half_character
 
-__all__ = ["Written", "export_pairs", "export_points", "write_rows"]
+__all__ = ["Written", "dialogue", "export_pairs", "export_points", "turn", "write_rows"]
 
 log = logging.getLogger(__name__)
 PLACES = re.compile(r"(\{question\}|\{passages\})")
@@ -67,8 +67,8 @@ def export_points(
     rows, meta = [], []
     for point in asking:
         own = point.prompt.strip() if chosen is None else ""
-        turns, text = ([_turn("user", own)], own) if own else _asked(point, chosen or "context_first")
-        answer = [_turn("assistant", point.answer)]
+        turns, text = ([turn("user", own)], own) if own else _asked(point, chosen or "context_first")
+        answer = [turn("assistant", point.answer)]
         whole = form == "openai-chat" or shape == "messages"
         rows.append({"messages": [*turns, *answer]} if whole else {"prompt": turns, "completion": answer})
         meta.append({"id": point.id, "example_id": point.example_id, "source": point.source, **_about(point), "prompt": text})
@@ -97,8 +97,8 @@ def export_pairs(
         apart = separate_context and len(pair.contexts) > 1
         for part in [replace(pair, contexts=(c,), prompt="") for c in pair.contexts] if apart else [pair]:
             own = part.prompt.strip() if chosen is None else ""
-            turns, text = ([_turn("user", own)], own) if own else _asked(part, chosen or "context_first")
-            better, worse = [_turn("assistant", part.chosen)], [_turn("assistant", part.rejected)]
+            turns, text = ([turn("user", own)], own) if own else _asked(part, chosen or "context_first")
+            better, worse = [turn("assistant", part.chosen)], [turn("assistant", part.rejected)]
             if form == "openai-dpo":
                 rows.append({"input": {"messages": turns}, "preferred_output": better, "non_preferred_output": worse})
             else:
@@ -109,7 +109,7 @@ def export_pairs(
 
 def write_rows(
     rows: Sequence[dict[str, Any]], meta: Sequence[dict[str, Any]], path: Path, form: Form, *, lengths: Lengths | None = None,
-    left_out: int = 0,
+    left_out: int = 0, why: str = "raw text, or two answers that are the same",
 ) -> Written:  # fmt: skip
     """Write rows and what belongs to them, if the rows keep the rules of their form; else nothing appears.
 
@@ -122,7 +122,7 @@ def write_rows(
     if not rows:
         raise CorpusError("there is nothing to export", hint="rows need a question and an answer, pairs two different answers")
     if left_out:
-        log.warning("%d rows are left out: raw text, or two answers that are the same", left_out)
+        log.warning("%d rows are left out: %s", left_out, why)
     texts = [[_line(line, number) for number, line in enumerate(lines, 1)] for lines in (rows, meta)]
     path.parent.mkdir(parents=True, exist_ok=True)
     half = [place.with_name(place.name + ".part") for place in (path, meta_path(path))]
@@ -165,15 +165,15 @@ def _asked(row: DataPoint | Preference, name: str) -> tuple[Turns, str]:
     texts = [f"{context.title} / {context.text}" if context.title else context.text for context in row.contexts]
     parts = {"{question}": row.query, "{passages}": "\n\n".join(texts)}
     text = "".join(parts.get(piece, piece) for piece in PLACES.split(QA_PROMPTS[name])).strip() if texts else row.query
-    return [*_dialogue(row.history), _turn("user", text)], text
+    return [*dialogue(row.history), turn("user", text)], text
 
 
-def _dialogue(history: Sequence[str]) -> Turns:
+def dialogue(history: Sequence[str]) -> Turns:
     """Earlier turns with the roles they must have had: the newest was an answer, and they took turns."""
-    return [_turn(("assistant", "user")[(len(history) - place) % 2 == 0], text) for place, text in enumerate(history)]
+    return [turn(("assistant", "user")[(len(history) - place) % 2 == 0], text) for place, text in enumerate(history)]
 
 
-def _turn(role: str, text: str) -> dict[str, str]:
+def turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 

@@ -1,5 +1,6 @@
 """Generators. `hf` runs any transformers model here, the embedded reader among them; `encoded` is its work on many prompts.
-`endpoint` scores answers on a server, and writes none. Self-RAG's decodings also write on `vllm` and `endpoint_marks`."""
+`endpoint` scores answers on a server, and writes none. Self-RAG's decodings also write on `vllm`, on a server that tells
+log-probabilities (`endpoint_marks`), and on one that tells none (`graded`)."""
 
 from typing import Any
 
@@ -8,7 +9,8 @@ from raglan.generator.base import Generator, Scorer
 from raglan.generator.encoded import EncodedPrompts, Written, encode_prompts
 from raglan.generator.endpoint import EndpointScorer
 from raglan.generator.endpoint_marks import MarkedEndpoint
-from raglan.generator.hf import HFGenerator, open_generator
+from raglan.generator.graded import Graded
+from raglan.generator.hf import HFGenerator, open_generator, open_merged
 from raglan.generator.vllm import VLLMGenerator
 from raglan.recipe import GeneratorSettings, PromptSettings
 
@@ -16,6 +18,7 @@ __all__ = [
     "EncodedPrompts",
     "EndpointScorer",
     "Generator",
+    "Graded",
     "HFGenerator",
     "MarkedEndpoint",
     "Scorer",
@@ -24,6 +27,7 @@ __all__ = [
     "encode_prompts",
     "open_any",
     "open_generator",
+    "open_merged",
     "passage_attention",
 ]
 
@@ -37,4 +41,6 @@ def open_any(settings: GeneratorSettings, prompt: PromptSettings) -> Any:
     """
     if settings.kind == "vllm":
         return VLLMGenerator(settings, prompt)
+    if settings.kind == "graded":
+        return Graded(settings, prompt)
     return MarkedEndpoint(settings, prompt) if settings.kind == "endpoint" else open_generator(settings, prompt)

@@ -41,7 +41,10 @@ OURS = {  # what makes ids come back as ids, and the distribution raw
     "skip_special_tokens": False, "spaces_between_special_tokens": False, "add_special_tokens": False, "return_token_ids": True,
     "repetition_penalty": 1.0,
 }  # fmt: skip
-MARKS_HINT = "Self-RAG reads log-probabilities of what is written: `vllm serve MODEL` gives them, most hosted services do not"
+MARKS_HINT = (
+    "Self-RAG reads log-probabilities of what is written: `vllm serve MODEL` gives them, most hosted services do not; "
+    "generator.kind: graded asks any chat model yes or no instead"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,13 +32,16 @@ from transformers import (
 )
 
 from raglan.artifact import MANIFEST, fingerprint, write_manifest
+from raglan.characters import add_characters
 from raglan.embedded import embedded_model
 from raglan.encoder import bfloat16_is_faster, compute_device
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
+from raglan.generator.adapter import adapter_base, check_base, find_adapter, is_adapter, merged, put_on
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
 from raglan.generator.causal import CopierForCausalLM, causal_from_encoder
 from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
+from raglan.generator.special import name_tokens
 from raglan.generator.trees import Tree, grown, reads_trees, room, tree_batch, tree_length
 from raglan.likelihood import chunked_token_logprobs
 from raglan.marked_prompt import MarkedPrompt, read_schema
@@ -46,21 +49,20 @@ from raglan.memory import give_back, keep_freed
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly, without_bars
-from raglan.recipe import GeneratorSettings, PromptSettings
+from raglan.recipe import AdapterSettings, GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
 from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of, save_tokenizer
 from raglan.weights import read_json
 
-__all__ = ["HFGenerator", "learned", "open_generator", "padded", "scored"]
+__all__ = ["HFGenerator", "learned", "open_generator", "open_merged", "padded", "scored"]
 
 log = logging.getLogger(__name__)
 EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
 UNSCORED = -100
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 CPU_TOKENS = 2048  # scored in one pass on a CPU: more keeps its cores no busier, and leaves the cache
 
@@ -78,15 +80,15 @@ class HFGenerator(Generator, MarkedGenerator):
         self.is_seq2seq = bool(config.is_encoder_decoder)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.reader = base if isinstance(base, ReaderForConditionalGeneration) else None
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.pad = int(tokenizer.pad_token_id)
         named = [c.eos_token_id for c in (config, model.generation_config) if getattr(c, "eos_token_id", None) is not None]
         listed = [end for ends in named for end in (ends if isinstance(ends, list) else [ends])]
         own = tokenizer.eos_token_id
         self.ends = [int(end) for end in dict.fromkeys([*listed, own]) if end is not None]
         if not self.ends:
             raise GeneratorError(f"{settings.model!r} names no end token", hint="set eos_token_id in its config.json")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self.ends[0])
+        self.pad = int(tokenizer.pad_token_id)
         self.eos = int(own) if own in self.ends else self.ends[0]  # a chat model's own end of turn, where it has several
         self.prefix = self._prefix()
         sized = self.reader.encoder.bert.config if self.reader is not None else config
@@ -101,6 +103,7 @@ class HFGenerator(Generator, MarkedGenerator):
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
         self.cost, self.exact_marks = Cost(), True
+        self.left_cut = 0  # prompts that lost their beginning, under `overflow: cut_left`; 0 says that budgets held
         self._head_is_checked = False
         if self.reader is not None and self.device.type == "cpu":
             self.reader.use_plain_attention()
@@ -108,6 +111,7 @@ class HFGenerator(Generator, MarkedGenerator):
     def generate(
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
     ) -> list[Completion]:
+        prompts = [self._guarded(prompt, max_new_tokens) for prompt in prompts]
         for prompt in prompts:
             self.check_positions(len(prompt.ids), max_new_tokens)
         completions: dict[int, Completion] = {}
@@ -127,7 +131,9 @@ class HFGenerator(Generator, MarkedGenerator):
         found: dict[int, np.ndarray] = {}
         was_training = self.model.training
         self.model.eval()
-        trees, alone = grown(rows, room(self.model)) if self.shares_beginnings else ([], list(range(len(rows))))
+        trees, alone = grown(rows, room(self.model))
+        if trees and not self.shares_beginnings:
+            trees, alone = [], list(range(len(rows)))
         most = min(self.batch_tokens, CPU_TOKENS) if self.device.type == "cpu" else self.batch_tokens
         lengths = [len(rows[place]["input_ids"]) + len(rows[place]["labels"]) for place in alone]
         passes: list[tuple[list[int], list[Tree]]] = [([alone[n] for n in own], []) for own in self._by_length(lengths, most)]
@@ -180,6 +186,7 @@ class HFGenerator(Generator, MarkedGenerator):
             GeneratorError: the answer has no token.
         """
         labels = self.answer_ids(answer, prompt.answer_space)
+        prompt = self._guarded(prompt, len(labels))
         self.check_positions(len(prompt.ids), len(labels), f", answer {shortened(answer)!r}")
         return {"input_ids": list(prompt.ids), "labels": labels}
 
@@ -207,6 +214,8 @@ class HFGenerator(Generator, MarkedGenerator):
             GeneratorError: the answer has no token.
         """
         space = self.prompt.answer_space if space is None else space
+        if self.prompt.settings.self_rag.answers == "tokens" and answer in self.schema.spellings:
+            return [self.schema.identity(answer), self.eos]
         return [*answer_ids(self.tokenizer, answer, "" if self.is_seq2seq else space), self.eos]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -307,10 +316,26 @@ class HFGenerator(Generator, MarkedGenerator):
         with without_bars():
             self.model.save_pretrained(str(folder), **own)
         save_tokenizer(self.tokenizer, folder)
-        told = {"model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary}
+        told: dict[str, Any] = {
+            "model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary,
+        }  # fmt: skip
         if self.settings.vocabulary == "self_rag":
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
+        if self.settings.overflow == "cut_left":
+            told["left_cut"] = self.left_cut
         write_manifest(folder, "generator", {**told, **figures})
+
+    def _guarded(self, prompt: Rendered, answer: int) -> Rendered:
+        """The prompt; under `overflow: cut_left` without its beginning, all but what opens it, where the answer has no room."""
+        over = len(prompt.ids) + answer - (self._positions or MOST)
+        if self.settings.overflow != "cut_left" or self.is_seq2seq or over <= 0:
+            return prompt
+        opens = int(prompt.ids[0] == self.tokenizer.bos_token_id)
+        if over > len(prompt.ids) - opens - 1:
+            return prompt  # nothing of it would be left: `check_positions` tells
+        self.left_cut += 1
+        log.warning("a prompt of %d tokens lost its first %d: lower prompt.max_tokens", len(prompt.ids), over)
+        return replace(prompt, ids=(*prompt.ids[:opens], *prompt.ids[opens + over :]), cut_tokens=prompt.cut_tokens + over)
 
     def check_positions(self, prompt: int, answer: int, which: str = "") -> None:
         """Learned positions end somewhere; behind them lies an IndexError."""
@@ -513,9 +538,14 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
             hint="generator.kind=hf here; the other kinds are for answer, evaluate and serve",
         )
     keep_freed()
-    model, tokenizer = _load(settings.model, settings)
-    if settings.vocabulary == "self_rag" and not hasattr(model, "peft_config"):
-        prepare_vocabulary(model, tokenizer, settings)
+    adapter = settings.adapter
+    model, tokenizer = _load(settings.model, settings) if adapter is None else _load_with(adapter, settings)
+    if not model.config.is_encoder_decoder:
+        name_tokens(model, tokenizer, settings)
+    elif settings.tokens:
+        raise RecipeError(f"generator.tokens are a causal model's, and {settings.model!r} is none", hint="leave them out")
+    if not hasattr(model, "peft_config"):
+        _extend(model, tokenizer, settings)
     if settings.lora is not None and not hasattr(model, "peft_config"):
         model = _with_lora(model, tokenizer, settings)
     for name, parameter in model.named_parameters():
@@ -524,11 +554,25 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
     return HFGenerator(model.to(compute_device()).eval(), tokenizer, settings, prompt)
 
 
+def open_merged(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:
+    """The generator as plain weights, its adapter merged if it has one; nothing of it learns any more.
+
+    Raises:
+        CheckpointError: as `open_generator`; a quantised base.
+    """
+    adapter = settings.adapter
+    whole = {"lora": None, "freeze": (), "adapter": adapter and adapter.model_copy(update={"merge": True})}
+    generator = open_generator(settings.model_copy(update=whole), prompt)
+    if hasattr(generator.model, "peft_config"):
+        generator.model = merged(generator.model, base=settings.model)
+    return generator
+
+
 def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     if name in EMBEDDED:
         with quietly():
             return EMBEDDED[name](str(embedded_model()))
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         return _load_adapter(name, settings)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -559,60 +603,46 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_adapter(folder: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    peft = require("peft", f"to open the adapter {folder}")
-    whole = "an adapter is adapter_config.json and adapter_model.safetensors, as peft or raglan saved them: fetch it again"
-    try:
-        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise CheckpointError(f"adapter {folder!r} cannot be loaded: {_first_line(fault)}", hint=whole) from None
-    if not base:
-        raise CheckpointError(
-            f"adapter {folder!r} names no base model", hint="set base_model_name_or_path in its adapter_config.json"
-        )
-    if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
-        raise CheckpointError(f"adapter {folder!r} has no weights: neither {' nor '.join(ADAPTER_WEIGHTS)}", hint=whole)
-    model, tokenizer = _load(str(base), settings)
+def _extend(model: Any, tokenizer: Any, settings: GeneratorSettings) -> None:
+    """Give a model the tokens that `vocabulary` names, where it lacks them."""
+    if settings.vocabulary == "self_rag":
+        prepare_vocabulary(model, tokenizer, settings)
+    elif settings.vocabulary == "han":
+        add_characters(model, tokenizer)
+
+
+def _load_adapter(folder: str, settings: GeneratorSettings, *, base: str | None = None) -> tuple[Any, Any]:
+    """The adapter on `base`; default the one that it names itself."""
+    base = adapter_base(folder) if base is None else base
+    model, tokenizer = _load(base, settings)
     extended = _extended(folder, settings)
     if extended is not None:
-        prepare_vocabulary(model, tokenizer, extended)
-    try:
-        with quietly():
-            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora is not None)
-            missing = _lacking_adapter(peft, adapted, Path(folder) / ADAPTER_WEIGHTS[0])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as fault:
+        _extend(model, tokenizer, extended)
+    return put_on(model, tokenizer, folder, base=base, trainable=settings.lora is not None), tokenizer
+
+
+def _load_with(adapter: AdapterSettings, settings: GeneratorSettings) -> tuple[Any, Any]:
+    """`generator.model` with `generator.adapter` on it, or in it."""
+    base = settings.model
+    if is_adapter(base):
         raise CheckpointError(
-            f"adapter {folder!r} cannot be put on {str(base)!r}: {_first_line(fault)}",
-            hint=f"it belongs to another base model, or is damaged; {whole}",
-        ) from None
-    if missing:
-        raise CheckpointError(
-            f"adapter {folder!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}…",
-            hint="its files are incomplete, or adapter_config.json tells of another adapter",
+            f"generator.model {base!r} is an adapter, and a second one is to be put on it",
+            hint="name the base as generator.model, or merge the first: raglan checkpoint merge",
         )
-    return adapted, tokenizer
+    check_base(base, adapter)
+    model, tokenizer = _load_adapter(str(find_adapter(adapter)), settings, base=base)
+    return (merged(model, base=base) if adapter.merge else model), tokenizer
 
 
 def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
-    """How the base model of an adapter has to be given its reflection tokens before the adapter fits; None: not at all."""
+    """How the base model of an adapter has to be given more tokens before the adapter fits; None: not at all."""
     path = Path(folder) / MANIFEST
     told = read_json(path) if path.is_file() else {}
+    if told.get("vocabulary") == "han":
+        return settings.model_copy(update={"vocabulary": "han"})
     if told.get("vocabulary") == "self_rag":
         return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
-    return settings if settings.vocabulary == "self_rag" else None
-
-
-def _lacking_adapter(peft: Any, model: Any, file: Path) -> list[str]:
-    """Weights that the adapter's config tells of and its file does not hold; peft leaves them as they were drawn."""
-    if not file.is_file():
-        return []
-    with safe_open(file, "pt") as held:
-        names = set(held.keys())
-    return sorted(set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)) - names)
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+    return settings if settings.vocabulary != "own" else None
 
 
 def _with_new_rows(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _opened(name: str) -> tuple[Any, int]:
     if (Path(name) / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{name!r} is an adapter, and vLLM would leave out the rows that it added to the vocabulary",
-            hint="merge it into its base first: peft's merge_and_unload, then save_pretrained of model and tokenizer",
+            hint="merge it into its base first: raglan checkpoint merge RECIPE -o FOLDER",
         )
     try:
         with quietly():

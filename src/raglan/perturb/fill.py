@@ -236,6 +236,8 @@ class _Filling:
 
     def _made(self, kind: str, place: str) -> Iterator[Slot]:
         """From what holds the answer, each in turn with several seeds."""
+        if kind == "counterfactual" and not self.conflict and len(_voices(self.slots)) < 2:
+            return  # whatever it says, it could not be decided
         makers: Mapping[str, Callable[[Slot, str], Slot | None]] = {
             "counterfactual": lambda slot, seed: counterfactual(self.example, slot, seed=seed, pool=self.sources.answers),
             "near_duplicate": lambda slot, seed: near_duplicate(self.example, slot, seed=seed),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from raglan.perturb.guard import closed_label, held, numeric, searchable
 from raglan.perturb.words import WORDS
@@ -30,6 +31,7 @@ _SURNAMES: list[str] = WORDS["surnames"].split()
 TRIES = 64
 
 
+@lru_cache(maxsize=1 << 16)
 def value_type(answer: str) -> str:
     """year, date, number, name, phrase, or label where there is nothing to swap."""
     if not searchable([answer]) or closed_label(answer):
@@ -187,6 +189,7 @@ def _names(answers: Sequence[str], kind: str, generator: random.Random, pool: Se
     return made
 
 
+@lru_cache(maxsize=1 << 16)
 def _form(value: str) -> tuple[bool, int, str]:
     """Chinese or not, how long, and what its head says it is."""
     if _HAN.search(value):

@@ -29,6 +29,7 @@ from raglan.recipe.data import (
     MixSource,
     QuestionData,
     SelfRagData,
+    ShownData,
     Unanswerable,
 )
 from raglan.recipe.decode import (
@@ -64,6 +65,7 @@ from raglan.recipe.objective import (
 )
 from raglan.recipe.parts import (
     QA_PROMPTS,
+    AdapterSettings,
     GeneratorSettings,
     PriorSettings,
     PromptSettings,
@@ -84,13 +86,23 @@ from raglan.recipe.self_rag import (
 )
 from raglan.recipe.settings import EvaluateSettings, Recipe, StageSettings
 from raglan.recipe.sweep import SweepSettings
-from raglan.recipe.synthesis import PassageSettings, SynthesisSettings
+from raglan.recipe.synthesis import (
+    BudgetSettings,
+    OfflineTeacher,
+    PassageSettings,
+    StepSettings,
+    SynthesisSettings,
+    VerifySettings,
+    WritingSettings,
+)
 
 __all__ = [
     "ABSTENTION",
     "QA_PROMPTS",
+    "AdapterSettings",
     "AnswerObjective",
     "BM25Index",
+    "BudgetSettings",
     "CalibrationSettings",
     "ChunkSettings",
     "ClassifyDecode",
@@ -129,6 +141,7 @@ __all__ = [
     "MixSource",
     "MoneySettings",
     "NoiseKind",
+    "OfflineTeacher",
     "PassageSettings",
     "PriceSettings",
     "PriorSettings",
@@ -152,8 +165,10 @@ __all__ = [
     "SelfRagDecode",
     "SelfRagPromptSettings",
     "Shot",
+    "ShownData",
     "StageSettings",
     "StalenessSettings",
+    "StepSettings",
     "SweepSettings",
     "SynthesisSettings",
     "TargetSettings",
@@ -161,7 +176,9 @@ __all__ = [
     "TurnSettings",
     "Unanswerable",
     "VectorSettings",
+    "VerifySettings",
     "WeightSettings",
+    "WritingSettings",
     "load_recipe",
     "recipe_schema",
 ]

@@ -136,6 +136,11 @@ class CriticDataSettings(Settings):
     balance: float | None = Field(
         None, gt=0, lt=1, description="No label may have more than this share of a judgement's rows; the rest is drawn out."
     )
+    labels: Literal["words", "tokens"] = Field(
+        "words",
+        description="What the critic answers: the label as a word, which is steadier with few rows, or the reflection token; "
+        "the critic's recipe then has generator.vocabulary self_rag and prompt.self_rag.answers tokens.",
+    )
     shares: dict[str, float] = Field(
         {"train": 0.8, "dev": 0.1, "test": 0.1}, description="Splits by instruction; `train` and `test` must be there."
     )

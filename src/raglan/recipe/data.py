@@ -20,6 +20,7 @@ __all__ = [
     "MixSource",
     "QuestionData",
     "SelfRagData",
+    "ShownData",
     "Unanswerable",
 ]
 
@@ -294,6 +295,51 @@ class SelfRagData(Settings):
     limit: int | None = Field(None, ge=1, description="Use so many rows, drawn with the seed.")
 
 
+class ShownData(Settings):
+    """Rows of examples that hold their own passages, as `raglan synthesize` writes them; one file, or a mixture of two."""
+
+    kind: Literal["shown"]
+    path: Path | None = Field(None, description="Examples, .jsonl; or, for a mixture, both of the next two.")
+    kiqa: Path | None = Field(None, description="Examples from questions that people asked (`synthesis.questions`).")
+    synthetic: Path | None = Field(None, description="Synthetic examples.")
+    mix: Literal["kiqa", "synthetic", "kiqa+synthetic"] | None = Field(
+        None, description="Of the two files, which are learned from. All three forms have the same size."
+    )
+    match: Literal["examples", "answer_tokens"] = Field("examples", description="What the three forms have equally many of.")
+    size: int | None = Field(
+        None, ge=1, description="So many of these; default what the smaller file has. What a file lacks is shown again."
+    )
+    prompt: Literal["own", "recipe"] = Field(
+        "own", description="`own`: as each example was rendered, with its instruction; `recipe`: by the recipe's prompt, as in "
+        "evaluation, without instructions. The embedded reader has no template; there `own` puts the instruction first.",
+    )  # fmt: skip
+    dev: Path | None = Field(None, description="Held-out examples for the validation loss.")
+    allow_test: AllowTest = False
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """All files by name, those that only set the size too."""
+        named = {"path": self.path, "kiqa": self.kiqa, "synthetic": self.synthetic}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the files that are learned from."""
+        return ["path"] if self.mix is None else self.mix.split("+")
+
+    @model_validator(mode="after")
+    def _one_file_or_a_mixture(self) -> ShownData:
+        if (self.mix is None) != (self.path is not None):
+            raise ValueError("give either path, or mix with its files")
+        if self.path is not None and (self.kiqa or self.synthetic):
+            raise ValueError("kiqa and synthetic belong to a mixture: say mix instead of path")
+        for name in self.sources:
+            if name not in self.files:
+                raise ValueError(f"mix is {self.mix}, and {name} names no file")
+        return self
+
+
 Data = Annotated[
-    QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData, Field(discriminator="kind")
+    QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData | ShownData,
+    Field(discriminator="kind"),
 ]

@@ -56,9 +56,12 @@ class DenseIndex(Settings):
 
 
 class BM25Index(Settings):
-    """Okapi BM25 over words; over single characters and pairs in Chinese and Japanese."""
+    """Okapi BM25 over words; in Chinese and Japanese over characters."""
 
     kind: Literal["bm25"]
+    han: Literal["both", "pairs"] = Field(
+        "both", description="Terms of Chinese and Japanese: single characters and adjacent ones; or the pairs alone."
+    )
     k1: float = Field(0.9, ge=0, description="How soon repeated terms stop counting.")
     b: float = Field(0.4, ge=0, le=1, description="How much long passages are marked down.")
 

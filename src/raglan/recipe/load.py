@@ -205,9 +205,11 @@ def _resolve(value: Any, base: Path) -> Any:
         return {key: _resolve(item, base) for key, item in value.items()}
     if isinstance(value, BaseModel):
         changes = {name: _resolve(getattr(value, name), base) for name in type(value).model_fields}
-        for name in ("model", "query_model", "tokenizer"):
+        for name in ("model", "query_model", "tokenizer", "path"):
             text = changes.get(name)
-            if isinstance(text, str) and text != "embedded" and (base / text).is_dir():
-                changes[name] = str(base / text)
+            if not isinstance(text, str) or text == "embedded":
+                continue
+            text = _expanded(text)
+            changes[name] = str(base / text) if (base / text).is_dir() else text
         return value.model_copy(update=changes)
     return value

@@ -11,6 +11,7 @@ from raglan.recipe.base import Settings
 
 __all__ = [
     "QA_PROMPTS",
+    "AdapterSettings",
     "GeneratorSettings",
     "PriorSettings",
     "PromptSettings",
@@ -24,7 +25,7 @@ __all__ = [
 
 QA_PROMPTS = {  # by name, because the two contradict each other
     "context_only": "Answer the question from the context below and from nothing else you may know. If the context does not "
-    "hold the answer, say \"I don't know\".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
+    'hold the answer, say "I don\'t know".\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ',
     "context_first": "Answer the question. Trust the context below where it speaks to it; where it does not, answer from what "
     "you know.\n\nContext:\n{passages}\n\nQuestion: {question}\nAnswer: ",
 }
@@ -92,6 +93,11 @@ class SelfRagPromptSettings(Settings):
         description="Between a task's instruction and the question; the authors' short form has an empty line before it.",
     )
     passage_max: int | None = Field(None, ge=1, description="Tokens of a passage that are read; default all.")
+    answers: Literal["text", "tokens"] = Field(
+        "text",
+        description="`tokens`: an answer that spells one reflection token is that token, as a critic's labels may be; nothing "
+        "else ever becomes one.",
+    )
 
     @model_validator(mode="after")
     def _parts_are_there(self) -> SelfRagPromptSettings:
@@ -138,6 +144,9 @@ class PromptSettings(Settings):
     )
     max_history_tokens: int | None = Field(None, ge=0, description="At most so many tokens of history; 0 shows none.")
     self_rag: SelfRagPromptSettings = SelfRagPromptSettings()
+    whole_passages: bool = Field(
+        False, description="Passages are shown whole or not at all: those that do not fit leave, the last ranked first."
+    )
     shots: tuple[Shot, ...] = Field(
         (),
         description="Few-shot examples before the question, in this order; where the prompt gets too long, the last go first, "
@@ -163,19 +172,33 @@ class PromptSettings(Settings):
         return self
 
 
-SERVED = ("endpoint", "tokenizer", "revision", "api_key_env", "concurrency", "retries", "timeout")
+SERVED = ("endpoint", "revision", "api_key_env", "concurrency", "retries", "timeout")
 OF_KIND = {  # what belongs to some kinds of generator only
-    **dict.fromkeys(SERVED, ("endpoint",)), "engine": ("vllm",), "dtype": ("hf", "vllm"),
-    **dict.fromkeys(("attention", "vocabulary_init", "lora", "freeze", "head_chunk"), ("hf",)),
+    **dict.fromkeys(SERVED, ("endpoint", "graded")), "tokenizer": ("endpoint",), "rewrites": ("graded",),
+    "engine": ("vllm",), "dtype": ("hf", "vllm"), "vocabulary": ("hf", "vllm", "endpoint"),
+    **dict.fromkeys(
+        ("attention", "vocabulary_init", "lora", "adapter", "tokens", "overflow", "freeze", "head_chunk"), ("hf",)
+    ),
 }  # fmt: skip
+
+
+class AdapterSettings(Settings):
+    """A LoRA adapter beside its base, which is `generator.model`; the base that its own config names is advisory."""
+
+    path: str = Field(min_length=1, description="A folder with the adapter, or with subfolders of adapters, or a hub name.")
+    subfolder: str | None = Field(None, min_length=1, description="Which of several, as RT-KS.")
+    merge: bool = Field(
+        False, description="Add it to the base's weights, in float32; else it stays beside them, and learns on with `lora`."
+    )
 
 
 class GeneratorSettings(Settings):
     """A transformers seq2seq or causal model, or the embedded reader; for Self-RAG also one in vLLM or on a server."""
 
-    kind: Literal["hf", "vllm", "endpoint"] = Field(
+    kind: Literal["hf", "vllm", "endpoint", "graded"] = Field(
         "hf",
-        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, or a server of OpenAI's protocol.",
+        description="transformers; or, for `decode.kind: self_rag`, vLLM in this process, a server of OpenAI's protocol, or "
+        "any chat model behind one, which is asked yes or no where a Self-RAG model has reflection tokens (`graded`).",
     )
     model: str = Field(
         "embedded",
@@ -185,26 +208,41 @@ class GeneratorSettings(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="transformers' attention; with a flash kernel packs are read without padding and without a mask."
     )
-    vocabulary: Literal["own", "self_rag"] = Field(
-        "own", description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none."
+    vocabulary: Literal["own", "self_rag", "han"] = Field(
+        "own",
+        description="`self_rag`: the reflection tokens are checked, or added to a causal model that has none; "
+        "`han`: a model of English word pieces, as the embedded ones, gets a row for each Han character.",
     )
     vocabulary_init: Literal["mean", "words", "random"] = Field(
         "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
     lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    adapter: AdapterSettings | None = Field(None, description="A published adapter of `model`.")
+    tokens: dict[Literal["bos", "eos", "pad"], int | str] = Field(
+        default_factory=dict, description="What begins, ends and pads a row, by id or spelling; default the tokenizer's own."
+    )
+    overflow: Literal["error", "cut_left"] = Field(
+        "error",
+        description="A prompt that leaves its answer no positions is refused; `cut_left` takes its beginning away, as the "
+        "published tokenizers do, and counts: what goes first are instruction and passages.",
+    )
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
     engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$", description="endpoint: the server, as http://localhost:8000/v1."
+        None, pattern=r"^https?://[^@\s]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
     )
     tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
-    revision: str | None = Field(None, description="endpoint: any name; another one stands for other weights there.")
-    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds the server's key.")
-    concurrency: int = Field(16, ge=1, description="endpoint: requests at a time.")
-    retries: int = Field(5, ge=0, description="endpoint: further tries of a request that fails, each after a longer wait.")
-    timeout: float = Field(120.0, gt=0, description="endpoint: seconds a request may take.")
+    revision: str | None = Field(None, description="endpoint, graded: any name; another one stands for other weights there.")
+    api_key_env: str | None = Field(None, description="endpoint, graded: the environment variable that holds the server's key.")
+    concurrency: int = Field(16, ge=1, description="endpoint, graded: requests at a time.")
+    retries: int = Field(5, ge=0, description="endpoint, graded: further tries of a failed request, each after a longer wait.")
+    timeout: float = Field(120.0, gt=0, description="endpoint, graded: seconds a request may take.")
+
+    rewrites: int = Field(
+        3, ge=0, description="graded: how often a question that found no relevant passage is reworded and asked again."
+    )
 
     @model_validator(mode="after")
     def _kind_has_its_settings(self) -> GeneratorSettings:
@@ -214,8 +252,10 @@ class GeneratorSettings(Settings):
         if wrong := sorted(name for name in said if self.kind not in OF_KIND.get(name, (self.kind,))):
             kinds = " or ".join(OF_KIND[wrong[0]])
             raise ValueError(f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to kind {kinds}, and kind is {self.kind}")
-        if self.kind == "endpoint" and self.endpoint is None:
-            raise ValueError("kind endpoint needs endpoint, the server's address")
+        if self.kind in ("endpoint", "graded") and self.endpoint is None:
+            raise ValueError(f"kind {self.kind} needs endpoint, the server's address")
+        if self.adapter is not None and self.adapter.merge and self.lora is not None:
+            raise ValueError("lora names its base, and a base with adapter.merge is on no disk: merge it there first")
         if self.kind != "hf" and self.model == "embedded":
             raise ValueError(f"the embedded reader does not run on kind {self.kind}: name a causal model")
         return self

@@ -48,7 +48,7 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
-        if self.data.kind in ("instruction_mix", "self_rag") and getattr(self.objective, "tokens", "all") == "first":
+        if self.data.kind in ("instruction_mix", "self_rag", "shown") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
         if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
             raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
@@ -130,6 +130,15 @@ class Recipe(Settings):
             raise ValueError(f"generator.kind {self.generator.kind} rewrites no questions: name retriever.rewrite.model")
         self._stages_are_named()
         self.trainings()
+        return self
+
+    @model_validator(mode="after")
+    def _grades_are_no_likelihoods(self) -> Recipe:
+        if self.generator.kind == "graded" and self.decode.kind == "self_rag":
+            if self.decode.weights.seq:
+                raise ValueError("generator.kind graded knows no probability of words: decode.weights.seq must be 0")
+            if self.decode.options:
+                raise ValueError("generator.kind graded scores no given options: decode.labels are found in what is written")
         return self
 
     @model_validator(mode="after")

@@ -1,15 +1,25 @@
-"""Settings of training data that is planned, written and checked: what is planned."""
+"""Settings of training data that is planned, written and checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
+from raglan.recipe.calls import EndpointSettings, MoneySettings
+from raglan.recipe.knowledge import EncoderSettings
 
-__all__ = ["PassageSettings", "SynthesisSettings"]
+__all__ = [
+    "BudgetSettings",
+    "OfflineTeacher",
+    "PassageSettings",
+    "StepSettings",
+    "SynthesisSettings",
+    "VerifySettings",
+    "WritingSettings",
+]
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LanguageName = Literal["en", "zh", "cross"]
@@ -31,11 +41,66 @@ class PassageSettings(Settings):
     )
 
 
+class OfflineTeacher(Settings):
+    """Rules that write questions and answers out of the knowledge base's own sentences: no model, no network, no money."""
+
+    kind: Literal["offline"]
+    overlap: float = Field(0.6, gt=0, le=1, description="Most of a sentence's content words that its question may keep.")
+
+
+class StepSettings(Settings):
+    """How one step of writing is sampled."""
+
+    temperature: float = Field(ge=0, le=2)
+    max_tokens: int = Field(ge=1, description="Longest reply; it is in the reserve of every call.")
+
+
+class WritingSettings(Settings):
+    """How a model behind an endpoint writes. Temperatures are ours but for the brainstorm's and the draft's (E5-mistral: 1)."""
+
+    jobs: int = Field(20, ge=1, le=100, description="Jobs of readers that one brainstorm asks for; so many attempts share it.")
+    brainstorm: StepSettings = StepSettings(temperature=1.0, max_tokens=2400)
+    draft: StepSettings = StepSettings(temperature=1.0, max_tokens=900)
+    passages: StepSettings = StepSettings(temperature=1.0, max_tokens=1600)
+    answer: StepSettings = StepSettings(temperature=0.3, max_tokens=700)
+    beside: int = Field(2, ge=0, description="Hard negatives that are written for an example from scratch, at most.")
+    per_document: int | None = Field(None, ge=1, description="Examples of one document, at most, in the plan's first round.")
+    prompts: Path | None = Field(
+        None, description="A folder with a prompts.en.yaml, prompts.zh.yaml or families.yaml to be read instead of raglan's."
+    )
+
+
+class VerifySettings(Settings):
+    """What must hold of a written example. The checks that need no model always run."""
+
+    may_be_missing: tuple[Literal["support"], ...] = Field(
+        (), description="Checks that do not reject where nothing is there that could tell, as where no short answer is known."
+    )
+
+
+class BudgetSettings(Settings):
+    """How long an example may be, in tokens of the model that is to learn it. Passages that do not fit are left out whole."""
+
+    tokenizer: str | None = Field(None, description="Whose tokens: `embedded`, a folder or hub name; default generator.model.")
+    max_length: int = Field(4096, ge=64, description="Tokens of prompt and answer.")
+    answer: int = Field(512, ge=1, description="Of these, kept free for the answer.")
+
+    @model_validator(mode="after")
+    def _prompt_has_room(self) -> BudgetSettings:
+        if self.answer >= self.max_length:
+            raise ValueError(f"answer takes {self.answer} of max_length {self.max_length} and leaves nothing to the prompt")
+        return self
+
+
 class SynthesisSettings(Settings):
     """Training data over many topics, tasks and formats, planned to exact numbers before anything is written."""
 
     path: Path = Field(description="The folder of the dataset; the plan goes to plan/ in it.")
     n: int = Field(ge=1, description="Examples.")
+    questions: Path | None = Field(
+        None, description="Questions that people asked, with answers and relevant passages: they get evidence as any example "
+        "does, and nothing is written.",
+    )  # fmt: skip
     from_scratch: float = Field(0, ge=0, le=1, description="Share of examples whose passages are written, not found.")
     retrievers: dict[str, Share] | None = Field(
         None, description="Index → weight; `pooled` takes from all in turn. Default: all indexes, each as often."
@@ -48,8 +113,28 @@ class SynthesisSettings(Settings):
         default_factory=dict, description="Factor → value → weight, in place of raglan's own; values not named are left out. "
         "Or `fit`: a factor's shares follow from what was dealt before it.",
     )  # fmt: skip
+    found: Literal["relabel", "replace"] = Field(
+        "relabel", description="What becomes of noise that turns out to answer: it counts as support, or other noise comes."
+    )
+    budget: BudgetSettings = BudgetSettings()
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
+    )
+    teacher: Annotated[OfflineTeacher | EndpointSettings, Field(discriminator="kind")] | None = Field(
+        None, description="Who writes: rules, or a model behind a server; without one there is only a plan."
+    )
+    writing: WritingSettings = Field(WritingSettings(), description="How a model writes; rules do not heed it.")
+    money: MoneySettings = Field(MoneySettings(), description="What calls to an endpoint cost, and may cost together.")
+    calls: Path | None = Field(None, description="The folder of the calls' journal; runs may share it. Default calls/ in path.")
+    verify: VerifySettings = VerifySettings()
+    dedupe: EncoderSettings | None = Field(
+        None, description="An encoder: questions of nearly one meaning are duplicates, too; words are always compared."
+    )
+    decontaminate: Literal["registered", "none"] = Field(
+        "registered", description="Leave out what comes too near to `decontaminate.sets` or the questions evaluated on."
+    )
+    split: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {"train": 0.9, "dev": 0.1}, description="Split → share of the groups, which are tied by document; {} makes no split."
     )
 
     @field_validator("weights")

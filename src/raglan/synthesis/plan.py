@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -28,13 +28,14 @@ from raglan.synthesis.deal import deal_table
 from raglan.synthesis.factors import Factor, Factors, Rule, Value, load_factors
 from raglan.synthesis.quotas import Weight, exact, quotas
 
-__all__ = ["DEALT", "Cell", "Plan", "factors_of", "make_plan", "seed_of"]
+__all__ = ["ABSENT", "DEALT", "Cell", "Plan", "factors_of", "make_plan", "seed_of"]
 
 DEALT = (
     "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source",
     "genre", "length", "clarity", "difficulty", "tailness", "persona", "template", "passage_form", "passage_head",
 )  # fmt: skip
 CLAIMS = ("fact_verification", "claim_correction")
+FITTED = ("answer_format", "query_format", "genre")
 ABSENT, PARTIAL, UNKNOWN = "R5", "partial", "not_enough_information"
 Codes = npt.NDArray[np.int64]
 
@@ -102,16 +103,22 @@ def _hashed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = None) -> Plan:
     """Plan `recipe.synthesis`.
 
+    Args:
+        cannot: factor → values that the teacher never writes; they leave, and are listed. Formats that the recipe gives no
+            weights for are then fitted to the tasks that stay.
+
     Raises:
-        RecipeError: the recipe has no `synthesis`, or its weights cannot be met together; names the blocking values.
+        RecipeError: the recipe has no `synthesis`, its weights cannot be met together, or it names what the teacher cannot
+            write; names the blocking values.
     """
     if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
-    factors, left_out = factors_of(recipe)
-    fit = frozenset(name for name, weights in recipe.synthesis.weights.items() if weights == "fit")
+    factors, left_out = factors_of(recipe, cannot=cannot)
+    fit: frozenset[str] = frozenset(name for name, weights in recipe.synthesis.weights.items() if weights == "fit")
+    fit |= {name for name in FITTED if (cannot or {}).get(name) and name not in recipe.synthesis.weights}
     deal = _Deal(factors, recipe.synthesis.n, recipe.seed, fit)
     for name in DEALT:
         deal.factor(name)
@@ -121,11 +128,13 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(recipe.seed, tuple(deal.cells()), deal.margins, _allowed(factors), left_out)
 
 
-def factors_of(recipe: Recipe) -> tuple[Factors, dict[str, tuple[str, ...]]]:
-    """All factors with the recipe's weights, and which values left because they meet none of what it allows.
+def factors_of(
+    recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = None
+) -> tuple[Factors, dict[str, tuple[str, ...]]]:
+    """All factors with the recipe's weights, and which values left: nobody writes them, or they meet none of what it allows.
 
     Raises:
-        RecipeError: a weight names what is not there.
+        RecipeError: a weight names what is not there, or what the teacher cannot write.
     """
     asked = recipe.synthesis
     assert asked is not None
@@ -137,6 +146,7 @@ def factors_of(recipe: Recipe) -> tuple[Factors, dict[str, tuple[str, ...]]]:
         fixed.add(name)
         named: Mapping[str, Weight] = {**weights, ABSENT: 1} if name == "relation" else weights  # type: ignore[dict-item]
         factors = factors.weighted_topics(named) if name == "topic" else factors.weighted(name, named)
+    factors, unwritten = _writable(factors, cannot or {}, {*_named(asked), "language", "source"})
     needs = {value.name: value.evidence for value in factors["relation"].values}
     deepest = {name: frozenset(k for k in factors["k"].names if int(k) >= need) for name, need in needs.items()}
     kinds = frozenset(value.name for value in factors["noise"].values if value.gold_absent)
@@ -145,7 +155,33 @@ def factors_of(recipe: Recipe) -> tuple[Factors, dict[str, tuple[str, ...]]]:
     if ABSENT in left_out.get("relation", ()):
         told = f"passages.gold_absent is {asked.passages.gold_absent:g}, and no task or kind of noise takes {ABSENT}"
         raise RecipeError(told, hint="set it to 0, or allow another task or kind")
-    return _with_one_knob(factors, asked), left_out
+    names = dict.fromkeys((*unwritten, *left_out))
+    return _with_one_knob(factors, asked), {name: (*unwritten.get(name, ()), *left_out.get(name, ())) for name in names}
+
+
+def _named(asked: SynthesisSettings) -> set[str]:
+    """Factors whose values the recipe names."""
+    return {name for name, weights in asked.weights.items() if weights != "fit"}
+
+
+def _writable(
+    factors: Factors, cannot: Mapping[str, Sequence[str]], named: Collection[str]
+) -> tuple[Factors, dict[str, tuple[str, ...]]]:
+    """Without what a teacher cannot write, and what that was. What the recipe names with a weight does not leave."""
+    left: dict[str, tuple[str, ...]] = {}
+    for name, values in cannot.items():
+        gone = [value for value in factors[name].values if value.name in set(values) and value.weight]
+        if gone and name in named:
+            raise RecipeError(
+                f"the teacher cannot write {name} {', '.join(value.name for value in gone)}, which the recipe asks for",
+                hint="give it no weight, or name another teacher",
+            )
+        kept = tuple(value for value in factors[name].values if value.name not in set(values))
+        if not any(value.weight for value in kept):
+            raise RecipeError(f"the teacher can write no {name}", hint="name another teacher")
+        factors = factors.having(Factor(name, kept))
+        left |= {name: tuple(value.name for value in gone)} if gone else {}
+    return factors, left
 
 
 def _of_recipe(recipe: Recipe, asked: SynthesisSettings) -> list[Factor]:

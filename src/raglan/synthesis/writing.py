@@ -73,12 +73,14 @@ class Sheet:
         slots: all that is shown, each with its record. Passages that the budget left out are not among them.
         prompt: question, turns, instruction and passages as rendered for the student.
         instruction: what is asked of the answer: its format, and what to do where the passages do not tell.
+        seen: how it was put: the rendering with its fingerprint, and how many passages the budget left out.
     """
 
     draft: Draft
     slots: tuple[Slot, ...]
     prompt: str
     instruction: str = ""
+    seen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
-from raglan.verification.checks import CLOSED, FREE, Verdict, abstained, holds
+from raglan.verification.checks import CLOSED, FREE, Verdict, holds
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Verified",
     "Verifier",
     "Written",
-    "abstained",
     "funnel",
     "read_written",
 ]

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import yaml
 
 from raglan.metrics import found_answers
-from raglan.text import SPACELESS, answer_words, fold_numbers, sentences, words
+from raglan.refusals import abstained
+from raglan.text import SPACELESS, answer_words, fold_numbers, words
 from raglan.verification.written import FORMATS, Written
 
-__all__ = ["CLOSED", "FREE", "Verdict", "abstained", "holds"]
+__all__ = ["CLOSED", "FREE", "Verdict", "holds"]
 
 Outcome = Literal["pass", "fail", "missing", "n/a"]
 CLOSED = ("option", "label", "yes_no")  # answers that stand in no passage
@@ -135,7 +136,7 @@ FORMS: Mapping[str, Callable[[Written], bool]] = {
 def passage_talk(one: Written) -> Told:
     """The question stands by itself: it names no passage and no file."""
     said = f" {' '.join(answer_words(one.query))} "
-    for phrase in _phrases("passage_talk"):
+    for phrase in _passage_talk():
         if phrase in said:
             return _failed("passage_talk", phrase.strip())
     found = FILE.search(one.query)
@@ -204,16 +205,10 @@ def holds(texts: Iterable[str], answers: Sequence[str]) -> list[str]:
     return [answer for answer in answers if found_answers(folded, [fold_numbers(answer)])]
 
 
-def abstained(text: str, answers: Sequence[str] = ()) -> bool:
-    """Whether an answer declines: a listed phrase in its first sentence, and no alias of an answer in it."""
-    first = f" {' '.join(answer_words((sentences(text) or [''])[0]))} "
-    return any(phrase in first for phrase in _phrases("abstention")) and not holds([text], answers)
-
-
 @cache
-def _phrases(name: str) -> tuple[str, ...]:
+def _passage_talk() -> tuple[str, ...]:
     told = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
-    return tuple(f" {' '.join(answer_words(phrase))} " for phrase in told[name])
+    return tuple(f" {' '.join(answer_words(phrase))} " for phrase in told["passage_talk"])
 
 
 def _folded(text: str) -> str:

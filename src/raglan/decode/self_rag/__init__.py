@@ -14,6 +14,7 @@ from typing import Any
 from raglan.decode.base import Asked
 from raglan.decode.self_rag.drawing import tree_lines
 from raglan.decode.self_rag.long import cited_text, long
+from raglan.decode.self_rag.rewording import reworded
 from raglan.decode.self_rag.short import short
 from raglan.errors import RecipeError
 from raglan.generator.base import MarkedGenerator
@@ -38,11 +39,17 @@ def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve:
     check_marked(generator)
     for name in settings.released:
         log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
+    asked, wordings = reworded(generator, asked, settings, retrieve)
     if settings.form == "long":
         answers = long(generator, asked, settings, retrieve=retrieve)
     else:
         answers = short(generator, asked, settings)
-    return [_disarmed(generator, answer) for answer in answers]
+    return [_disarmed(generator, _worded(answer, tried)) for answer, tried in zip(answers, wordings, strict=True)]
+
+
+def _worded(answer: Answer, tried: list[str]) -> Answer:
+    """The answer, whose trace says in which other words its question was searched for."""
+    return replace(answer, trace={**(answer.trace or {}), "reworded": tried}) if tried else answer
 
 
 def _disarmed(generator: Any, answer: Answer) -> Answer:

@@ -376,6 +376,11 @@ def record(
         The answers of `settings` themselves, read from what was kept.
     """
     _greedy(settings.temperature)
+    if rewrites := getattr(generator, "rewrites", 0):
+        raise RecipeError(
+            f"generator.rewrites is {rewrites}, and what reworded questions find is not kept",
+            hint="generator.rewrites=0 for --cache, --rescore and --sweep",
+        )
     cache.of(generator)
     keeps = Recording(generator, cache)
     if settings.form == "long":

@@ -95,6 +95,7 @@ def short_trace(
 def told(trace: Mapping[str, Any]) -> list[str]:
     """A trace in lines for people: the decision, a line a candidate, labels or options, and the cost."""
     lines = [_decided(decision) for decision in trace["decisions"]]
+    lines += [f"reworded, as nothing was relevant: {text!r}" for text in trace.get("reworded", ())]
     lines += [_candidate(candidate) for candidate in trace.get("candidates", ())]
     if trace["form"] == "long":
         lines += [f"{'*' if line.best else ' '} {'  ' * line.depth}{line.text}" for line in tree_lines(trace)]
@@ -108,8 +109,17 @@ def _decided(decision: Mapping[str, Any]) -> str:
     outcome = "retrieve" if decision["retrieve"] else "do not retrieve"
     outcome += f" ({decision['fallback']})" if decision["fallback"] else ""
     against = "the likeliest token" if decision["threshold"] is None else f"δ {decision['threshold']:.4g}"
+    against += ", as decode.retrieve says whatever r is" if _set(decision) else ""
     masses = " ".join(f"{name} {_number(decision[key])}" for name, key in PROBABILITIES)
     return f"{outcome}: r {_number(decision['r'])} against {against}; {masses}"
+
+
+def _set(decision: Mapping[str, Any]) -> bool:
+    """Whether the outcome is none of r's doing: `always` below the threshold, or `never` above it."""
+    r, threshold = decision["r"], decision["threshold"]
+    if None in (r, threshold) or decision["fallback"] or decision.get("decision") == "continue":
+        return False
+    return bool(decision["retrieve"] != (r > threshold))
 
 
 def _candidate(candidate: Mapping[str, Any]) -> str:

@@ -1,0 +1,61 @@
+"""Whether an answer declines: one list of refusals, English and Chinese in both scripts, for training data and for evaluation.
+
+    abstained   a listed refusal in the first sentence, and no alias of an answer beside it
+
+An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
+is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
+1998年.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from raglan.text import answer_words, fold_numbers, sentences
+
+__all__ = ["abstained"]
+
+_CUT = "\0"  # stands where the refusal stood: no alias reaches over it
+
+
+def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
+    """Whether an answer declines. An empty answer is no abstention: nobody declined."""
+    said = sentences(prediction)
+    if not said:
+        return False
+    first, declined = _without_refusals(_words(said[0]))
+    if not declined:
+        return False
+    others = _words(" ".join(said[1:]))
+    beside, whole = _padded([*first, _CUT, *others]), _padded([*_words(said[0]), _CUT, *others])
+    aliases = [own for answer in answers if (own := _words(answer))]
+    return not any(_padded(own) in (whole if _without_refusals(own)[1] else beside) for own in aliases)
+
+
+def _without_refusals(words: list[str]) -> tuple[list[str], bool]:
+    kept, place = [], 0
+    while place < len(words):
+        phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
+        kept.append(words[place] if phrase is None else _CUT)
+        place += 1 if phrase is None else len(phrase)
+    return kept, _CUT in kept
+
+
+@cache
+def _refusals() -> list[list[str]]:
+    """The listed phrases as words, the longest first."""
+    told = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    phrases = [answer_words(phrase) for phrase in (*told["en"], *told["zh"])]
+    return sorted(phrases, key=len, reverse=True)
+
+
+def _words(text: str) -> list[str]:
+    return answer_words(fold_numbers(text))
+
+
+def _padded(words: Sequence[str]) -> str:
+    return f" {' '.join(words)} "

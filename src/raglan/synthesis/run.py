@@ -1,0 +1,371 @@
+"""From a plan to a dataset: jobs → teacher → verification → duplicates → leaks → exact N → splits.
+
+    round 0        one job a cell
+    round 1, 2     the cells that have no accepted attempt yet, each with its next ordinal; no quota moves to another cell
+    a round        teacher.write(jobs, show), each result verified; then over all that was accepted so far: duplicates, leaks
+    kept           of each cell the lowest accepted ordinal; other accepted ones are surplus
+
+Results may come in any order: nothing below looks at it, so one call at a time, sixty-four, or a run that was killed and
+begun again give the same bytes. What was made lies in a file while the run lasts; in memory is where each of it stands.
+
+    <path>/plan/  examples.jsonl  <split>.jsonl  split.json  surplus.jsonl  rejects.jsonl  attempts.jsonl
+           coverage.json  leakage.json  cost.json  manifest.json (last)
+
+A run that paid calls had to stop (cap, key, interrupt) writes what is finished, says so in the manifest, and goes on when it is
+begun again. A finished dataset is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_json, write_manifest
+from raglan.corpus import Corpus
+from raglan.decontaminate import EvaluationQuestions, Leakage, decontaminate, open_sets, registered, write_leakage
+from raglan.dedupe import Embed, dedupe
+from raglan.documents import example_of_row, example_row
+from raglan.errors import CallsStopped, CheckpointError, RecipeError
+from raglan.progress import counting
+from raglan.recipe import DecontaminateSettings, Recipe, SynthesisSettings
+from raglan.records import Example
+from raglan.splits import Split, split_examples, write_split_file
+from raglan.synthesis.checked import reject_row, written_of
+from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills
+from raglan.synthesis.files import write_plan
+from raglan.synthesis.plan import Plan, make_plan
+from raglan.synthesis.record import example_of
+from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
+from raglan.verification import Verifier
+
+__all__ = ["KIND", "Done", "synthesize"]
+
+log = logging.getLogger(__name__)
+KIND = "synthetic dataset"
+Place = tuple[int, int]  # cell, ordinal
+RUNNING = ("money", "path", "calls")  # settings that change no example
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run came to. `told`: the manifest. `exit_code`: 0 complete, 3 consistent but short."""
+
+    folder: Path
+    told: Mapping[str, Any]
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.told["complete"] else 3
+
+
+def synthesize(
+    recipe: Recipe, teacher: Teacher, show: Show, *, plan: Plan | None = None, verifier: Verifier | None = None,
+    corpus: Corpus | None = None, embed: Embed | None = None, embed_questions: Embed | None = None,
+    corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
+    ignores: Sequence[str] = (), inputs: Mapping[str, Any] | None = None, sources: Mapping[str, str] | None = None,
+) -> Done:  # fmt: skip
+    """Write, check and keep the examples of `recipe.synthesis`.
+
+    Args:
+        plan: default the recipe's, without what the teacher cannot write.
+        verifier: default the checks that need no model, as `synthesis.verify` sets them.
+        corpus: finds out which gold passages are in the knowledge base.
+        embed: n texts → (n,D) vectors of length 1, to compare the meaning of questions among each other;
+            `embed_questions` with those of evaluation sets.
+        corpus_at: opens the knowledge base of an evaluation set.
+        cost: what the run has cost so far; default nothing.
+        ignores: factors that the teacher does not heed, so that no coverage of them is claimed.
+        inputs: names of what else the dataset follows from, as the knowledge base's version.
+        sources: names of what its questions are from: in-domain is what is of one of these.
+
+    Raises:
+        RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
+        CorpusError: an evaluation set is missing, or none is registered.
+        CheckpointError: the folder holds a dataset of other settings.
+    """
+    if recipe.synthesis is None:
+        raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
+    settings = recipe.synthesis
+    plan = make_plan(recipe, cannot=teacher.cannot()) if plan is None else plan
+    verifier = Verifier(may_be_missing=settings.verify.may_be_missing) if verifier is None else verifier
+    sets, missing, near = _evaluation_sets(recipe, settings, corpus_at)
+    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}])
+    folder = Path(settings.path)
+    if (there := _finished(folder, name)) is not None:
+        return Done(folder, there)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_plan(plan, folder / "plan")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    with _Rows(folder / "made.jsonl.part") as rows:
+        run = _Run(plan, teacher, show, verifier, rows, corpus, embed, embed_questions, sets, missing, near)
+        stopped = run.write()
+        told = run.keep(folder, settings, recipe.seed, ignores)
+    (folder / "made.jsonl.part").unlink()
+    write_json(folder / "cost.json", {"teacher": teacher.name, **(cost() if cost is not None else {"calls": 0})})
+    head = {"requested": told["requested"], "kept": told["kept"], "complete": told["kept"] == told["requested"] and not stopped}
+    content = {
+        **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
+        "ignored": list(ignores), "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
+        **({"sources": dict(sources)} if sources else {}),
+    }  # fmt: skip
+    write_manifest(folder, KIND, content)
+    return Done(folder, content)
+
+
+def _content(settings: SynthesisSettings) -> dict[str, Any]:
+    """The settings that say what is written, without those that only say how fast and for how much."""
+    told = settings.model_dump(mode="json", exclude=set(RUNNING))
+    running = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env")
+    told["teacher"] = {key: value for key, value in (told.get("teacher") or {}).items() if key not in running}
+    return told
+
+
+def _finished(folder: Path, name: str) -> dict[str, Any] | None:
+    """The manifest of a dataset that was not stopped. Raises CheckpointError where it is of other settings."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    there = read_manifest(folder, KIND)
+    if there["stopped"]:
+        return None
+    if there["fingerprint"] != name:
+        raise CheckpointError(
+            f"{folder} holds the dataset {there['fingerprint']} of other settings; the recipe now gives {name}",
+            hint="give synthesis.path another folder, or remove this one",
+        )
+    return there
+
+
+def _evaluation_sets(
+    recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None
+) -> tuple[list[EvaluationQuestions], tuple[str, ...], DecontaminateSettings | None]:
+    """(sets, names of missing ones, how near questions may come); opened first, so that a missing one stops before all else."""
+    if settings.decontaminate == "none":
+        return [], (), None
+    near = registered(recipe)
+    if not near.sets:
+        raise RecipeError(
+            "no evaluation set is registered, so nothing can be kept out of the training data",
+            hint="decontaminate.sets: {name: {path: questions.jsonl}}, or synthesis.decontaminate: none if that is meant",
+        )
+    sets, missing = open_sets(near, corpus_at=corpus_at)
+    return sets, missing, near
+
+
+@dataclass
+class _Run:
+    """One run while it lasts."""
+
+    plan: Plan
+    teacher: Teacher
+    show: Show
+    verifier: Verifier
+    rows: _Rows
+    corpus: Corpus | None
+    embed: Embed | None
+    embed_questions: Embed | None
+    sets: Sequence[EvaluationQuestions]
+    missing: tuple[str, ...]
+    near: DecontaminateSettings | None
+
+    def __post_init__(self) -> None:
+        self.attempts: dict[Place, Attempt] = {}  # as the teacher and the checks left them
+        self.settled: dict[Place, Attempt] = {}  # and after duplicates and leaks
+        self.late: dict[Place, Reject] = {}  # of these
+        self.leakage = Leakage()
+
+    def write(self) -> str:
+        """All rounds; why the calls stopped, or nothing."""
+        jobs = [Job(cell) for cell in self.plan.cells]
+        for number in range(ROUNDS + 1):
+            stopped = self._round(jobs, f"round {number}")
+            self._settle()
+            jobs = [Job(cell, ordinal) for cell, ordinal in refills(self.plan, self.settled.values())]
+            if stopped or not jobs:
+                return stopped
+        return ""
+
+    def _round(self, jobs: Sequence[Job], label: str) -> str:
+        try:
+            with counting(len(jobs), label) as more:
+                for result in self.teacher.write(jobs, self.show):
+                    self._take(result)
+                    more(1)
+        except CallsStopped as fault:
+            log.warning("%s", fault)
+            return f"{fault.reason}: {fault.message}"
+        return ""
+
+    def _take(self, result: Made | Reject) -> None:
+        if isinstance(result, Reject):
+            self._attempted(result.job, reason=f"{result.step}: {result.reason}")
+            self.rows.reject(_place(result.job), reject_row(result))
+            return
+        job, query = result.sheet.draft.job, result.sheet.draft.query
+        verified = self.verifier.verify(written_of(result))
+        if verified.accepted:
+            self._attempted(job, query=query)
+            self.rows.add(_place(job), example_of(result, teacher=self.teacher.name, corpus=self.corpus))
+            return
+        failed = next(verdict for verdict in verified.verdicts if verdict.outcome in ("fail", "missing"))
+        self._attempted(job, reason=f"verify: {verified.reason}", query=query)
+        self.rows.reject(_place(job), reject_row(Reject(job, "verify", verified.reason, failed.detail, result.target), query))
+
+    def _attempted(self, job: Job, *, reason: str | None = None, query: str = "") -> None:
+        if _place(job) in self.attempts:
+            raise RuntimeError(f"teacher {self.teacher.name} gave job {job.id} back twice")
+        self.attempts[_place(job)] = Attempt(*_place(job), reason, query)
+
+    def _settle(self) -> None:
+        """Duplicates, then leaks, of all that passed the checks; decided anew each round, by (cell, ordinal) alone."""
+        self.late = {}
+        passed = sorted(place for place, attempt in self.attempts.items() if attempt.reason is None)
+        asked = ((example.query, example.history) for example in self.rows.read(passed))
+        found = dedupe(asked, embed=self.embed)
+        for row, how in found.how.items():
+            first = passed[int(found.keeps[row])]
+            self._out(passed[row], "dedupe", f"{how}_duplicate", f"synth-{first[0]}-{first[1]}")
+        stay = [place for place in passed if place not in self.late]
+        if self.near is not None:
+            self.leakage = decontaminate(
+                self.rows.read(stay), self.sets, settings=self.near, corpus=self.corpus, embed=self.embed_questions,
+                missing=self.missing,
+            )  # fmt: skip
+            told = {one.train: one for one in reversed(self.leakage.found)}
+            for row in sorted(self.leakage.rows):
+                place = stay[row]
+                one = told[f"synth-{place[0]}-{place[1]}"]
+                self._out(place, "decontaminate", one.check, f"{one.set}: {one.held_out}")
+        out = {p: replace(self.attempts[p], reason=f"{r.step}: {r.reason}") for p, r in self.late.items()}
+        self.settled = {**self.attempts, **out}
+
+    def _out(self, place: Place, step: str, reason: str, detail: str) -> None:
+        self.late[place] = Reject(Job(self.plan.cells[place[0]], place[1]), step, reason, detail)
+
+    def keep(self, folder: Path, settings: SynthesisSettings, seed: int, ignores: Sequence[str]) -> dict[str, Any]:
+        """Write all but cost and manifest. Returns what the manifest says of it."""
+        tried = [self.settled[place] for place in sorted(self.settled)]
+        stayed, surplus = ([(attempt.cell, attempt.ordinal) for attempt in some] for some in kept(self.plan, tried))
+        told = _heeded(coverage(self.plan, tried), ignores)
+        split = self._split(stayed, settings.split, seed)
+        self._examples(folder, stayed, split)
+        _write(folder / "surplus.jsonl", map(example_row, self.rows.read(surplus)))
+        _write(folder / "rejects.jsonl", self._rejects())
+        _write(folder / "attempts.jsonl", (_attempt_row(attempt) for attempt in tried))
+        write_json(folder / "coverage.json", told)
+        if self.near is not None:
+            write_leakage(folder / "leakage.json", self.leakage)
+        else:
+            write_json(folder / "leakage.json", {"kind": "leakage", "not_run": "synthesis.decontaminate is none"})
+        sizes = Counter(split.places[f"synth-{cell}-{ordinal}"] for cell, ordinal in stayed) if split is not None else {}
+        assert complete(told) == (len(stayed) == len(self.plan.cells))
+        return {
+            "requested": told["requested"], "kept": told["kept"], "attempts": told["attempts"], "surplus": told["surplus"],
+            "funnel": told["funnel"], "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
+            "largest_group": None if split is None else round(split.largest, 4),
+        }  # fmt: skip
+
+    def _split(self, stayed: Sequence[Place], shares: Mapping[str, float], seed: int) -> Split | None:
+        """By document. Only what ties examples is held, not what they say."""
+        if not shares or not stayed:
+            return None
+        slim = [_slim(example) for example in self.rows.read(stayed)]
+        return split_examples(slim, by="document", shares=shares, seed=seed, corpus=self.corpus)
+
+    def _examples(self, folder: Path, stayed: Sequence[Place], split: Split | None) -> None:
+        """All kept examples, and those of each split once more, in the order of cells."""
+        if split is None:
+            _write(folder / "examples.jsonl", map(example_row, self.rows.read(stayed)))
+            return
+        placed = (
+            replace(example, metadata={"split": split.places[example.id], **example.metadata})
+            for example in self.rows.read(stayed)
+        )
+        _write(folder / "examples.jsonl", map(example_row, placed))
+        for name in split.shares:
+            own = [place for place in stayed if split.places[f"synth-{place[0]}-{place[1]}"] == name]
+            some = (replace(e, metadata={"split": name, **e.metadata}) for e in self.rows.read(own))
+            _write(folder / f"{name}.jsonl", map(example_row, some))
+        write_split_file(folder / "split.json", split)
+
+    def _rejects(self) -> Iterator[dict[str, Any]]:
+        """In the order of cells: what teacher and checks refused, and what is a duplicate or leaks."""
+        early = {place for place, attempt in self.attempts.items() if attempt.reason is not None}
+        for place in sorted(early | set(self.late)):
+            if place in self.late:
+                yield reject_row(self.late[place], self.attempts[place].query)
+            else:
+                yield self.rows.rejected(place)
+
+
+def _place(job: Job) -> Place:
+    return job.cell.number, job.ordinal
+
+
+def _attempt_row(attempt: Attempt) -> dict[str, Any]:
+    return {"cell": attempt.cell, "ordinal": attempt.ordinal, "reason": attempt.reason, "query": attempt.query}
+
+
+def _heeded(told: dict[str, Any], ignores: Sequence[str]) -> dict[str, Any]:
+    """A coverage without the factors that nobody heeded."""
+    factors = {name: values for name, values in told["factors"].items() if name not in ignores}
+    pairs = {name: pair for name, pair in told["pairs"].items() if not set(name.split(" × ")) & set(ignores)}
+    entropy = None if "topic" in ignores else told["topic_entropy"]
+    return {**told, "factors": factors, "pairs": pairs, "topic_entropy": entropy, "ignored": list(ignores)}
+
+
+def _slim(example: Example) -> Example:
+    """What ties an example to others."""
+    synth = example.metadata["synth"]
+    passages = [{key: one[key] for key in ("id", "document", "role")} for one in synth["passages"]]
+    held = {"passages": passages, "job": synth.get("job"), "withheld": synth.get("withheld", [])}
+    return replace(example, metadata={"synth": held})
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class _Rows:
+    """Examples and rejects in a file, found by cell and ordinal."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.made: dict[Place, int] = {}
+        self.refused: dict[Place, int] = {}
+
+    def __enter__(self) -> _Rows:
+        self.file: IO[bytes] = open(self.path, "w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, place: Place, example: Example) -> None:
+        self.made[place] = self._append(example_row(example))
+
+    def reject(self, place: Place, row: Mapping[str, Any]) -> None:
+        self.refused[place] = self._append(row)
+
+    def read(self, places: Iterable[Place]) -> Iterator[Example]:
+        """Examples one after another, never all held."""
+        return (example_of_row(self._at(self.made[place])) for place in places)
+
+    def rejected(self, place: Place) -> dict[str, Any]:
+        return self._at(self.refused[place])
+
+    def _append(self, row: Mapping[str, Any]) -> int:
+        self.file.seek(0, 2)
+        at = self.file.tell()
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        return at
+
+    def _at(self, at: int) -> dict[str, Any]:
+        self.file.seek(at)
+        row: dict[str, Any] = json.loads(self.file.readline())
+        return row

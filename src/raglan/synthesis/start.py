@@ -1,0 +1,151 @@
+"""`raglan synthesize recipe.yaml`: opens what a run needs, by the recipe, and runs it.
+
+    questions    people's questions in cells of the plan (`synthesis.questions`)
+    offline      rules over the knowledge base (`synthesis.teacher: {kind: offline}`)
+    endpoint     a model behind a server (`{kind: endpoint, …}`): with a cap, or a yes to what `forecast` tells
+
+The knowledge base must be built; evidence comes from its indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raglan.artifact import file_fingerprint
+from raglan.calls.estimate import SAMPLE, Estimate
+from raglan.dedupe import Embed
+from raglan.encoder import Encoder
+from raglan.errors import RecipeError
+from raglan.knowledge import KnowledgeBase
+from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe
+from raglan.records import Passage
+from raglan.synthesis.checked import written_of
+from raglan.synthesis.endpoint import check_consent, cost, open_endpoint
+from raglan.synthesis.evidence import Assembler
+from raglan.synthesis.offline import CANNOT, Offline
+from raglan.synthesis.plan import Plan, make_plan
+from raglan.synthesis.questions import open_questions
+from raglan.synthesis.run import Done, synthesize
+from raglan.synthesis.writing import Job, Made, Teacher
+from raglan.verification import Verifier
+
+__all__ = ["Opened", "forecast", "open_teacher", "run"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A teacher with its plan, and what the evidence is told of it.
+
+    Attributes:
+        evidence, answers: of other questions, for noise and false values.
+        ignores: factors that it does not heed.
+        inputs: names of what else its texts follow from. sources: of its questions.
+        cost: what its calls have cost so far.
+    """
+
+    teacher: Teacher
+    plan: Plan
+    evidence: Sequence[Passage] = ()
+    answers: Sequence[str] = ()
+    ignores: Sequence[str] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    cost: Callable[[], Mapping[str, Any]] | None = None
+
+
+def run(recipe: Recipe, *, yes: bool = False) -> Done:
+    """Write the dataset of `recipe.synthesis`; a finished one is left alone.
+
+    Args:
+        yes: calls may cost money without a cap.
+
+    Raises:
+        RecipeError: no teacher, one that cannot write what is asked for, or calls without a cap. CheckpointError: no
+            knowledge base, or another dataset in the folder. CorpusError: a missing evaluation set, or too few passages.
+    """
+    if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
+        raise RecipeError(
+            "synthesis names no teacher, so a plan is all that can be made",
+            hint="say so: --plan; or synthesis.teacher.kind=offline",
+        )
+    if recipe.synthesis is not None and isinstance(recipe.synthesis.teacher, EndpointSettings):
+        check_consent(recipe.synthesis, yes=yes)
+    base = KnowledgeBase.open(recipe.knowledge.path)
+    with ExitStack() as stack:
+        opened = open_teacher(recipe, base, stack)
+        asked = recipe.synthesis
+        assert asked is not None
+        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers)
+        near = recipe.decontaminate.encoder if recipe.decontaminate is not None else None
+        return synthesize(
+            recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
+            embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores, cost=opened.cost,
+            inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
+        )  # fmt: skip
+
+
+def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
+    """What all calls will cost. A sample of the cells is really run, paid, checked, and kept for `run`.
+
+    Raises:
+        RecipeError: the teacher makes no calls. CallsStopped: a cap, a refused key.
+        GeneratorError: nothing of the sample was accepted.
+    """
+    asked = recipe.synthesis
+    if asked is None or not isinstance(asked.teacher, EndpointSettings):
+        raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
+    base, verifier = KnowledgeBase.open(recipe.knowledge.path), Verifier(may_be_missing=asked.verify.may_be_missing)
+    plan, assembler = make_plan(recipe), Assembler.open(recipe)
+
+    def accepts(made: Made) -> bool:
+        return verifier.verify(written_of(made)).accepted
+
+    with open_endpoint(recipe, plan, base.corpus) as teacher:
+        jobs = (Job(cell) for cell in plan.cells)
+        return teacher.estimate(jobs, assembler.show, accepts=accepts, sample=sample, seed=recipe.seed)
+
+
+def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack) -> Opened:
+    """Who writes, by the recipe; `stack` closes what has to be. Raises RecipeError: nobody is named, or two are."""
+    asked = recipe.synthesis
+    if asked is None:
+        raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
+    if asked.questions is not None and asked.teacher is not None:
+        raise RecipeError("synthesis has both questions and a teacher", hint="make two datasets, and mix them when training")
+    if asked.questions is not None:
+        people = open_questions(recipe, base.corpus)
+        inputs = {"questions": file_fingerprint(asked.questions)} if asked.questions.is_file() else {}
+        sources = {asked.questions.name.partition(".")[0]: str(asked.questions)}
+        return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs, sources)
+    if isinstance(asked.teacher, OfflineTeacher):
+        plan = make_plan(recipe, cannot=CANNOT)
+        rules = Offline(base.corpus, plan, overlap=asked.teacher.overlap)
+        return Opened(rules, plan, rules.evidence, rules.answers, rules.ignores)
+    if isinstance(asked.teacher, EndpointSettings):
+        plan = make_plan(recipe)
+        model = stack.enter_context(open_endpoint(recipe, plan, base.corpus))
+        return Opened(model, plan, inputs={"writing": model.fingerprint}, cost=lambda: cost(model.engine))
+    raise RecipeError("synthesis names no teacher, so there is only a plan", hint="synthesis.teacher.kind=offline, or --plan")
+
+
+def _corpus_at(path: Path) -> Any:
+    return KnowledgeBase.open(path).corpus
+
+
+def _embed(settings: EncoderSettings | None) -> Embed | None:
+    """Texts → vectors of length 1."""
+    if settings is None:
+        return None
+    encoder = Encoder.open(settings)
+
+    def embed(texts: Sequence[str]) -> Any:
+        vectors = encoder.embed_passages(list(texts))  # both sides are questions, so both go through one tower
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    return embed

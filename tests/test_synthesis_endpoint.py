@@ -1,0 +1,611 @@
+"""The teacher behind an endpoint, against a real server with faults; after every test the two books are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import synthesis_worker
+import tiny
+from fault_server import KEY, PRICE, Fault, FaultServer, Request, Storm, audit, author
+from raglan.calls import CallEngine
+from raglan.calls.journal import Journal
+from raglan.calls.limits import Clock
+from raglan.corpus import Corpus, write_corpus
+from raglan.errors import CallsStopped, RecipeError
+from raglan.perturb import Slot
+from raglan.recipe import EndpointSettings, MoneySettings, Recipe
+from raglan.records import Passage
+from raglan.synthesis import Plan, factors_of, make_plan
+from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
+from raglan.synthesis.endpoint.places import Library, Places
+from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
+from test_cli import run
+
+HERE = Path(__file__).parent
+MONEY = MoneySettings(price=PRICE)
+
+
+def recipe(n: int, **settings: Any) -> Recipe:
+    synthesis = {"path": "out", "n": n, "from_scratch": 1, **settings}
+    return Recipe.model_validate({
+        "name": "t", "knowledge": {"path": "kb", "documents": "docs"}, "synthesis": synthesis,
+    })  # fmt: skip
+
+
+def show(draft: Draft) -> Sheet:
+    """Evidence, and what was written beside it; the guard and the corpus's noise are another's."""
+    cell = draft.job.cell
+    gold = () if cell.relation == "R5" and cell.absent_policy != "partial" else draft.gold
+    slots = tuple(Slot(one, "gold", "gold", "gold") for one in gold)
+    slots += tuple(Slot(one, "noise", "hard", "made") for one in draft.beside)
+    listed = "\n".join(f"[{number}] {slot.passage.title}: {slot.passage.text}" for number, slot in enumerate(slots, 1))
+    prompt = "\n".join(["Answer from the passages.", *draft.history, listed, draft.query])
+    return Sheet(draft, slots, prompt, "Answer from the passages.")
+
+
+class Desk:
+    """A server, a journal, a plan, and the teachers between them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "calls"
+        self.past: list[Path] = []
+        self.server = FaultServer(delay=0.002)
+        self.server.reply = author
+        self.server.__enter__()
+
+    def engine(self, *, money: MoneySettings = MONEY, **settings: Any) -> CallEngine:
+        shared = {"base_url": self.server.url, "model": "m", "api_key_env": "CALLS_KEY", "concurrency": 8, "timeout": 20}
+        return CallEngine(EndpointSettings(**{**shared, **settings}), self.folder, money=money, clock=Clock(100.0))
+
+    def write(self, plan: Plan, asked: Recipe, *, corpus: Corpus | None = None, jobs: list[Job] | None = None,
+              **settings: Any) -> tuple[list[Made | Reject], CallsStopped | None]:  # fmt: skip
+        """What came, and why it stopped, if it did."""
+        came: list[Made | Reject] = []
+        with self.engine(**settings) as engine:
+            teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
+            try:
+                for end in teacher.write(jobs or [Job(cell) for cell in plan.cells], show):
+                    came.append(end)
+            except CallsStopped as why:
+                return came, why
+        return came, None
+
+    @property
+    def asked(self) -> list[Request]:
+        """All requests but those that try how the server takes schemas."""
+        return [request for request in self.server.log if "As a trial of" not in request.content]
+
+    def other(self, name: str) -> None:
+        """Begin a journal of its own, and forget on the server's side what was answered."""
+        self.past.append(self.folder)
+        self.folder = self.folder.with_name(name)
+        self.server._answered.clear()
+        self.server._working.clear()
+
+    def compare(self) -> None:
+        """The two books: every request has its intent, the ledger is not below the bill, the key is nowhere."""
+        intents: Counter[str] = Counter()
+        spent, sure = 0, True
+        for folder in [*self.past, self.folder]:
+            journal = Journal(folder)
+            lines = list(journal.lines())
+            spent += journal.ledger.spent
+            sure &= not journal.ledger.doubts.calls
+            journal.close()
+            intents.update(line["idem"] for line in lines if line["kind"] == "intent")
+            sure &= all(line["settled"] for line in lines if line["kind"] == "outcome")
+            for path in folder.rglob("*"):
+                assert KEY.encode() not in path.read_bytes(), f"the key is in {path.name}"
+        assert Counter(request.idem for request in self.server.log) <= intents
+        assert self.server.bill <= spent
+        if sure:
+            assert self.server.bill == spent
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    monkeypatch.setenv("CALLS_KEY", KEY)
+    desk = Desk(tmp_path)
+    yield desk
+    desk.server.__exit__()
+    desk.compare()
+
+
+@pytest.fixture(scope="module")
+def asked() -> Recipe:
+    return recipe(30, weights={"answer_format": "fit", "query_format": "fit"})
+
+
+@pytest.fixture(scope="module")
+def plan(asked: Recipe) -> Plan:
+    return make_plan(asked)
+
+
+Whole = tuple[Desk, list[Made | Reject]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, plan: Plan, asked: Recipe) -> Iterator[Whole]:
+    """The plan written without faults: the desk, with what was asked at it, and what came."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALLS_KEY", KEY)
+        desk = Desk(tmp_path_factory.mktemp("whole"))
+        came, why = desk.write(plan, asked)
+        assert why is None
+        yield desk, came
+        desk.server.__exit__()
+        desk.compare()
+
+
+def row(end: Made | Reject) -> dict[str, Any]:
+    """An end as one line, whole."""
+    if isinstance(end, Reject):
+        return {"job": end.job.id, "step": end.step, "reason": end.reason, "detail": end.detail, "raw": end.raw}
+    draft = end.sheet.draft
+    return {
+        "job": draft.job.id, "query": draft.query, "answers": draft.answers, "facts": draft.facts, "about": draft.about,
+        "slots": [[slot.passage.id, slot.passage.text, slot.role] for slot in end.sheet.slots], "target": end.target,
+        "seen": end.seen,
+    }  # fmt: skip
+
+
+def rows(ends: list[Made | Reject]) -> str:
+    return "\n".join(sorted(json.dumps(row(end), sort_keys=False) for end in ends))
+
+
+# prompts
+
+
+def test_prompts_are_data_with_a_hash() -> None:
+    prompts = load_prompts()
+    assert set(prompts) == {"en", "zh"}
+    hashes = [digest for one in prompts.values() for digest in one.hashes.values()]
+    assert len(set(hashes)) == len(hashes) == 14
+    with pytest.raises(TypeError):
+        prompts["en"].steps["draft"] = ("", "")  # type: ignore[index]
+    assert set(prompts["en"].notes) == set(prompts["zh"].notes)
+
+
+def test_ones_own_prompts_have_another_hash(tmp_path: Path) -> None:
+    text = (Path(load_prompts.__code__.co_filename).parent / "prompts.en.yaml").read_text(encoding="utf-8")
+    (tmp_path / "prompts.en.yaml").write_text(
+        text.replace("You plan reading tasks.", "Plan reading tasks.", 1), encoding="utf-8"
+    )
+    ours, theirs = load_prompts(), load_prompts(tmp_path)
+    changed = [step for step, digest in ours["en"].hashes.items() if theirs["en"].hashes[step] != digest]
+    assert changed == ["brainstorm"]
+    assert theirs["zh"].hashes == ours["zh"].hashes
+    (tmp_path / "prompts.zh.yaml").write_text("draft: {system: a}", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"prompts\.zh\.yaml lacks"):
+        load_prompts(tmp_path)
+
+
+def test_what_is_filled_in_is_no_template() -> None:
+    messages = load_prompts()["en"].messages("answer", prompt="say {count} and {notes}  ")
+    assert messages[1]["content"] == "say {count} and {notes}  "
+
+
+# the pipeline
+
+
+def test_every_cell_ends_once(whole: Whole) -> None:
+    _, came = whole
+    assert sorted(end.sheet.draft.job.cell.number if isinstance(end, Made) else end.job.cell.number for end in came) == list(
+        range(30)
+    )
+    made = [end for end in came if isinstance(end, Made)]
+    assert len(made) == 30, [row(end) for end in came if isinstance(end, Reject)]
+    for end in made:
+        draft, cell = end.sheet.draft, end.sheet.draft.job.cell
+        assert len(draft.gold) == cell.evidence
+        assert len(draft.beside) == min(2, cell.noise.count("hard"))
+        assert end.finish == "stop"
+        steps = (
+            {"brainstorm", "draft", "answer"}
+            | ({"passages"} if cell.evidence else set())
+            | ({"beside"} if draft.beside else set())
+        )
+        assert set(end.seen["calls"]) == set(end.seen["prompts"]) == steps
+        assert all(len(call["key"]) == 64 and call["nano_usd"] > 0 for call in end.seen["calls"].values())
+
+
+def test_results_do_not_depend_on_concurrency_or_resuming(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T4
+    desk.server.faults = _by_content
+    told = [rows(desk.write(plan, asked, concurrency=64)[0])]
+    sent = len(desk.server.log)
+    told.append(rows(desk.write(plan, asked, concurrency=3)[0]))
+    again = desk.server.log[sent:]
+    assert all("no, I will not" in _text(request) for request in again), "a call with a journalled reply was sent again"
+    desk.other("again")
+    told.append(rows(desk.write(plan, asked, concurrency=1)[0]))
+    assert told[0] == told[1] == told[2]
+    assert 0 < told[0].count('"reason": "malformed"') < 30
+
+
+def _by_content(number: int, request: Request) -> Fault | None:
+    """Some requests fail the first time, some replies never fit; by what is asked alone."""
+    place = hashlib.sha256(json.dumps(request.body["messages"][:2]).encode()).digest()[0]
+    if place < 12 and "response_format" in request.body and "trial" not in request.content:
+        return Fault(text="no, I will not")
+    return Fault(500) if place > 200 and request.idem.endswith("-0") else None
+
+
+def _text(request: Request) -> str:
+    return "no, I will not" if _by_content(0, request) == Fault(text="no, I will not") else ""
+
+
+def test_who_answers_sees_what_the_student_sees_and_no_more(whole: Whole) -> None:  # T12
+    desk, came = whole
+    sheets = {end.sheet.prompt: end.sheet for end in came if isinstance(end, Made)}
+    answers = [request for request in desk.asked if request.body["messages"][1]["content"] in sheets]
+    assert len(answers) == len(came) == 30
+    system = load_prompts()["en"].steps["answer"][0]
+    for request in answers:
+        assert [message["content"] for message in request.body["messages"]] == [system, request.body["messages"][1]["content"]]
+        sheet = sheets[request.body["messages"][1]["content"]]
+        shown = " ".join(slot.passage.text for slot in sheet.slots) + sheet.draft.query
+        assert all(fact in shown for fact in sheet.draft.facts if fact in request.content)
+        for word in ("gold", "noise", "hard", "support", sheet.draft.about, "facts", "subject"):
+            assert word not in f"{request.body['messages'][0]['content']} {request.body['messages'][1]['content']}"
+
+
+def test_who_writes_passages_does_not_see_the_query(whole: Whole) -> None:
+    desk, came = whole
+    queries = [end.sheet.draft.query for end in came if isinstance(end, Made)]
+    writing = [request for request in desk.server.log if "PassagesReply" in json.dumps(request.body)]
+    assert len(writing) > 30
+    for request in writing:
+        assert not any(query in request.body["messages"][1]["content"] for query in queries)
+        assert "When was" not in request.content
+
+
+def test_fixed_parts_stay_equal(whole: Whole) -> None:  # T34
+    desk, _ = whole
+    systems = {request.body["messages"][0]["content"] for request in desk.asked}
+    assert len(systems) == 5  # brainstorm, draft, passages, beside, answer
+
+
+def test_a_cell_that_is_tried_again_gets_another_job(desk: Desk, plan: Plan, asked: Recipe) -> None:
+    cell = plan.cells[7]
+    came, _ = desk.write(plan, asked, jobs=[Job(cell), Job(cell, 1), Job(cell, 2)])
+    assert len({end.sheet.draft.about for end in came if isinstance(end, Made)}) == 3
+    brainstorms = [request for request in desk.server.log if "JobsReply" in json.dumps(request.body)]
+    assert len(brainstorms) == 1
+
+
+def test_two_replies_that_fail_give_one_reason(desk: Desk, plan: Plan, asked: Recipe) -> None:
+    cell = next(cell for cell in plan.cells if cell.evidence and "hard" in cell.noise)
+    for late in ("passages", "beside"):
+        desk.server.faults = lambda n, request, late=late: (
+            Fault(400, delay=0.05 if ("Not to be told" in request.content) == (late == "beside") else 0.0)
+            if "PassagesReply" in json.dumps(request.body)
+            else None
+        )
+        desk.other(late)
+        came, _ = desk.write(plan, asked, jobs=[Job(cell)])
+        assert [(end.step, end.reason) for end in came if isinstance(end, Reject)] == [("passages", "permanent")]
+        assert isinstance(came[0], Reject)
+        assert came[0].detail.startswith("400")
+
+
+def test_other_languages(desk: Desk) -> None:
+    asked = recipe(24, languages={"zh": 1, "cross": 1}, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    came, _ = desk.write(plan, asked)
+    made = {end.sheet.draft.job.cell.number: end for end in came if isinstance(end, Made)}
+    assert len(made) == 24
+    prompts = load_prompts()
+    for number, end in made.items():
+        cell, hashes = plan.cells[number], end.seen["prompts"]
+        written = prompts["zh" if cell.language == "zh" or cell.seed % 2 else "en"]
+        assert hashes["draft"] == prompts["zh" if cell.language == "zh" or written.language == "en" else "en"].hashes["draft"]
+        assert hashes.get("beside", written.hashes["beside"]) == written.hashes["beside"]
+
+
+# one's own corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [
+        [
+            f"The lighthouse of Marrow{number // 2} stands at pier {number}.",
+            f"Its keeper Odo{number} lit it with rape oil.",
+            "It rains.",
+        ]
+        for number in range(10)
+    ]
+    write_corpus(
+        folder,
+        [
+            Passage(f"d{d}:{p}", text, f"Harbour {d}", f"d{d}", 0, len(text))
+            for d, some in enumerate(texts)
+            for p, text in enumerate(some)
+        ],
+    )
+    return Corpus(folder)
+
+
+def test_documents_are_visited_evenly(corpus: Corpus) -> None:
+    library = Library(corpus, seed=3, visits=25)
+    found = [library.visited(visit) for visit in range(30)]
+    assert [len({passage.document for passage in found[start : start + 10]}) for start in (0, 10, 20)] == [10, 10, 10]
+    assert len({passage.id for passage in found}) == 30
+    assert library.visited(30).id == found[0].id
+    with pytest.raises(RecipeError, match="25 examples need more than 2 visits"):
+        Library(corpus, seed=3, visits=25, most=2)
+
+
+def test_linked_passages_share_a_rare_word(corpus: Corpus) -> None:
+    library = Library(corpus, seed=3, visits=1)
+    passage = corpus[corpus.row("d4:0") or 0]
+    linked = library.linked(passage)
+    assert linked is not None
+    assert linked.id == "d5:0"  # of the same harbour, in another document
+
+
+def test_attempts_share_brainstorms(plan: Plan) -> None:
+    cells = tuple(replace(cell, source="knowledge" if cell.number % 3 else "from_scratch") for cell in plan.cells)
+    family = load_prompts()["en"].family
+    places = Places(cells, family, jobs=4)
+    read = [cell for cell in cells if cell.number % 3]
+    visits = [places.of(Job(cell, ordinal)).visit for ordinal in range(3) for cell in read]
+    assert sorted(visits) == list(range(60))
+    assert all(1 <= places.shared(Job(cell)) <= 4 for cell in cells)
+    calls = {(places.of(Job(cell)).family, places.of(Job(cell)).draw) for cell in read}
+    assert places.calls() == len(calls) + 10
+
+
+def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> None:
+    asked = recipe(24, from_scratch=0, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    came, _ = desk.write(plan, asked, corpus=corpus)
+    made = [end for end in came if isinstance(end, Made)]
+    assert len(made) == 24
+    for end in made:
+        draft, cell = end.sheet.draft, end.sheet.draft.job.cell
+        own = [passage for passage in draft.gold if corpus.row(passage.id) is not None]
+        assert len(own) == (1 if cell.relation in ("R6", "R7") else max(1, cell.evidence))
+        assert len(draft.gold) == max(1, cell.evidence)
+        assert draft.about == ""  # tied by its documents
+    drafts = [request for request in desk.asked if "DraftReply" in json.dumps(request.body)]
+    assert all(
+        "lighthouse" in request.content or "keeper" in request.content or "rains" in request.content for request in drafts
+    )
+    with pytest.raises(RecipeError, match="24 cells have their passages from a corpus"):
+        desk.write(plan, asked)
+
+
+# faults and money
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault(text='{"query": "What', finish="length"), "truncated"),
+        (Fault(text='{"query": 5}'), "malformed"),
+        (Fault(text="{}", finish="content_filter"), "refused"),
+        (Fault(413), "permanent"),
+        (Fault(503), "transient"),
+    ],
+    ids=["truncated", "malformed", "refused", "permanent", "transient"],
+)
+def test_a_reply_that_is_none_is_a_reject_with_its_text(
+    desk: Desk, plan: Plan, asked: Recipe, fault: Fault, reason: str
+) -> None:  # T26, T27
+    desk.server.faults = lambda number, request: fault if "DraftReply" in json.dumps(request.body) else None
+    came, why = desk.write(plan, asked, jobs=[Job(plan.cells[0])])
+    assert why is None
+    assert [(end.step, end.reason, end.raw) for end in came if isinstance(end, Reject)] == [("draft", reason, fault.text or "")]
+    sent = [request for request in desk.asked if "DraftReply" in json.dumps(request.body)]
+    assert len(sent) == {"malformed": 2, "transient": 6}.get(reason, 1)
+
+
+def test_what_a_draft_lacks_is_a_reject(desk: Desk, plan: Plan, asked: Recipe) -> None:
+    cell = replace(plan.cells[0], task="multiple_choice", answer_format="option_letter", query_format="keywords")
+    poor = {"query": "Which?", "subject": "", "facts": ["a", "b"], "answers": ["A"], "history": [], "labels": [], "fields": []}
+    desk.server.faults = lambda number, request: (
+        Fault(text=json.dumps(poor)) if "DraftReply" in json.dumps(request.body) else None
+    )
+    came, _ = desk.write(replace(plan, cells=(cell,)), asked)
+    assert [(end.step, end.reason) for end in came if isinstance(end, Reject)] == [("draft", "no_options")]
+
+
+def test_a_cap_stops_and_a_larger_one_goes_on(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T35
+    came, why = desk.write(plan, asked, money=MoneySettings(price=PRICE, cap_usd="0.25"))
+    assert why is not None
+    assert why.reason == "cap"
+    assert len(came) < 30
+    assert desk.server.bill <= 250_000_000
+    whole, why = desk.write(plan, asked, money=MoneySettings(price=PRICE, cap_usd=9))
+    assert why is None
+    assert len(whole) == 30
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
+
+
+def test_a_key_that_is_refused_stops_at_once(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T21
+    desk.server.faults = lambda number, request: Fault(401, code="invalid_api_key") if number >= 10 else None
+    came, why = desk.write(plan, asked)
+    assert why is not None
+    assert (why.reason, len(came) < 30) == ("fatal", True)
+    assert len(desk.server.log) <= 10 + 8
+
+
+def test_an_estimate_keeps_its_sample_and_holds_the_cost(desk: Desk, plan: Plan, asked: Recipe) -> None:
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0])
+        jobs = [Job(cell) for cell in plan.cells]
+        found = teacher.estimate(jobs, show, sample=12)
+        assert (found.cells, found.sampled, found.acceptance) == (30, 12, 1.0)
+        assert set(found.steps) == {"brainstorm", "draft", "passages", "beside", "answer"}
+        sent = len(desk.asked)
+        ends = list(teacher.write(jobs, show))
+        assert len(ends) == 30
+        assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "the sample was paid twice"
+        assert sent < len(desk.asked)
+        assert found.low <= engine.journal.ledger.spent <= found.high
+
+
+def test_an_estimate_heeds_what_would_be_kept(desk: Desk, plan: Plan, asked: Recipe) -> None:
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0])
+        found = teacher.estimate(
+            (Job(cell) for cell in plan.cells), show, sample=12, accepts=lambda made: made.sheet.draft.job.cell.number % 2 == 0
+        )
+    assert 0 < found.acceptance < 1
+    assert found.attempts > 30
+
+
+# faults, kills and the whole driver
+
+
+HOSTED = re.compile(rb'"key": "[0-9a-f]{64}"')  # a call's name has the server's port in it
+FILES = ("examples.jsonl", "surplus.jsonl", "rejects.jsonl", "attempts.jsonl", "coverage.json", "train.jsonl", "dev.jsonl")
+
+
+def test_a_storm_and_kills_leave_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # T4, T22-T29, T35
+    monkeypatch.setenv("CALLS_KEY", KEY)
+    with FaultServer(delay=0.003) as server:
+        server.reply, server.faults = author, Storm(fatal=(40,))
+        told = _synthesized(server.url, tmp_path / "killed", cells=24, kills=4)
+        stormy, server_log = audit(server, tmp_path / "killed/calls"), server.log
+    with FaultServer(delay=0.003) as server:
+        server.reply, server.faults = author, Storm(passing=False)
+        code = synthesis_worker.live(server.url, tmp_path / "straight", 24, 16, None)
+        calm = audit(server, tmp_path / "straight/calls")
+    assert (told["deaths"], told["code"]) == (4, code)
+    assert any(request.status == 401 for request in server_log)
+    for file in FILES:
+        killed, straight = (HOSTED.sub(b"", (tmp_path / name / "data" / file).read_bytes()) for name in ("killed", "straight"))
+        assert killed == straight, file
+    cells = [json.loads(line)["cell"] for line in (tmp_path / "killed/data/attempts.jsonl").read_text().splitlines()]
+    assert set(cells) == set(range(24))
+    assert stormy["in doubt"] <= 4 * 8
+    assert calm["in doubt"] == calm["lost"] == 0
+    assert calm["bill"] == calm["ledger"]
+    assert stormy["calls done"] == calm["calls done"]
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())  # T36
+
+
+def _synthesized(url: str, folder: Path, *, cells: int, kills: int) -> dict[str, int]:
+    command = [sys.executable, str(HERE / "synthesis_worker.py"), url, str(folder), str(cells), str(kills), "5", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, int] = json.loads(done.stdout)
+    assert told["code"] in (0, 3), done.stderr
+    return told
+
+
+# the command line, with a knowledge base, retrievers, guard, budget and verification
+
+
+@pytest.fixture
+def paid(tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe over a built knowledge base, whose teacher is the desk's server."""
+    documents = [
+        {"id": f"p{n}", "title": f"Tower {n}", "text": f"The tower {n} of Vessen was built of grey stone by miller Odo{n} ."}
+        for n in range(40)
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    tiny.llama(tmp_path / "student")
+    tiny.sentence_encoder(tmp_path / "encoder")
+    weights = {"task": {"factoid": 1}, "answer_format": {"short_sentence": 1}, "query_format": {"wh_question": 1}}
+    weights |= {"relation": {"R1": 2, "R3": 1}, "genre": "fit", "absent_policy": {"abstain": 1}}
+    encoder = {"model": "encoder/encoder", "dtype": "float32"}
+    tree = {
+        "name": "paid", "seed": 1, "generator": {"model": "student"}, "retriever": {"index": "bm25"},
+        "knowledge": {
+            "path": "kb", "documents": "corpus.jsonl", "chunk": None, "encoder": encoder, "indexes": {"bm25": {"kind": "bm25"}},
+        },
+        "synthesis": {
+            "path": "data", "n": 30, "from_scratch": 1, "passages": {"k": {3: 1, 5: 1}, "gold_absent": 0.1}, "weights": weights,
+            "budget": {"tokenizer": "student", "max_length": 1900, "answer": 100}, "decontaminate": "none",
+            "teacher": {
+                "kind": "endpoint", "base_url": desk.server.url, "model": "m", "api_key_env": "CALLS_KEY", "concurrency": 8,
+            },
+            "money": {"price": PRICE},
+        },
+    }  # fmt: skip
+    (tmp_path / "paid.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "paid.yaml"
+
+
+def test_from_estimate_to_dataset_on_the_command_line(
+    desk: Desk,
+    paid: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def call(*words: str) -> tuple[int, str, str]:
+        return run(*words, capsys=capsys, monkeypatch=monkeypatch)
+
+    caplog.set_level(logging.DEBUG)
+    desk.folder = paid.parent / "data/calls"
+    assert call("build", str(paid))[0] == 0
+    code, _, err = call("synthesize", str(paid))
+    assert (code, len(desk.server.log)) == (2, 0)
+    assert "cap_usd" in err
+    assert "--yes" in err
+    code, out, err = call("synthesize", str(paid), "--dry-run")
+    assert code == 0, err
+    assert re.search(r"(?m)^answer +\d+ .*\$0\.\d+   \$0\.\d+ to \$0\.\d+$", out), out
+    assert "24 cells were run and are kept" in out
+    sent = len(desk.server.log)
+    code, out, err = call("synthesize", str(paid), "synthesis.money.cap_usd=0.000001")
+    assert code == 3, err
+    assert len(desk.server.log) == sent
+    assert "stopped, cap" in out
+    code, out, err = call("synthesize", str(paid), "--yes")
+    assert code == 0, out + err
+    assert "30 requested, 30 kept" in out
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
+    rows = [json.loads(line) for line in (paid.parent / "data/examples.jsonl").read_text().splitlines()]
+    prompts = load_prompts()["en"]
+    for one in rows:
+        synth = one["synth"] if "synth" in one else one["metadata"]["synth"]
+        assert synth["teacher"] == "endpoint:m"
+        assert synth["seen"]["prompts"]["draft"] == prompts.hashes["draft"]
+        assert synth["seen"]["calls"]["answer"]["tokens"]["output"] > 0
+    cost = json.loads((paid.parent / "data/cost.json").read_text())
+    assert cost["nano_usd"] == desk.server.bill
+    told = "".join(
+        [out, err, caplog.text, *(path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file())]
+    )
+    assert KEY not in told  # T36
+
+
+def test_an_estimate_of_rules_is_refused(
+    paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, desk: Desk
+) -> None:
+    desk.engine().close()
+    code, _, err = run(
+        "synthesize", str(paid), "--dry-run", "synthesis.teacher={kind: offline}", capsys=capsys, monkeypatch=monkeypatch
+    )
+    assert (code, "makes no calls" in err) == (2, True), err
+
+
+def test_the_printed_prompts_are_the_files() -> None:
+    root = HERE.parent
+    spec = importlib.util.spec_from_file_location("make_prompts", root / "docs" / "make_prompts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs/concepts/synthesis-prompts.md").read_text(encoding="utf-8") == module.page(), "run `make docs`"
