@@ -35,6 +35,7 @@ class Fault:
     text: str | None = None
     finish: str = "stop"
     body: str | None = None  # the whole body, whatever it is
+    charset: str = "utf-8"  # in which it is spelt
     headers: dict[str, str] = field(default_factory=dict)
     code: str | None = None
     delay: float = 0.0
@@ -143,7 +144,7 @@ class FaultServer:
             words = f"not now, Bearer {KEY}"  # servers like to repeat the key
             error = {"error": {"message": words, "type": "x", "code": fault.code}}
             body = json.dumps(error) if fault.body is None else fault.body
-            return fault.status, fault.headers, body.encode()
+            return fault.status, fault.headers, body.encode(fault.charset)
         if self.idempotent and request.idem in self._answered:
             content, request.usage = self._answered[request.idem]
             request.again = True
@@ -154,7 +155,7 @@ class FaultServer:
         usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
         message = {"role": "assistant", "content": text}
         reply = {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": fault.finish}], "usage": usage}
-        content = (json.dumps(reply) if fault.body is None else fault.body).encode()
+        content = (json.dumps(reply) if fault.body is None else fault.body).encode(fault.charset)
         if self.idempotent:
             self._answered[request.idem] = (content, request.usage)
         return 200, fault.headers, content

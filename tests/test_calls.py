@@ -384,6 +384,23 @@ def test_a_strict_schema_requires_everything() -> None:
     assert "default" not in schema["properties"]["default"]
 
 
+def test_half_a_pair_is_no_poison(desk: Desk) -> None:
+    """A reply that was cut within an emoji can be written down, so that it is not asked for again and again."""
+    desk.server.faults = lambda number, request: Fault(text=f"so \ud83d{number}", finish="stop" if number else "length")
+    cut, whole = sorted(desk.run(asks(2), concurrency=1), key=lambda outcome: outcome.ask.ref)
+    assert (cut.cls, cut.raw, whole.value) == ("truncated", "so \ufffd0", "so \ufffd1")
+    assert [outcome.reused for outcome in desk.run([ask(1)])] == [True]
+
+
+def test_what_is_no_completion_is_charged_at_the_reserve() -> None:
+    whole = {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
+    assert classify(Wire(200, json.dumps(whole))).usage is None  # half a bill is none
+    assert classify(Wire(201, json.dumps(whole))).cls == "ok"
+    for wire in (Wire(204), Wire(200, "[" * 100_000)):
+        reply = classify(wire)
+        assert (reply.cls, reply.usage, reply.billed) == ("transient", None, True)
+
+
 def test_usage_that_counts_reasoning_apart() -> None:
     body = {
         "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}],
@@ -416,12 +433,21 @@ def _told_by(client: type[Endpoint], server: FaultServer, **settings: Any) -> Wi
         (Fault(429, headers={"Retry-After": "7"}), 429, False),
         (Fault(body="<html>é</html>"), 200, False),
         (Fault(302, headers={"Location": "/elsewhere"}), 302, False),
+        (Fault(201, body='{"choices": []}'), 201, False),
+        (Fault(204, body=""), 204, False),
+        (Fault(body="长江", charset="gbk", headers={"Content-Type": "application/json; charset=gbk"}), 200, False),
+        (Fault(body="长江", headers={"Content-Type": "application/json; charset=latin-1"}), 200, False),
+        (Fault(body="长江", headers={"Content-Type": "application/json; charset=nonsense"}), 200, False),
+        (Fault(body="长江", charset="utf-8-sig"), 200, False),
         (Fault(cut="short"), 0, True),
         (Fault(cut="reset"), 0, True),
         (Fault(cut="middle"), 0, True),
         (Fault(delay=1.0), 0, True),
     ],
-    ids=["whole", "429", "html", "redirect", "short", "reset", "middle", "slow"],
+    ids=(
+        ["whole", "429", "html", "redirect", "201", "204", "gbk", "not latin-1", "no charset", "mark"]
+        + ["short", "reset", "middle", "slow"]
+    ),
 )
 def test_both_clients_tell_the_same(fault: Fault, status: int, *, lost: bool) -> None:
     timeout = 0.2 if fault.delay else 5
@@ -433,9 +459,40 @@ def test_both_clients_tell_the_same(fault: Fault, status: int, *, lost: bool) ->
     assert (first.idem, second.idem) == ("idem-0", "idem-0")
     assert {(wire.status, wire.lost) for wire in wires} == {(status, lost)}
     assert len({wire.body for wire in wires}) == 1
+    assert fault.body is None or wires[0].body == fault.body
     assert len({wire.headers.get("retry-after") for wire in wires}) == 1
     assert all(bool(wire.fault) == (status == 0) for wire in wires)
     assert not any(KEY in f"{wire.body}{wire.fault}" for wire in wires)
+
+
+@pytest.mark.parametrize("client", [Aiohttp, OpenAI])
+@pytest.mark.parametrize(
+    "spelt",
+    [r"sk-a\/b\u002Bc\u003d", r"sk-a/b\u002bc=", r"sk-a\\/b\\u002bc\\u003d", "sk-a%2Fb%2bc%3D", "sk-a/b+c="],
+    ids=["escaped", "half", "twice", "address", "plain"],
+)
+def test_the_key_is_cut_out_however_it_is_spelt(client: type[Endpoint], spelt: str) -> None:
+    async def asked(url: str) -> Wire:
+        endpoint = client(EndpointSettings(base_url=url, model="m"), "sk-a/b+c=")
+        try:
+            return await endpoint.send({"messages": []}, "idem-0")
+        finally:
+            await endpoint.close()
+
+    with FaultServer() as server:
+        server.faults = lambda number, request: Fault(500, body=f'{{"error": {{"message": "no key {spelt} here"}}}}')
+        wire = asyncio.run(asked(server.url))
+    assert classify(wire).error == "500: no key … here"
+
+
+def test_a_key_is_what_a_header_can_carry(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALLS_KEY", f"{KEY}\n")  # as read from a file
+    assert [outcome.cls for outcome in desk.run(asks(1))] == ["ok"]
+    for wrong in ("sk-one\nsk-two", "sk-–", " "):
+        monkeypatch.setenv("CALLS_KEY", wrong)
+        with pytest.raises(GeneratorError, match="CALLS_KEY") as why:
+            desk.engine()
+        assert "sk-" not in str(why.value)
 
 
 @pytest.mark.parametrize("client", [Aiohttp, OpenAI])
@@ -494,7 +551,7 @@ def test_retry_after_pauses_every_slot(desk: Desk, header: str) -> None:  # T20
 def test_retry_after_in_words() -> None:
     assert retry_after("180") == 180
     assert retry_after(formatdate(1_700_000_090, usegmt=True), formatdate(1_700_000_000, usegmt=True)) == 90
-    assert retry_after("soon") is retry_after(None) is None
+    assert retry_after("soon") is retry_after(None) is retry_after("inf") is retry_after("nan") is None
     assert retry_after("-3") == 0
 
 
@@ -700,6 +757,25 @@ def test_places_are_found_among_many_and_the_last_one_counts(monkeypatch: pytest
     assert list(found.of("f" * 64)) == []
     with pytest.raises(ValueError, match="invalid literal"):
         found.put("no key", 1)
+
+
+def test_places_are_found_while_others_are_sorted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "LATELY", 2)
+    found, search = places.Places(), np.searchsorted
+    keys = [f"{number:016x}" + "0" * 48 for number in range(20)]
+    found.put(keys[9], 9)
+    found.put(keys[8], 8)
+    waiting = iter(keys[:6])
+
+    def meanwhile(*asked: Any) -> Any:
+        """The thread that puts gets its turn."""
+        at = search(*asked)
+        for _ in range(2):
+            found.put(key := next(waiting), int(key[:16], 16))
+        return at
+
+    monkeypatch.setattr(np, "searchsorted", meanwhile)
+    assert list(found.of(keys[9])) == [9]
 
 
 def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from raglan.recipe import EndpointSettings, MoneySettings, Recipe
 from raglan.records import Passage
 from raglan.synthesis import Plan, factors_of, make_plan
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
+from raglan.synthesis.endpoint.asking import sources
 from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from test_cli import run
@@ -377,6 +378,9 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
     came, _ = desk.write(plan, asked, corpus=corpus)
     made = [end for end in came if isinstance(end, Made)]
     assert len(made) == 24
+    told = "\n".join(request.content for request in desk.asked)
+    assert "The first fact is what the passage says" in told
+    assert "as two sources do that disagree" not in told  # the words for those who write from scratch
     for end in made:
         draft, cell = end.sheet.draft, end.sheet.draft.job.cell
         own = [passage for passage in draft.gold if corpus.row(passage.id) is not None]
@@ -469,6 +473,19 @@ def test_an_estimate_heeds_what_would_be_kept(desk: Desk, plan: Plan, asked: Rec
         )
     assert 0 < found.acceptance < 1
     assert found.attempts > 30
+
+
+def test_an_estimate_counts_what_fails_before_any_call(desk: Desk, tmp_path: Path) -> None:
+    texts = ["Anchovy brine.", "Walnut husk.", "Copper kettle."]  # no two share a word
+    write_corpus(tmp_path, [Passage(f"d{d}:0", text, "", f"d{d}", 0, len(text)) for d, text in enumerate(texts)])
+    asked = recipe(24, from_scratch=0, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    alone = sum(sources(cell) == 2 for cell in plan.cells)
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=Corpus(tmp_path))
+        found = teacher.estimate([Job(cell) for cell in plan.cells], show, sample=24)
+    assert alone > 1
+    assert (found.sampled, round(24 * found.acceptance)) == (24, 24 - alone)
 
 
 # faults, kills and the whole driver

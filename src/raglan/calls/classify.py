@@ -1,6 +1,6 @@
 """What came back, in seven classes, and what it costs.
 
-    ok         200, stop, not empty                     use it
+    ok         2xx, stop, not empty                     use it
     truncated  200, length                              paid; asked once more with a larger limit if the recipe allows; no label
     malformed  200, not what the schema says            one repair, then rejected
     refused    content filter, as 200 or 400            rejected
@@ -56,8 +56,8 @@ class Reply:
 def classify(wire: Wire) -> Reply:
     """The class of an answer, before its text is read."""
     if wire.fault:
-        return Reply("transient", error=wire.fault, billed=wire.lost, settled=False)
-    if wire.status != 200:
+        return Reply("transient", error=_sound(wire.fault), billed=wire.lost, settled=False)
+    if not 200 <= wire.status < 300:
         return _refusal(wire)
     return _completion(wire)
 
@@ -66,20 +66,21 @@ def _completion(wire: Wire) -> Reply:
     try:
         body = json.loads(wire.body)
         choice = body["choices"][0]
-        message, finish = choice["message"], str(choice.get("finish_reason") or "")
+        message, finish = choice["message"], _sound(str(choice.get("finish_reason") or ""))
         text = message.get("content") or ""
+        text = _sound(text) if isinstance(text, str) else ""
         usage = _usage(body.get("usage"))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Reply("transient", error=f"200 without a completion: {wire.body[:WORDS]!r}", billed=True)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return Reply("transient", error=f"{wire.status} without a completion: {wire.body[:WORDS]!r}", billed=True)
     reply = Reply("ok", text, "", finish, usage, billed=True)
     if finish == "content_filter" or message.get("refusal"):
-        return _as(reply, "refused", str(message.get("refusal") or "content filter"))
+        return _as(reply, "refused", _sound(str(message.get("refusal") or "content filter")))
     if finish == "length":
         return _as(reply, "truncated", "the reply was cut off at its limit")
     if finish != "stop":
         return _as(reply, "permanent", f"the reply ended with finish_reason {finish!r}")
-    if not isinstance(text, str) or not text.strip():
-        return Reply("transient", "", "200 with an empty reply", finish, usage, billed=True)
+    if not text.strip():
+        return Reply("transient", "", f"{wire.status} with an empty reply", finish, usage, billed=True)
     return reply
 
 
@@ -102,18 +103,25 @@ def _said(wire: Wire) -> tuple[str, str]:
         inner = error.get("innererror") or {}
         codes = [error.get("code"), error.get("type"), inner.get("code")]
         known = [str(code) for code in codes if str(code) in (*QUOTA, *FILTER)]
-        return (known or [str(codes[0])])[0], str(error.get("message") or wire.body)[:WORDS]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return (known or [str(codes[0])])[0], _sound(str(error.get("message") or wire.body)[:WORDS])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "", wire.body[:WORDS]
 
 
 def _usage(said: Any) -> Usage | None:
     if not isinstance(said, dict) or not isinstance(said.get("prompt_tokens"), int):
         return None
+    if not any(isinstance(said.get(name), int) for name in ("completion_tokens", "total_tokens")):
+        return None  # half a bill would count the reply as free
     prompt = said["prompt_tokens"]
     cached = (said.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     output = max(said.get("completion_tokens") or 0, (said.get("total_tokens") or 0) - prompt)
     return Usage(prompt, min(cached, prompt), output)
+
+
+def _sound(text: str) -> str:
+    """Text that can be written down: half a surrogate pair, as a reply that was cut within an emoji has, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _as(reply: Reply, cls: CallClass, error: str) -> Reply:

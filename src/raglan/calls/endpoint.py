@@ -1,19 +1,21 @@
-"""One request on the wire: by aiohttp where that is installed, else by the `openai` client; no retries, no redirects.
+r"""One request on the wire: by aiohttp where that is installed, else by the `openai` client; no retries, no redirects.
 
 A call is one POST of JSON, and its reply is taken as text and read here. The `openai` client makes address, headers and typed
 options anew for each call, which takes four times as long as all that aiohttp does, so it is asked only where aiohttp is not
 there, or where the environment names a proxy. Both tell the same of the same fault. Every attempt is the engine's to count and
 to pay: neither tries anything twice. `Idempotency-Key` names the call and how many of its tries the server has settled, so that
 a request sent again because nobody knows what became of it is known again. The key is read from the named environment variable
-and cut out of whatever the server says.
+and cut out of whatever the server says, however that spells it (`\\/`, `\\u002b`, `%2B`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import importlib.util
 import json
 import os
+import re
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -37,7 +39,8 @@ class Endpoint(ABC):
     """A client for one endpoint, to be used and closed in one event loop."""
 
     def __init__(self, settings: EndpointSettings, key: str | None):
-        self.settings, self._key = settings, key
+        self.settings = settings
+        self._key = None if key is None else _spellings(key)
 
     async def send(self, body: Mapping[str, Any], idem: str) -> Wire:
         """Ask once; whatever happens is told, not raised."""
@@ -78,9 +81,7 @@ class Aiohttp(Endpoint):
         content, headers = json.dumps(body).encode(), {"Idempotency-Key": idem}
         try:
             async with self._session.post(self._url, data=content, headers=headers, allow_redirects=False) as reply:
-                text = (await reply.read()).decode(errors="replace")
-                told = {} if reply.status == 200 else {name.lower(): value for name, value in reply.headers.items()}
-                return Wire(reply.status, text, told)
+                return _came(reply.status, await reply.read(), reply.charset, reply.headers)
         except self._aiohttp.ClientError as fault:
             return _broken(fault, fault)
 
@@ -91,6 +92,7 @@ class OpenAI(Endpoint):
     def __init__(self, settings: EndpointSettings, key: str | None):
         super().__init__(settings, key)
         self._openai = openai = require("openai", "to call an endpoint")
+        self._whole = require("httpx", "to call an endpoint").Response
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout,
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=settings.timeout),
@@ -102,15 +104,16 @@ class OpenAI(Endpoint):
     async def _asked(self, body: Mapping[str, Any], idem: str) -> Wire:
         openai, options = self._openai, {"headers": {"Idempotency-Key": idem}}
         try:
-            return Wire(200, await self._client.post("/chat/completions", body=body, cast_to=str, options=options))
+            reply = await self._client.post("/chat/completions", body=body, cast_to=self._whole, options=options)
         except openai.APIStatusError as fault:
-            return Wire(fault.status_code, fault.response.text, dict(fault.response.headers))
+            reply = fault.response
         except openai.APITimeoutError as fault:
             if _never_sent(fault):  # some transports call a refused connection a timeout
                 return _broken(fault, fault.__cause__ or fault)
             raise TimeoutError from fault
         except openai.APIConnectionError as fault:
             return _broken(fault, fault.__cause__ or fault)
+        return _came(reply.status_code, reply.content, reply.charset_encoding, reply.headers)
 
 
 def open_endpoint(settings: EndpointSettings, key: str | None) -> Endpoint:
@@ -123,11 +126,18 @@ def read_key(variable: str | None) -> str | None:
     """The key that an environment variable holds.
 
     Raises:
-        GeneratorError: it holds none.
+        GeneratorError: it holds none, or what no header can carry: clients repeat such a header in their errors.
     """
-    if variable is not None and not os.environ.get(variable):
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()  # files that keys are read from end in a newline
+    if not key:
         raise GeneratorError(f"the environment variable {variable} holds no key", hint=f"export {variable}=…")
-    return os.environ.get(variable) if variable else None
+    if not (key.isascii() and key.isprintable()):
+        raise GeneratorError(
+            f"the environment variable {variable} holds more than a key", hint="letters, digits and signs of ASCII"
+        )
+    return key
 
 
 def _proxied(url: str) -> bool:
@@ -150,11 +160,33 @@ def _broken(fault: BaseException, told: BaseException) -> Wire:
     return Wire(fault=f"connection: {str(told) or type(told).__name__}", lost=not _never_sent(fault))
 
 
-def _without(wire: Wire, key: str) -> Wire:
+def _came(status: int, body: bytes, charset: str | None, headers: Mapping[str, str]) -> Wire:
+    """A reply as text: JSON is UTF-8 whatever is declared; what is not UTF-8 is what is declared."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = body.decode(_known(charset), errors="replace")
+    return Wire(status, text, {} if status == 200 else {name.lower(): value for name, value in headers.items()})
+
+
+def _known(charset: str | None) -> str:
+    try:
+        return codecs.lookup(charset or "utf-8").name
+    except LookupError:
+        return "utf-8"
+
+
+def _without(wire: Wire, key: re.Pattern[str]) -> Wire:
     """Without the key: servers like to repeat it."""
-    if key not in wire.body and key not in wire.fault:
+    if not key.search(wire.body) and not key.search(wire.fault):
         return wire
-    return replace(wire, body=wire.body.replace(key, "…"), fault=wire.fault.replace(key, "…"))
+    return replace(wire, body=key.sub("…", wire.body), fault=key.sub("…", wire.fault))
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key as it is, as JSON, even JSON within JSON, may write it, and as an address does."""
+    signs = (rf"(?:\\*{re.escape(sign)}|\\+u00{ord(sign):02x}|%{ord(sign):02x})" for sign in key)
+    return re.compile("".join(signs), re.IGNORECASE)
 
 
 def _never_sent(fault: BaseException | None) -> bool:

@@ -84,7 +84,7 @@ def estimate(
     engine: CallEngine, asks: Iterable[Ask], *, stratum: Callable[[Ask], str] = lambda ask: ask.step,
     follow: Callable[[Outcome], Iterable[Ask]] | None = None,
     accepted: Callable[[Outcome], bool] = lambda outcome: outcome.cls == "ok", shared: Callable[[Ask], int] | None = None,
-    sample: int = SAMPLE, seed: int = 0, planned: Mapping[str, int] | None = None,
+    sample: int = SAMPLE, seed: int = 0, planned: Mapping[str, int] | None = None, lost: Sequence[str] = (),
 ) -> Estimate:  # fmt: skip
     """Run a stratified sample of cells, and say what all of them will cost. The sample's replies are kept.
 
@@ -95,6 +95,7 @@ def estimate(
         accepted: whether an outcome lets its cell be accepted.
         shared: how many of all cells an ask serves; each of them bears its part of the cost. Default one.
         planned: cells of each stratum, where `asks` is a sample of them already, as `draw_sample` gives; all of it is run.
+        lost: strata of sampled cells that came to nothing before any call.
 
     Raises:
         CallsStopped: as `CallEngine.run`. GeneratorError: no cell was accepted, so there is nothing to reckon with.
@@ -125,6 +126,7 @@ def estimate(
     for _ in engine.run(list(held), follow=next_asks):
         pass
     _price(engine, cells, keys)
+    cells += [Cell(name, accepted=False) for name in lost]
     found = extrapolate(cells, planned, seed=seed)
     return _timed(found, engine)
 

@@ -103,7 +103,9 @@ class Asking:
         if cell.task in prompts.notes and cell.answer_format == "option_letter":
             names.pop()  # the task's own note says it
         names += [cell.verdict] if cell.verdict else []
-        names += [("cross_corpus" if passages else "cross")] if cell.language == "cross" else []
+        names += ["cross"] if cell.language == "cross" else []
+        if passages:  # some notes have words of their own where the passages are there before the question
+            names = [f"{name}_corpus" if f"{name}_corpus" in prompts.notes else name for name in names]
         return "\n".join(dict.fromkeys(prompts.notes[name] for name in names if name in prompts.notes))
 
     def _family(self, cell: Cell, prompts: Prompts) -> str:

@@ -139,6 +139,8 @@ class EndpointTeacher:
         self._begin()
         planned, drawn = draw_sample(jobs, self._stratum, sample, seed=seed)
         sampled = {job.id: job for _, job in drawn}
+        asks = list(self._first(sampled.values()))
+        lost = [self._stratum(end.job) for end in self._results() if isinstance(end, Reject)]  # before any call
 
         def accepted(outcome: Outcome) -> bool:
             self._next(outcome, show)
@@ -146,8 +148,8 @@ class EndpointTeacher:
             return all(isinstance(end, Made) and (accepts is None or accepts(end)) for end in ends)
 
         return estimate(
-            self.engine, self._first(sampled.values()), stratum=lambda ask: self._stratum(sampled[ask.ref]),
-            follow=self._further, accepted=accepted, planned=planned, seed=seed,
+            self.engine, asks, stratum=lambda ask: self._stratum(sampled[ask.ref]),
+            follow=self._further, accepted=accepted, planned=planned, lost=lost, seed=seed,
             shared=lambda ask: self._places.shared(sampled[ask.ref]) if ask.step == "brainstorm" else 1,
         )  # fmt: skip
 
