@@ -444,10 +444,7 @@ def _told_by(client: type[Endpoint], server: FaultServer, **settings: Any) -> Wi
         (Fault(cut="middle"), 0, True),
         (Fault(delay=1.0), 0, True),
     ],
-    ids=(
-        ["whole", "429", "html", "redirect", "201", "204", "gbk", "not latin-1", "no charset", "mark"]
-        + ["short", "reset", "middle", "slow"]
-    ),
+    ids=["whole", "429", "html", "302", "201", "204", "gbk", "lying", "odd", "mark", "short", "reset", "middle", "slow"],
 )
 def test_both_clients_tell_the_same(fault: Fault, status: int, *, lost: bool) -> None:
     timeout = 0.2 if fault.delay else 5
