@@ -73,7 +73,8 @@ def test_sound_examples_stay(one: Written) -> None:
          "answer_shown"),
         # where passages contradict each other, and where a reasoning quotes both and follows the wrong one
         (replace(LONG, passages=(GOLD, FALSE), target="It was opened in 1873 [1].", evidence="R6"), "one_sided"),
-        (replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} <ANSWER>: 1874"), "counterfactual_followed"),
+        (replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} <ANSWER>: 1874"),
+         "counterfactual_followed"),
         (replace(ONE, format="reasoning", target=f"{QUOTED} <ANSWER>: 1901"), "not_the_answer"),
         # what was written
         (replace(ONE, finish="length"), "truncated"), (replace(ONE, finish="content_filter"), "truncated"),
