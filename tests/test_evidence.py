@@ -319,6 +319,25 @@ def test_gold_or_question_without_room_is_over_budget(assembler: Assembler, fold
     assert refused.reason == "over_budget"
 
 
+def test_where_no_passage_has_room_there_is_no_example(assembler: Assembler, folder: Path) -> None:
+    one = cell(**{**ABSENT, "k": 1, "noise": ("hard",)})
+    sheet = shown(assembler.show(draft(assembler, one)))
+    tokens = len(assembler.prompt.tokenizer(sheet.prompt)["input_ids"])
+    tight = small(folder, tokens - 1)
+    refused = tight.show(draft(tight, one))
+    assert isinstance(refused, Reject)
+    assert refused.reason == "over_budget"
+
+
+def test_evidence_of_equal_words_counts_once(assembler: Assembler) -> None:
+    one = cell(k=5, relation="R3", evidence=2, positions=(1, 2), noise=("random",) * 3)
+    plain = draft(assembler, one)
+    copy = replace(plain.gold[0], id="copy", document="copy")
+    refused = assembler.show(replace(plain, gold=(plain.gold[0], copy)))
+    assert isinstance(refused, Reject)
+    assert refused.reason == "too_little_evidence"
+
+
 def test_no_byte_of_a_prompt_tells_roles_draft_or_what_is_not_shown(assembler: Assembler) -> None:
     words = [*KINDS, "guard", "also_gold", "answer_string_only", "redundant", "swap", "~", "bm25", "FACT-OF-THE-DRAFT"]
     words.remove("hard")

@@ -20,6 +20,7 @@ FALSE = Shown("The Aldermere observatory admitted its first visitors in 1874.", 
 ONE = Written(
     "a", "In which year was the Aldermere observatory opened?", "1873", (NOISE, GOLD), ("1873",), format="span", language="en"
 )
+QUOTED = "Word for word ##begin_quote##its first visitors in 1873##end_quote## is what decides here, it seems."
 LONG = replace(ONE, target="The observatory was opened in 1873 [2].", format="sentence")
 ABSENT = replace(
     ONE, target="The passages do not tell in which year it was opened.", passages=(NOISE, NOISE), evidence="R5", format="span"
@@ -67,6 +68,14 @@ def test_sound_examples_stay(one: Written) -> None:
         (replace(ABSENT, passages=(NOISE, GOLD)), "answer_shown"),
         (replace(ABSENT, target="1901", policy="own_knowledge"), "not_the_known_answer"),
         (replace(ABSENT, policy="partial"), "abstains"),
+        (replace(ABSENT, passages=(NOISE, Shown("It opened.", "Opened in 1873", role="noise"))), "answer_shown"),
+        (replace(ABSENT, target="It was built of stone.", policy="partial", passages=(NOISE, replace(GOLD, role="support"))),
+         "answer_shown"),
+        # where passages contradict each other, and where a reasoning quotes both and follows the wrong one
+        (replace(LONG, passages=(GOLD, FALSE), target="It was opened in 1873 [1].", evidence="R6"), "one_sided"),
+        (replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} <ANSWER>: 1874"),
+         "counterfactual_followed"),
+        (replace(ONE, format="reasoning", target=f"{QUOTED} <ANSWER>: 1901"), "not_the_answer"),
         # what was written
         (replace(ONE, finish="length"), "truncated"), (replace(ONE, finish="content_filter"), "truncated"),
         (replace(ONE, target=" … "), "empty"), (replace(ONE, target="于一八七三年开放给公众参观"), "language"),
@@ -114,6 +123,11 @@ def test_every_fault_has_its_own_reason(one: Written, why: str) -> None:
         replace(ONE, query="Which text is the oldest in the library of the observatory?"),
         replace(ONE, passages=(Shown("The Aldermere observatory opened in 1,873", role="support"),)),
         replace(ZH, target="该桥于1998年通车", format="sentence"),
+        replace(ONE, format="json", target='{"when it was first opened": "in the year 1873"}'),  # its marks quote nobody
+        replace(ABSENT, target="It was 1873, and who opened it is not said.", policy="partial", passages=(NOISE, GOLD)),
+        replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} Another says 1874. <ANSWER>: 1873"),
+        replace(ONE, format="reasoning", target=f"{QUOTED} <ANSWER>: yes", answers=("yes",)),  # a label stands in no passage
+        replace(ONE, format="json", target='{"verdict": "refuted"}', answers=("refuted",), labels=("supported", "refuted")),
     ],
 )  # fmt: skip
 def test_what_looks_like_a_fault_and_is_none(one: Written) -> None:

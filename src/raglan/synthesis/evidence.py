@@ -9,7 +9,7 @@ the budget. A draft that cannot be shown comes back as a `Reject`, with its reas
 
     too_little_evidence  fewer gold passages than the relation needs
     too_few_passages     not K different ones are there
-    over_budget          gold does not fit
+    over_budget          gold does not fit, or no passage at all
     answer_shown         R5, and an answer stands there all the same
     no_false_value       R6 or R7 of one passage, and nothing to exchange
 
@@ -124,6 +124,7 @@ class Assembler:
         )
         self._policies = _policies(settings)
         self._seen: dict[str, dict[str, Sequence[Hit]]] = defaultdict(dict)
+        self._varied: set[str] = set()
 
     @classmethod
     def open(cls, recipe: Recipe, *, evidence: Sequence[Passage] = (), answers: Sequence[str] = ()) -> Assembler:
@@ -183,14 +184,17 @@ class Assembler:
     def _look_at(self, name: str, text: str, hits: Sequence[Hit]) -> None:
         """A retriever that finds the same for everything is broken; one that has once found something else is not."""
         seen = self._seen[name]
-        if len(seen) < LOOKED_AT:
+        if len(seen) < LOOKED_AT and name not in self._varied:
             seen[text] = [hit for hit in hits if hit.score != 0]
             check_varied(list(seen), list(seen.values()), name=name)
+            if len({tuple(hit.passage.id for hit in own) for own in seen.values()}) > 1:
+                self._varied.add(name)
 
     def _evidence(self, draft: Draft, found: Sequence[Found], seed: str) -> list[Slot]:
         """What stands at the cell's positions: gold, and of a conflict what contradicts it."""
         cell = draft.job.cell
-        slots = [_ranked(slot, found) for slot in gold_slots(draft.gold[: cell.evidence])]
+        different = list({content_hash(passage): passage for passage in reversed(draft.gold)}.values())[::-1]  # first stays
+        slots = [_ranked(slot, found) for slot in gold_slots(different[: cell.evidence])]
         if cell.relation in (CONFLICT, OUTDATED) and len(slots) == 1 < cell.evidence:
             return self._contradicted(draft, slots[0], seed)
         if len(slots) < cell.evidence:
@@ -269,7 +273,7 @@ class Assembler:
             while kept is not None:
                 chosen = tuple(slots[place] for place in kept)
                 rendered = self._rendered(draft, [slot.passage for slot in chosen], rendering, asked)
-                if not (rendered.cut_tokens or rendered.dropped_turns):
+                if not (rendered.cut_tokens or rendered.dropped_turns or not chosen):
                     return chosen, rendered
                 loose = [place for place in kept if place not in needed]  # joins can cost a token more than their parts
                 kept = tuple(place for place in kept if place != loose[-1]) if loose else None

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
-from raglan.verification.checks import CLOSED, FREE, Verdict, holds
+from raglan.verification.checks import CLOSED, FREE, YES_NO, Verdict, concluded, holds
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -180,15 +180,21 @@ def _by_string(one: Written) -> Verdict:
     said = _said(one)
     if not said:
         return Verdict("support", "fail", "not_the_answer")
-    if one.format in CLOSED or holds(_evidence(one), one.answers):
+    if one.format in CLOSED or _labels(one, said) or holds(_evidence(one), one.answers):
         return Verdict("support", "pass", "string")
     return Verdict("support", "fail", "answer_from_memory", said[0])
+
+
+def _labels(one: Written, said: Sequence[str]) -> bool:
+    """Whether all that is known of the answer is a label, which stands in no passage, whatever it is wrapped in."""
+    closed = {label.casefold() for label in (*one.labels, *YES_NO)}
+    return all(answer.casefold() in closed for answer in (*said, *one.answers))
 
 
 def _said(one: Written) -> list[str]:
     """The aliases that the target gives: a label by itself, a yes or no first, others anywhere."""
     if one.format not in CLOSED:
-        return holds([one.target], one.answers)
+        return holds([concluded(one)], one.answers)
     given = words(one.target)[:1] if one.format == "yes_no" else words(one.target)
     return [answer for answer in one.answers if words(answer) == given]
 

@@ -7,6 +7,7 @@ their numbers folded; quotes letter by letter, after NFKC and with white space f
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,10 +23,13 @@ from raglan.refusals import abstained
 from raglan.text import SPACELESS, answer_words, fold_numbers, words
 from raglan.verification.written import FORMATS, Written
 
-__all__ = ["CLOSED", "FREE", "Verdict", "holds"]
+__all__ = ["CLOSED", "FREE", "YES_NO", "Verdict", "concluded", "holds"]
 
 Outcome = Literal["pass", "fail", "missing", "n/a"]
 CLOSED = ("option", "label", "yes_no")  # answers that stand in no passage
+YES_NO = ("yes", "no", "是", "否", "不")
+SYNTAX = ("json", "code")  # where marks of quotation quote nobody
+FINAL = "<ANSWER>:"
 MARK = re.compile(r"\[\s*\d+(?:\s*[,;，、]\s*\d+)*\s*\]|【\s*\d+(?:\s*[,;，、]\s*\d+)*\s*】")
 QUOTE = re.compile(r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」", re.DOTALL)
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
@@ -126,10 +130,10 @@ def _is_table(one: Written) -> bool:
 FORMS: Mapping[str, Callable[[Written], bool]] = {
     "label": _is_label, "option": _is_option, "json": _is_json, "table": _is_table,
     "number": lambda one: any(letter.isdigit() for letter in fold_numbers(one.target)),
-    "yes_no": lambda one: (words(one.target) or [""])[0] in ("yes", "no", "是", "否", "不"),
+    "yes_no": lambda one: (words(one.target) or [""])[0] in YES_NO,
     "list": lambda one: len(re.findall(r"[\n;；,，、]", one.target.strip())) > 0,
     "cited": lambda one: bool(MARK.search(one.target)),
-    "reasoning": lambda one: bool(QUOTE.search(one.target)) and "<ANSWER>:" in one.target,
+    "reasoning": lambda one: bool(QUOTE.search(one.target)) and FINAL in one.target,
 }  # fmt: skip
 
 
@@ -146,7 +150,8 @@ def passage_talk(one: Written) -> Told:
 def quotes(one: Written) -> Told:
     """What is quoted stands, word for word, in one shown passage."""
     quoted = [(bool(marked), marked or "".join(others)) for marked, *others in QUOTE.findall(one.target)]
-    asked = [text for marked, text in quoted if marked or len(words(text)) >= FEWEST_QUOTED]
+    fewest = math.inf if one.format in SYNTAX else FEWEST_QUOTED
+    asked = [text for marked, text in quoted if marked or len(words(text)) >= fewest]
     shown = [_folded(passage.text) for passage in one.passages]
     made_up = [text for text in asked if not any(_folded(text) in text_shown for text_shown in shown)]
     if made_up:
@@ -170,12 +175,21 @@ def citations(one: Written) -> Told:
 
 
 def counterfactual(one: Written) -> Told:
-    """It does not say a false value without the true one."""
+    """It does not say a false value without the true one; where passages contradict each other it says both."""
     false = [value for passage in one.passages for value in passage.false]
     if not false:
         return NOT_ASKED
-    followed = holds([one.target], false)
-    return _failed("counterfactual_followed", followed[0]) if followed and not holds([one.target], one.answers) else PASSES
+    followed = holds([concluded(one)], false)
+    if followed and not holds([concluded(one)], one.answers):
+        return _failed("counterfactual_followed", followed[0])
+    if one.evidence == "R6" and not holds([one.target], false):
+        return _failed("one_sided", false[0])
+    return PASSES
+
+
+def concluded(one: Written) -> str:
+    """What a target says in the end: of a reasoning what stands behind its mark, since before it every reading is quoted."""
+    return one.target.rpartition(FINAL)[2] if one.format == "reasoning" else one.target
 
 
 def gold_absent(one: Written) -> Told:
@@ -183,7 +197,8 @@ def gold_absent(one: Written) -> Told:
     declines = abstained(one.target, one.answers)
     if not one.gold_absent:
         return _failed("abstains") if declines else PASSES
-    shown = [] if one.format in CLOSED else holds((passage.text for passage in one.passages), one.answers)
+    others = [passage for passage in one.passages if not (one.policy == "partial" and passage.role == "gold")]
+    shown = [] if one.format in CLOSED else holds((text for own in others for text in (own.title, own.text)), one.answers)
     if shown:
         return _failed("answer_shown", shown[0])
     if one.policy == "abstain":
