@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("raglan", deadline=None)  # a busy machine is no fault
+# A busy machine is no fault. The same examples in every run: it tells what a change broke, and not what luck found.
+# `pytest --hypothesis-profile=explore` goes on searching.
+settings.register_profile("raglan", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("raglan")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

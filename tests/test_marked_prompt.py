@@ -133,8 +133,14 @@ def test_what_others_write_is_never_a_control_token(kind: tuple[bool, bool], que
     assert shown[-1] == made.schema.closes
     assert not made.forbidden & set(shown[2:-1])
     told = made.tokenizer.decode(asked[1:], clean_up_tokenization_spaces=False)
-    assert told.strip() == f"### Instruction:\n{text}## Input:\n\n{title}\n{question}\n\n### Response:".strip()
-    assert made.text(shown) == f"{title}\n{text}".strip()
+    wanted = f"### Instruction:\n{text}## Input:\n\n{title}\n{question}\n\n### Response:"
+    assert spelt(told) == spelt(wanted)
+    assert spelt(made.text(shown)) == spelt(f"{title}\n{text}")
+
+
+def spelt(text: str) -> str:
+    """Without the blank that some tokenizers write behind <unk>, which is no control token and stays one id."""
+    return text.replace("<unk> ", "<unk>").strip()
 
 
 @pytest.mark.parametrize(("legacy", "special"), KINDS)
