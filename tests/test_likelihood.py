@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raglan.errors import RecipeError
 from raglan.likelihood import (
+    admitted_logprob,
     answer_nll,
     chunked_token_logprobs,
     lsr_divergence,
@@ -223,17 +224,38 @@ def test_answer_nll_reductions() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunked_head_equals_full_logits_in_value_and_every_gradient(chunk: int) -> None:
+@pytest.mark.parametrize("shape", [(7,), (7, 3)])
+def test_chunked_head_equals_full_logits_in_value_and_every_gradient(chunk: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(5, 11).double()
-    targets = torch.randint(11, (7,))
-    full = head(hidden).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    targets = torch.randint(11, shape)  # of three targets a row, some are the same
+    full = head(hidden).log_softmax(-1).gather(-1, targets.view(7, -1)).view(shape)
     wanted = torch.autograd.grad(full.sin().sum(), [hidden, head.weight, head.bias])
     ours = chunked_token_logprobs(hidden, head, targets, chunk=chunk)
     assert torch.allclose(ours, full, atol=1e-12)
     for a, b in zip(torch.autograd.grad(ours.sin().sum(), [hidden, head.weight, head.bias]), wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_admitted_logprob_is_the_sum_of_what_may_stand_here(words: bool) -> None:
+    """Of a vocabulary of six a grammar watches four; it admits two of them, and the two others only where words may stand."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(-1)
+    admitted = torch.tensor([True, False, False, True]).expand(5, -1)
+    ours = admitted_logprob(logprobs[:, :4], admitted, torch.full((5,), words))
+    by_hand = logprobs.exp()[:, [0, 3, 4, 5] if words else [0, 3]].sum(-1).log()
+    assert torch.allclose(ours, by_hand, atol=1e-12)
+    gradients = [torch.autograd.grad(values.sum(), logits, retain_graph=True)[0] for values in (ours, by_hand)]
+    assert torch.allclose(*gradients, atol=1e-12)
+    certain = torch.tensor([[-40.0, 0.0, -40.0, -40.0]], requires_grad=True)  # all of it where it may not be
+    value = admitted_logprob(certain, admitted[:1], torch.tensor([words]))
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert certain.grad is not None
+    assert certain.grad.isfinite().all()
 
 
 def test_chunked_head_never_holds_more_rows_than_a_chunk() -> None:

@@ -19,6 +19,7 @@ from raglan.marked_rows import marked_rows
 from raglan.objective import AnswerObjective
 from raglan.packing import pack_rows
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagData, StageSettings
+from raglan.reflection import GrammarError, Schema, parse, stands
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +140,14 @@ def test_rows_off_the_grammar_are_faults(generator: HFGenerator, fault: dict[str
 # ------------------------------------------------------------------------------------------------------- loss
 
 
-def fields(made: MarkedRow) -> dict[str, Any]:
-    return {"input_ids": made.input_ids, "labels": made.labels, "learned": made.learned, "groups": made.groups}
+def fields(made: MarkedRow, schema: Schema) -> dict[str, Any]:
+    told = {"input_ids": made.input_ids, "labels": made.labels, "learned": made.learned, "groups": made.groups}
+    return {**told, "stands": stands(made.labels, schema)}
 
 
 def rows_of(generator: HFGenerator) -> list[dict[str, Any]]:
     made = generator.marked_prompt
-    return [fields(made.row_ids(one)) for one in (
+    return [fields(made.row_ids(one), generator.schema) for one in (
         row(segment("the", "a tin"), segment("in a", "the inn", sup="no")), row(segment("tin")),
         row(segment("a", "th", rel="irrelevant"), is_use=1),
     )]  # fmt: skip
@@ -197,6 +199,62 @@ def test_group_weights_multiply_and_figures_tell_each_group(generator: HFGenerat
     assert not any("passage" in name for name in held)
 
 
+def test_a_loss_against_what_the_grammar_does_not_admit(generator: HFGenerator) -> None:
+    """λ · −log P(a word that may stand here), by a full softmax at every learned label; apart, packed and at weight 0."""
+    rows = rows_of(generator)
+    objective = AnswerObjective(generator, off_grammar=10.0)
+    plain = AnswerObjective(generator)
+    wanted = 0.0
+    for one in rows:
+        ids = torch.tensor([one["input_ids"] + one["labels"]])
+        probabilities = generator.model(ids).logits[0].softmax(-1)[len(one["input_ids"]) - 1 : -1].detach()
+        for place, own in enumerate(probabilities):
+            if one["learned"][place]:
+                wanted -= 10 * float(own[may_stand(one["labels"][:place], generator)].sum().log())
+    batch = objective.collate(rows)
+    count = objective.items(batch)
+    loss, figures = objective.loss(dict(batch), items=count)
+    before, _ = plain.loss(dict(batch), items=count)
+    assert float(loss - before) * count == pytest.approx(wanted, rel=1e-4)
+    assert float(figures["loss/off_grammar"]) * count * 10 == pytest.approx(wanted, rel=1e-4)
+    packs, _ = pack_rows(rows, 400)
+    assert float(objective.loss(objective.collate(packs), items=count)[0]) == pytest.approx(float(loss), rel=1e-5)
+    assert AnswerObjective(generator).grammar is None
+
+
+def may_stand(before: list[int], generator: HFGenerator) -> list[int]:
+    """Every id that the parser takes behind these, tried one by one."""
+    schema, eos = generator.schema, generator.eos
+    found = []
+    for token in range(len(generator.tokenizer)):
+        try:
+            parse([*before, token], schema, eos=eos)
+        except GrammarError as fault:
+            if fault.position <= len(before):
+                continue
+        found.append(token)
+    return found
+
+
+def test_what_may_not_stand_is_unlearned(tmp_path: Path) -> None:
+    """Twenty steps on the same rows: wrong marks lose their probability, with λ far more than without."""
+    left = []
+    for weight in (0.0, 10.0):
+        folder = tiny.self_rag(tmp_path / f"model{weight}")
+        settings = GeneratorSettings(model=str(folder), dtype="float32", vocabulary="self_rag")
+        own = open_generator(settings, PromptSettings())
+        objective, rows = AnswerObjective(own, off_grammar=weight), rows_of(own)
+        measure = AnswerObjective(own, off_grammar=1.0)
+        optimizer = torch.optim.AdamW(own.model.parameters(), lr=1e-2)
+        for _ in range(20):
+            batch = objective.collate(rows)
+            objective.loss(batch, items=objective.items(batch))[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        left.append(float(measure.loss(measure.collate(rows))[1]["loss/off_grammar"].detach()))
+    assert left[1] < left[0] / 2
+
+
 def test_accuracy_counts_the_likeliest_label(generator: HFGenerator) -> None:
     one = rows_of(generator)[0]
     ids = torch.tensor([one["input_ids"] + one["labels"]])
@@ -229,6 +287,7 @@ def test_no_gradient_comes_from_evidence(generator: HFGenerator) -> None:
     [
         ({"kind": "self_rag", "path": "rows.jsonl"}, {"tokens": "first"}, "tokens first needs data of kind questions"),
         ({"kind": "questions", "path": "q.jsonl"}, {"group_weights": {"text": 2}}, "group_weights needs data of kind self_rag"),
+        ({"kind": "questions", "path": "q.jsonl"}, {"off_grammar": 10}, "off_grammar needs data of kind self_rag"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(data: Any, objective: Any, fault: str) -> None:

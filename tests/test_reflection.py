@@ -17,6 +17,7 @@ from raglan.errors import CheckpointError, GeneratorError
 from raglan.reflection import (
     NAMES,
     PLACES,
+    STANDS,
     Components,
     GrammarError,
     Row,
@@ -24,6 +25,7 @@ from raglan.reflection import (
     Scoring,
     Segment,
     Weights,
+    admitted,
     aggregate,
     components,
     continues,
@@ -45,11 +47,13 @@ from raglan.reflection import (
     retrieve_probability,
     retrieves,
     seq,
+    stands,
     step,
     step_bound,
     sup,
     target_threshold,
     use,
+    watched,
 )
 
 S = Schema.numbered(32000)
@@ -296,6 +300,39 @@ def test_a_target_rate_is_met(values: list[float], wanted: int) -> None:
     delta = target_threshold(values, wanted / len(values))
     positive = sum(value > 0 for value in values)
     assert sum(retrieves(value, delta) for value in values) == min(wanted, positive)
+
+
+# the grammar as an automaton
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_the_automaton_admits_what_the_parser_takes_and_nothing_else(data: st.DataObject) -> None:
+    """A way drawn from the table, and at each of its stations every id: the parser faults exactly what the table leaves out."""
+    ids = watched(S, EOS)
+    marks, words = admitted(S, EOS)
+    row: list[int] = []
+    for _ in range(data.draw(st.integers(0, 14))):
+        at = stands([*row, 0], S)[-1]
+        options = [token for token, ok in zip(ids, marks[at], strict=True) if ok] + [7] * words[at]
+        row.append(data.draw(st.sampled_from(options)))
+        if row[-1] == EOS:
+            break
+    if row[-1:] == [EOS]:
+        assert parse(row, S, eos=EOS).ended
+        return
+    at = stands([*row, 0], S)[-1]
+    for token, ok in (*zip(ids, marks[at], strict=True), (7, words[at])):
+        assert taken([*row, token]) == ok, (STANDS[at], token)
+
+
+def taken(row: list[int]) -> bool:
+    """Whether the parser finds no fault with the last id of a row."""
+    try:
+        parse(row, S, eos=EOS)
+    except GrammarError as fault:
+        return fault.position >= len(row)
+    return True
 
 
 # what is missing

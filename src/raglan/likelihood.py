@@ -18,6 +18,7 @@ al. 2023 (arXiv 2310.01352) equations 2, 4 and 5; REPLUG, Shi et al. 2023 (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from raglan.errors import RecipeError
 
 __all__ = [
+    "admitted_logprob",
     "answer_nll",
     "attribution",
     "choice_scores",
@@ -195,6 +197,22 @@ def answer_nll(token_logprobs: Tensor, answer_mask: Tensor, *, reduction: Litera
     return rows.sum() / mask.sum() if reduction == "token" else rows.mean()
 
 
+def admitted_logprob(watched_logprobs: Tensor, admitted: Tensor, words: Tensor) -> Tensor:
+    """log P(what a grammar admits), (…): log(1 − Σ p of the ids it does not admit), and where no word may stand, log Σ p of
+    those that it does.
+
+    Its negative, beside the likelihood of the one right word, is a loss against all wrong marks at once.
+
+    Args:
+        watched_logprobs: log p of the W ids of which a grammar decides, (…,W), of a whole vocabulary's distribution.
+        admitted: which of them may stand here, (…,W), bool. words: whether any other id may, (…), bool.
+    """
+    wrong = torch.where(admitted, -math.inf, watched_logprobs).exp().sum(-1)
+    right = torch.where(admitted, watched_logprobs, -math.inf)
+    alone = _logsumexp(right, dim=-1)
+    return torch.where(words, torch.log1p(-wrong.clamp(max=1 - 1e-6)), alone)
+
+
 def choice_scores(
     doc_logprobs: Tensor, answer_logprobs: Tensor, *, scorer: Scorer, lengths: Tensor,
     completion_logprobs: Tensor | None = None, normalise: Literal["after", "before"] = "after",
@@ -315,7 +333,7 @@ def normalised_entropy(logprobs: Tensor) -> Tensor:
 
 
 def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = 128) -> Tensor:
-    """log softmax(head(h)) at the targets, without ever holding more than `chunk` rows of V. (N,D), (N,) → (N,).
+    """log softmax(head(h)) at the targets, without ever holding more than `chunk` rows of V. (N,D), (N,) or (N,W) → its shape.
 
     Each chunk's logits are thrown away after the forward pass and made again in the backward pass, so the memory is that
     of `chunk`·V numbers however many answer tokens there are.
@@ -352,24 +370,24 @@ def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], w
 
 
 class _TargetLogprob(torch.autograd.Function):
-    """log softmax at one target a row, (n,V), (n,) → (n,), with its gradient, one-hot − softmax, made in one tensor.
+    """log softmax at one target a row, (n,V), (n,) → (n,), or at W of them, (n,W), with the gradient made in one tensor.
 
     Autograd's own way back through logsumexp and gather makes three of that size.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        total = logits.logsumexp(-1)
-        ctx.save_for_backward(logits, targets, total)
-        return logits.gather(-1, targets[:, None])[:, 0] - total
+        total, wanted = logits.logsumexp(-1, keepdim=True), targets.view(len(targets), -1)
+        ctx.save_for_backward(logits, wanted, total)
+        return (logits.gather(-1, wanted) - total).view_as(targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *pull: Tensor) -> tuple[Tensor, None]:
-        logits, targets, total = ctx.saved_tensors
-        given = pull[0][:, None]
-        gradient = (logits - total[:, None]).exp_().mul_(-given)
-        return gradient.scatter_add_(1, targets[:, None], given), None
+        logits, wanted, total = ctx.saved_tensors
+        given = pull[0].view_as(wanted)
+        gradient = (logits - total).exp_().mul_(-given.sum(-1, keepdim=True))
+        return gradient.scatter_add_(1, wanted, given), None
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from raglan.packing import check_packing, pack_rows
 from raglan.progress import track
 from raglan.recipe import SelfRagData
 from raglan.records import Example
+from raglan.reflection import stands
 
 __all__ = ["MarkedRows", "asked_in", "marked_rows", "read_marked_rows"]
 
@@ -98,7 +99,7 @@ def _made(rows: Sequence[dict[str, Any]], data: SelfRagData, generator: HFGenera
         counts["rows_cut"] += not row.ended
         counts["passages_cut"] += row.cut
         tokens.update(GROUPS[group] for group, ok in zip(row.groups, row.learned, strict=True) if ok)
-        made.append(_fields(row))
+        made.append(_fields(row, generator))
     left = {name: counts[name] for name in ("verbatim", "too_long") if counts[name]}
     if left:
         log.warning("%d of %d rows are left out: %s", sum(left.values()), len(rows), left)
@@ -128,9 +129,10 @@ def _room(data: SelfRagData, generator: HFGenerator) -> int:
     return min(data.max_length, generator.positions or data.max_length)
 
 
-def _fields(row: MarkedRow) -> dict[str, list[int]]:
+def _fields(row: MarkedRow, generator: HFGenerator) -> dict[str, list[int]]:
     return {
         "input_ids": row.input_ids, "labels": row.labels, "learned": [int(ok) for ok in row.learned], "groups": row.groups,
+        "stands": stands(row.labels, generator.schema),
     }  # fmt: skip
 
 

@@ -476,7 +476,8 @@ def _marked(
     made = marked_rows(data, system.generator, seed=recipe.seed)
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_json(stage.folder / ROWS, made.figures)
-    objective = AnswerObjective(system.generator, reduction=settings.reduction, group_weights=settings.group_weights)
+    weights = {"group_weights": settings.group_weights, "off_grammar": settings.off_grammar}
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, **weights)
     return objective, made.rows, made.held_out
 
 

@@ -233,19 +233,28 @@ class HFGenerator(Generator, MarkedGenerator):
         Labels may be read and not scored, as evidence inside an answer is: `learned` (B,T) is False there, and the head is not
         applied. `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
         """
-        model = model or self.model
         moved = {name: value.to(self.device) for name, value in batch.items()}
-        if "at" in batch:
-            return self._packed_logprobs(moved, model)
+        if self.reader is None:
+            return self.forward_beside(moved, (), model)[..., 0]
         given, batch = scored(moved), _aligned(moved)
         labels, real = batch["labels"], scored(batch)
         batch.pop("learned", None)
-        if self.reader is not None:
-            values = self._reader_logprobs(batch, model)[real]
-        else:
-            hidden = self.answer_states(batch, model)
-            values = chunked_token_logprobs(hidden[real], self.head_logits, labels[real], chunk=self.settings.head_chunk)
+        values = self._reader_logprobs(batch, model or self.model)[real]
         return values.new_zeros(labels.shape).masked_scatter(given, values)
+
+    def forward_beside(self, batch: dict[str, Tensor], ids: Sequence[int], model: nn.Module | None = None) -> Tensor:
+        """log p of each label and, beside it, of W `ids` in its place, (B,T,1+W), with gradient; 0 where `forward` has 0.
+
+        Raises:
+            GeneratorError: the embedded reader, whose distribution is a mixture without a head.
+        """
+        moved = {name: value.to(self.device) for name, value in batch.items()}
+        given = scored(moved)
+        labels, states = (self._packed_states if "at" in moved else self._scored_states)(moved, model or self.model)
+        beside = torch.tensor(ids, dtype=labels.dtype, device=labels.device).expand(len(labels), -1)
+        wanted = torch.cat([labels[:, None], beside], dim=1)
+        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
+        return values.new_zeros(*given.shape, 1 + len(ids)).masked_scatter(given[..., None], values)
 
     @torch.no_grad()
     def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -450,14 +459,19 @@ class HFGenerator(Generator, MarkedGenerator):
         at = at.clamp_max(length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, at)
 
-    def _packed_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        """token_logprobs (R,T) of rows side by side: see `raglan.packing` and `raglan.generator.trees`."""
+    def _scored_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The N labels that are scored, (N,), in the order of the batch, and what the head reads for them, (N,D)."""
+        batch = _aligned(batch)
+        labels, real = batch["labels"], scored(batch)
+        hidden = self.answer_states({name: value for name, value in batch.items() if name != "learned"}, model)
+        return labels[real], hidden[real]
+
+    def _packed_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
+        """`_scored_states` of rows side by side: see `raglan.packing` and `raglan.generator.trees`."""
         names = ("input_ids", "position_ids", "attention_mask")
         hidden = self.states_before_head(model, {name: batch[name] for name in names if name in batch})
-        labels, real = batch["labels"], scored(batch)
-        states = hidden.flatten(0, 1)[batch["at"][real]]
-        values = chunked_token_logprobs(states, self.head_logits, labels[real], chunk=self.settings.head_chunk)
-        return torch.zeros(labels.shape, device=values.device).masked_scatter(real, values)
+        real = scored(batch)
+        return batch["labels"][real], hidden.flatten(0, 1)[batch["at"][real]]
 
     def states_before_head(self, model: nn.Module, inputs: dict[str, Any], *, use_cache: bool = False) -> Tensor:
         """What the LM head is given in a forward pass, while the head itself is given nothing to do."""

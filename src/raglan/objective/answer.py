@@ -6,6 +6,7 @@ not know. Full weights or LoRA is a setting of the generator; the objective does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from raglan.generator import HFGenerator
 from raglan.generator.hf import padded, scored
-from raglan.likelihood import answer_nll
+from raglan.likelihood import admitted_logprob, answer_nll
 from raglan.marked_prompt import GROUPS
 from raglan.objective.base import Objective
 from raglan.packing import packed_batch, reads_flat
+from raglan.reflection import admitted, watched
 
 __all__ = ["AnswerObjective"]
 
@@ -29,7 +31,8 @@ class AnswerObjective(Objective):
     multiplies its loss; the division by tokens or rows stays as it is. `measure` adds figures of its own to the held-out loss.
 
     Rows of Self-RAG have `learned`, which is False where a label is evidence that is only read, and `groups`, each label's
-    place in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each.
+    place in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each. With
+    `off_grammar` λ > 0 each learned label costs λ · −log P(the grammar admits what stands there) as well.
     """
 
     def __init__(
@@ -40,23 +43,31 @@ class AnswerObjective(Objective):
         tokens: Literal["all", "first"] = "all",
         measure: Callable[[], dict[str, float]] | None = None,
         group_weights: Mapping[Any, float] | None = None,
+        off_grammar: float = 0.0,
     ):
         self.measure = measure
         self.weights = torch.tensor([float((group_weights or {}).get(name, 1.0)) for name in GROUPS])
         self.generator, self.reduction, self.tokens = generator, reduction, tokens
         self.module = generator.model
+        self.grammar = _Grammar(generator, off_grammar) if off_grammar else None
         self.division = "items" if reduction == "token" else "mean"
 
     def loss(
         self, batch: dict[str, Any], *, module: nn.Module | None = None, items: int | Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = dict(batch)
-        weights, groups = batch.pop("weights", None), batch.pop("groups", None)
+        weights, groups, stands = batch.pop("weights", None), batch.pop("groups", None), batch.pop("stands", None)
         mask = scored(batch)
-        token_logprobs = self.generator.forward(batch, module)
+        if self.grammar is None or stands is None:
+            token_logprobs, on_grammar = self.generator.forward(batch, module), None
+        else:
+            token_logprobs, on_grammar = self.grammar.logprobs(batch, stands, module)
         figures = {} if groups is None else _by_group(-token_logprobs.detach(), groups, mask, "loss")
         if groups is not None:
             token_logprobs = token_logprobs * self.weights[groups].to(token_logprobs.device)
+        if on_grammar is not None and self.grammar is not None:
+            figures["loss/off_grammar"] = -on_grammar.detach().sum(), mask.sum()
+            token_logprobs = token_logprobs + self.grammar.weight * on_grammar
         if weights is not None:
             token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)
         mask = mask.to(token_logprobs.device)
@@ -91,7 +102,7 @@ class AnswerObjective(Objective):
         for start in range(0, len(ordered), 32):
             batch = self.collate(ordered[start : start + 32])
             batch.pop("weights", None)
-            groups = batch.pop("groups", None)
+            groups, _ = batch.pop("groups", None), batch.pop("stands", None)
             with self.generator.autocast():
                 logprobs, right = (self.generator.forward(batch), None) if groups is None else self.generator.judged(batch)
             mask = scored(batch).to(logprobs.device)
@@ -107,8 +118,28 @@ class AnswerObjective(Objective):
         return {"loss": total / max(count, 1), **{name: s / n for name, (s, n) in sums.items()}, **own}
 
 
+class _Grammar:
+    """log P(a word that the grammar admits) at every learned label of Self-RAG's rows."""
+
+    def __init__(self, generator: HFGenerator, weight: float):
+        self.generator, self.weight = generator, weight
+        self.ids = watched(generator.schema, generator.eos)
+        marks, words = admitted(generator.schema, generator.eos)
+        self.marks, self.words = torch.tensor(marks), torch.tensor(words)
+
+    def logprobs(self, batch: dict[str, Tensor], stands: Tensor, module: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """token_logprobs (B,T) as `HFGenerator.forward` has them, and log P of what is admitted, (B,T), 0 where they are 0."""
+        values = self.generator.forward_beside(batch, self.ids, module)
+        mask, stands = scored(batch).to(values.device), stands.to(values.device)
+        marks, words = (table.to(values.device)[stands] for table in (self.marks, self.words))
+        beside = torch.where(mask[..., None], values[..., 1:], -math.log(values.shape[-1]))  # finite where nothing is learned
+        return values[..., 0], torch.where(mask, admitted_logprob(beside, marks, words), 0.0)
+
+
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    return {"groups": padded([row["groups"] for row in rows], 0)[0]} if all("groups" in row for row in rows) else {}
+    """Which group each label is of, and where it stands in the grammar, (B,T) each, of rows that say so."""
+    told = (name for name in ("groups", "stands") if all(name in row for row in rows))
+    return {name: padded([row[name] for row in rows], 0)[0] for name in told}
 
 
 def _by_group(values: Tensor, groups: Tensor, mask: Tensor, name: str) -> dict[str, tuple[Tensor, Tensor]]:

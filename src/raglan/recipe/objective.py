@@ -53,6 +53,9 @@ class AnswerObjective(Settings):
     group_weights: dict[Group, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="Of `self_rag` rows: what the losses of a token group are multiplied by; default 1."
     )
+    off_grammar: float = Field(
+        0.0, ge=0, description="Of `self_rag` rows: weight of a loss against all marks that may not stand where a word stands."
+    )
 
 
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]

@@ -43,6 +43,7 @@ from raglan.reflection.scores import (
     target_threshold,
     use,
 )
+from raglan.reflection.stands import STANDS, admitted, stands, watched
 
 __all__ = [
     "FLOOR",
@@ -52,6 +53,7 @@ __all__ = [
     "PLACES",
     "READ",
     "SIZES",
+    "STANDS",
     "VALUES",
     "Absent",
     "Aggregate",
@@ -69,6 +71,7 @@ __all__ = [
     "Segment",
     "SeqMode",
     "Weights",
+    "admitted",
     "aggregate",
     "components",
     "continues",
@@ -92,9 +95,11 @@ __all__ = [
     "retrieves",
     "segment_end",
     "seq",
+    "stands",
     "step",
     "step_bound",
     "sup",
     "target_threshold",
     "use",
+    "watched",
 ]
