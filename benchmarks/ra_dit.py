@@ -11,6 +11,10 @@ SQuAD: half of the held-out articles' questions are learned from, the other half
 questions. NQ: 2,000 questions in five folds; each fold's questions are measured by the tower that learned from the four others,
 so that every question is measured once. No fold's questions are shared (`leak_check`). On 800 of NQ's questions settings had
 been compared; the other 1,200 are told apart too.
+
+`--nested` chooses the settings anew for every fold of NQ, without that fold: by MRR@10, each of the four others measured by a
+tower that learned from the remaining three. What is chosen learns from all four, three times with other seeds, and the fold is
+measured by the mean of the three. So no question has a part in choosing what it is measured with.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,14 @@ FIGURES = {"R@1": (recall, 1), "R@5": (recall, 5), "MRR@10": (mrr, 10)}  # of th
 ANSWERS = {"answer@1": 1, "answer@5": 5}  # whether one of so many passages holds an answer, as DPR measures it
 COLUMNS = [*FIGURES, *ANSWERS, "answer MRR@10"]
 ARMS = ("tasks", "halves", "mixed", "shuffled")
+SEEDS = (7, 8, 9)
+OBJECTIVES = {  # what `--nested` chooses from: EMDR² at nine rates and lengths, and two divergences at one
+    **{f"emdr2, {rate:g}, {passes} passes": ("{kind: lsr, preset: emdr2, k: 10}", rate, passes)
+       for rate in (1e-5, 3e-5, 1e-4) for passes in (1, 2, 4)},
+    "KL to prob, 3e-05, 2 passes": ("{kind: lsr, preset: ra_dit, k: 10, tau: 0.1, gamma: 0.05}", 3e-5, 2),
+    "KL from mean_logprob, 3e-05, 2 passes":
+        ("{kind: lsr, direction: target_first, target: mean_logprob, tau: 0.1, k: 10, gamma: 0.05}", 3e-5, 2),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -51,11 +65,15 @@ def main() -> None:
     words.add_argument("--corpora", nargs="*", default=["squad", "nq"], choices=["squad", "nq"])
     words.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     words.add_argument("--no-grid", action="store_true", help="R-ft alone")
+    words.add_argument("--nested", action="store_true", help="NQ alone, settings chosen inside each fold, and nothing else")
     words.add_argument("changes", nargs="*", help="key=value, of all stages' recipes")
     asked = words.parse_intermixed_args()
     reader = (asked.reader or _trained_reader()).absolute()
     prepare()
-    for corpus in asked.corpora:
+    if asked.nested:
+        build_knowledge(recipe_of("nq", reader, asked.changes).knowledge)
+        nested(reader, asked.changes)
+    for corpus in () if asked.nested else asked.corpora:
         build_knowledge(recipe_of(corpus, reader, asked.changes).knowledge)
         table(corpus, reader, asked.arms, asked.changes)
         if not asked.no_grid:
@@ -75,6 +93,10 @@ def prepare() -> None:
     for fold in range(FOLDS):
         _write(folder / f"test{fold}.jsonl", rows[fold::FOLDS])
         _write(folder / f"train{fold}.jsonl", [row for place, row in enumerate(rows) if place % FOLDS != fold])
+    for pair in combinations(range(FOLDS), 2):
+        for part, kept in (("test", True), ("train", False)):
+            own = [row for place, row in enumerate(rows) if (place % FOLDS in pair) == kept]
+            _write(folder / f"{part}{pair[0]}{pair[1]}.jsonl", own)
     for name, part in (("train", "train"), ("test", "dev")):  # as published, for the grid
         _write(folder / f"{name}.jsonl", [row for row in rows if row["part"] == part])
 
@@ -116,6 +138,68 @@ def table(corpus: str, reader: Path, arms: Sequence[str], changes: Sequence[str]
         kept = [place for place, example in enumerate(asked) if example.id in untried]
         print(f"\nnq, the {len(kept)} questions on which no setting had been tried")
         _print({name: {key: [own[at] for at in kept] for key, own in each.items()} for name, each in values.items()}, arms)
+
+
+def nested(reader: Path, changes: Sequence[str]) -> None:
+    """Print what R-ft with settings chosen inside each fold of NQ finds, beside the encoder as it was."""
+    inner: dict[tuple[int, int], dict[str, dict[str, float]]] = {}  # the two folds left out → settings → question → 1/rank
+    for pair in combinations(range(FOLDS), 2):
+        inner[pair] = {}
+        for name in OBJECTIVES:
+            fold = f"{pair[0]}{pair[1]}"
+            found = _measured(reader, changes, fold, name, SEEDS[0])["MRR@10"]
+            inner[pair][name] = dict(zip(_ids(BUILD / "ra_dit" / "nq" / f"test{fold}.jsonl"), found, strict=True))
+            print(f"without folds {pair}: {name}: {100 * np.mean(list(inner[pair][name].values())):.2f}", flush=True)
+    means: dict[str, dict[str, list[float]]] = {"base": {}, "chosen": {}}
+    for fold in range(FOLDS):
+        scores = {name: 100 * _inner_score(inner, fold, name) for name in OBJECTIVES}
+        chosen = max(OBJECTIVES, key=lambda name: scores[name])
+        print(f"fold {fold} takes {chosen} of", {name: round(score, 2) for name, score in scores.items()}, flush=True)
+        before = _measured(reader, changes, str(fold), None, SEEDS[0])
+        after = [_measured(reader, changes, str(fold), chosen, seed) for seed in SEEDS]
+        for name, tables in (("base", [before]), ("chosen", after)):
+            for figure in COLUMNS:
+                own = np.mean([table[figure] for table in tables], axis=0).tolist()
+                means[name].setdefault(figure, []).extend(own)
+    print(f"\nnq: {len(means['base']['R@1'])} questions, settings chosen inside each fold, mean of {len(SEEDS)} seeds")
+    _print(means, ["chosen"])
+
+
+def _inner_score(inner: dict[tuple[int, int], dict[str, dict[str, float]]], fold: int, name: str) -> float:
+    """Mean MRR@10 of all questions but the fold's, each by a tower that learned from neither its own fold nor this one."""
+    folder = BUILD / "ra_dit" / "nq"
+    values = []
+    for pair, tables in inner.items():
+        if fold in pair:
+            other = pair[1 - pair.index(fold)]
+            values += [tables[name][identity] for identity in _ids(folder / f"test{other}.jsonl")]
+    return float(np.mean(values))
+
+
+def _ids(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _measured(reader: Path, changes: Sequence[str], fold: str, name: str | None, seed: int) -> dict[str, list[float]]:
+    """All figures of the questions left out, by the tower that these settings make of the others; kept beside the run."""
+    own: list[str] = []
+    if name is not None:
+        objective, rate, passes = OBJECTIVES[name]
+        own = [f"stages.tasks.objective={objective}", f"stages.tasks.train.learning_rate={rate}",
+               f"stages.tasks.train.num_train_epochs={passes}", f"seed={seed}"]  # fmt: skip
+    recipe = recipe_of("nq", reader, [*changes, *own], fold=fold)
+    kept = recipe.run / "nested" / f"{fold} {name} {seed}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    rag = (Parts() if name is None else learned(recipe, "tasks", fold)).open(recipe)
+    examples = load_examples(BUILD / "ra_dit" / "nq" / f"test{fold}.jsonl", rag.retriever.base.corpus)
+    values = _values(examples, rag.retriever.retrieve([example.query for example in examples], 10))
+    for stage, _ in _stages(recipe):
+        if stage.name == "tasks" and len(fold) == 2:
+            shutil.rmtree(stage.folder)  # a hundred towers, of which the figures alone are wanted
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(values), encoding="utf-8")
+    return values
 
 
 def _print(values: dict[str, dict[str, list[float]]], arms: Sequence[str]) -> None:
