@@ -4,7 +4,7 @@
 
 R-ft: MiniLM's query tower learns which of ten retrieved passages the reader finds the answer likely with; passage vectors stay
 as they are. The reader, whose scores are made once, is the one that `make bench-squad` left after its stage `choose`; it has
-seen none of these questions. Arms: questions (`tasks`, by EMDR²), the same by RA-DIT's own loss (`divergence`), the corpus alone
+seen none of these questions. Arms: questions by EMDR² (`tasks`) and by RA-DIT's own loss (`divergence`), the corpus alone
 (`halves`), both (`mixed`), and questions whose scores are dealt out anew over their passages (`shuffled`). Measured by a search
 of all passages for questions that were not learned.
 
@@ -50,6 +50,7 @@ FIGURES = {"R@1": (recall, 1), "R@5": (recall, 5), "MRR@10": (mrr, 10)}  # of th
 ANSWERS = {"answer@1": 1, "answer@5": 5}  # whether one of so many passages holds an answer, as DPR measures it
 COLUMNS = [*FIGURES, *ANSWERS, "answer MRR@10"]
 ARMS = ("tasks", "divergence", "halves", "mixed", "shuffled")
+ASKED = ("tasks", "divergence", "mixed", "lm_ft")  # stages that learn from questions
 SEEDS = (7, 8, 9)
 SETTINGS = {f"rate {rate:g}, {passes} passes": (rate, passes) for rate in (1e-5, 3e-5) for passes in (1, 2, 4)}  # of `--nested`
 
@@ -107,7 +108,7 @@ def recipe_of(corpus: str, reader: Path, changes: Sequence[str], *, fold: str = 
     return load_recipe(HERE / "ra_dit.yaml", [
         f"name={corpus}", f"knowledge.path={BUILD / corpus}",
         f"knowledge.documents={os.environ['RAGLAN_DATA']}/{corpus}/corpus.jsonl.gz", f"generator.model={reader}",
-        *(f"stages.{stage}.data.path={train_file}" for stage in ("tasks", "divergence", "mixed", "lm_ft")),
+        *(f"stages.{stage}.data.path={train_file}" for stage in ASKED),
         f"grid.tasks.held_out.questions={test_file}", *changes,
     ])  # fmt: skip
 
@@ -266,7 +267,7 @@ def grid(corpus: str, reader: Path, changes: Sequence[str]) -> None:
     words = [
         f"name={corpus}", f"knowledge.path={recipe.knowledge.path}", f"generator.model={reader}",
         f"knowledge.documents={recipe.knowledge.documents[0]}",
-        *(f"stages.{stage}.data.path={BUILD / 'ra_dit' / corpus / 'train.jsonl'}" for stage in ("tasks", "divergence", "mixed", "lm_ft")),
+        *(f"stages.{stage}.data.path={BUILD / 'ra_dit' / corpus / 'train.jsonl'}" for stage in ASKED),
         f"grid.tasks.held_out.questions={BUILD / 'ra_dit' / corpus / 'test.jsonl'}", *changes,
     ]  # fmt: skip
     subprocess.run([sys.executable, "-m", "raglan", "evaluate", str(HERE / "ra_dit.yaml"), *words], check=True)
