@@ -52,7 +52,10 @@ COLUMNS = [*FIGURES, *ANSWERS, "answer MRR@10"]
 ARMS = ("tasks", "divergence", "halves", "mixed", "shuffled")
 ASKED = ("tasks", "divergence", "mixed", "lm_ft")  # stages that learn from questions
 SEEDS = (7, 8, 9)
-SETTINGS = {f"rate {rate:g}, {passes} passes": (rate, passes) for rate in (1e-5, 3e-5) for passes in (1, 2, 4)}  # of `--nested`
+SETTINGS = {  # what `--nested` chooses from: stage, rate, passes; the name that figures are kept under says EMDR² by nothing
+    **{f"rate {rate:g}, {passes} passes": ("tasks", rate, passes) for rate in (1e-5, 3e-5) for passes in (1, 2, 4)},
+    "divergence, rate 3e-05, 2 passes": ("divergence", 3e-5, 2),
+}
 
 
 def main() -> None:
@@ -178,21 +181,20 @@ def _ids(path: Path) -> list[str]:
 
 def _measured(reader: Path, changes: Sequence[str], fold: str, name: str | None, seed: int) -> dict[str, list[float]]:
     """All figures of the questions left out, by the tower that these settings make of the others; kept beside the run."""
-    own: list[str] = []
+    own, stage = [f"seed={seed}"], "tasks"
     if name is not None:
-        rate, passes = SETTINGS[name]
-        told = f"stages.tasks.train.learning_rate={rate}", f"stages.tasks.train.num_train_epochs={passes}"
-        own = [*told, f"seed={seed}"]
+        stage, rate, passes = SETTINGS[name]
+        own += [f"stages.{stage}.train.learning_rate={rate}", f"stages.{stage}.train.num_train_epochs={passes}"]
     recipe = recipe_of("nq", reader, [*changes, *own], fold=fold)
     kept = recipe.run / "nested" / f"{fold} {name} {seed}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    rag = (Parts() if name is None else learned(recipe, "tasks", fold)).open(recipe)
+    rag = (Parts() if name is None else learned(recipe, stage, fold)).open(recipe)
     examples = load_examples(BUILD / "ra_dit" / "nq" / f"test{fold}.jsonl", rag.retriever.base.corpus)
     values = _values(examples, rag.retriever.retrieve([example.query for example in examples], 10))
-    for stage, _ in _stages(recipe):
-        if stage.name == "tasks" and len(fold) == 2:
-            shutil.rmtree(stage.folder)  # a hundred towers, of which the figures alone are wanted
+    for each, _ in _stages(recipe):
+        if each.name == stage and len(fold) == 2:
+            shutil.rmtree(each.folder, ignore_errors=True)  # seventy towers, of which the figures alone are wanted
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(values), encoding="utf-8")
     return values
