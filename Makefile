@@ -21,7 +21,7 @@ help:
 	@echo "make bench-scores the scoring pass against one pair at a time (one thread, some minutes)"
 	@echo "make bench-r-ft   an epoch of R-ft against a trainer that scores and encodes anew (5 minutes on 2 cores)"
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
-	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; an hour on 2 cores)"
+	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; two hours of one core)"
 	@echo "make bench-feedback what fifty corrections by people are worth (after demo; 10 minutes on 2 cores)"
 	@echo "make bench-self-rag time, passes and memory of Self-RAG decoding against a loop (20 minutes, one core)"
 	@echo "make bench-self-rag-learns  train and measure a small Self-RAG on the example corpus and on SQuAD (an hour on 2 cores)"
@@ -114,6 +114,7 @@ bench-marginal: env
 bench-ra-dit: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	$(BIN)/python benchmarks/ra_dit.py
+	$(BIN)/python benchmarks/ra_dit.py --nested
 
 bench-self-rag-learns: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }

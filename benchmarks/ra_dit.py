@@ -1,6 +1,6 @@
 """RA-DIT on real text: what R-ft is worth, from which data, against shuffled targets; and the 2×2 grid with LM-ft.
 
-    make bench-ra-dit     (after bench-squad; needs RAGLAN_DATA; about an hour on 2 cores)
+    make bench-ra-dit     (after bench-squad; needs RAGLAN_DATA; about two hours of one core)
 
 R-ft: MiniLM's query tower learns which of ten retrieved passages the reader finds the answer likely with; passage vectors stay
 as they are. The reader, whose scores are made once, is the one that `make bench-squad` left after its stage `choose`; it has
