@@ -219,7 +219,36 @@ def test_a_loss_against_what_the_grammar_does_not_admit(generator: HFGenerator) 
     assert float(figures["loss/off_grammar"]) * count * 10 == pytest.approx(wanted, rel=1e-4)
     packs, _ = pack_rows(rows, 400)
     assert float(objective.loss(objective.collate(packs), items=count)[0]) == pytest.approx(float(loss), rel=1e-5)
-    assert AnswerObjective(generator).grammar is None
+    assert AnswerObjective(generator).against is None
+
+
+def test_a_loss_against_what_a_segment_has_said(generator: HFGenerator) -> None:
+    """λ · Σ −log(1 − p) over the other words before in the same text, by a full softmax; another segment's words are free."""
+    made = generator.marked_prompt
+    row_ids = made.row_ids(row(segment("a tin a inn", "the tin"), segment("tin the", "in a")))
+    one = fields(row_ids, generator.schema)
+    objective, plain = AnswerObjective(generator, repeats=2.0), AnswerObjective(generator)
+    ids = torch.tensor([one["input_ids"] + one["labels"]])
+    probabilities = generator.model(ids).logits[0].softmax(-1)[len(one["input_ids"]) - 1 : -1].detach()
+    wanted, before, most = 0.0, [], 0
+    for place, own in enumerate(probabilities):
+        if GROUPS[one["groups"][place]] != "text":
+            before = []
+            continue
+        others = set(before) - {one["labels"][place]}
+        wanted -= 2 * float((1 - own[sorted(others)]).log().sum())
+        before.append(one["labels"][place])
+        most = max(most, len(others))
+    assert most > 1
+    batch = objective.collate([one])
+    count = objective.items(batch)
+    loss, figures = objective.loss(dict(batch), items=count)
+    assert float(loss - plain.loss(dict(batch), items=count)[0]) * count == pytest.approx(wanted, rel=1e-3)
+    assert float(figures["loss/repeats"]) * count * 2 == pytest.approx(wanted, rel=1e-4)
+    both, rows = AnswerObjective(generator, repeats=2.0, off_grammar=3.0), [one, *rows_of(generator)]
+    packs, _ = pack_rows(rows, 400)
+    together, apart = (float(both.loss(both.collate(some), items=9)[0]) for some in (packs, rows))
+    assert together == pytest.approx(apart, rel=1e-5)
 
 
 def may_stand(before: list[int], generator: HFGenerator) -> list[int]:
@@ -288,6 +317,7 @@ def test_no_gradient_comes_from_evidence(generator: HFGenerator) -> None:
         ({"kind": "self_rag", "path": "rows.jsonl"}, {"tokens": "first"}, "tokens first needs data of kind questions"),
         ({"kind": "questions", "path": "q.jsonl"}, {"group_weights": {"text": 2}}, "group_weights needs data of kind self_rag"),
         ({"kind": "questions", "path": "q.jsonl"}, {"off_grammar": 10}, "off_grammar needs data of kind self_rag"),
+        ({"kind": "questions", "path": "q.jsonl"}, {"repeats": 1}, "repeats needs data of kind self_rag"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(data: Any, objective: Any, fault: str) -> None:

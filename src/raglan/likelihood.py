@@ -56,6 +56,7 @@ __all__ = [
     "turn_marginal",
     "turn_prior",
     "turn_split",
+    "unlikelihood",
 ]
 
 Direction = Literal["student_first", "target_first"]
@@ -211,6 +212,11 @@ def admitted_logprob(watched_logprobs: Tensor, admitted: Tensor, words: Tensor) 
     right = torch.where(admitted, watched_logprobs, -math.inf)
     alone = _logsumexp(right, dim=-1)
     return torch.where(words, torch.log1p(-wrong.clamp(max=1 - 1e-6)), alone)
+
+
+def unlikelihood(word_logprobs: Tensor, present: Tensor) -> Tensor:
+    """Σ_w log(1 − p_w) over words that should not stand here, (…,W), (…,W) → (…). Welleck et al. 2020 (arXiv 1908.04319)."""
+    return torch.where(present, torch.log1p(-word_logprobs.exp().clamp(max=1 - 1e-6)), 0.0).sum(-1)
 
 
 def choice_scores(

@@ -476,8 +476,10 @@ def _marked(
     made = marked_rows(data, system.generator, seed=recipe.seed)
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_json(stage.folder / ROWS, made.figures)
-    weights = {"group_weights": settings.group_weights, "off_grammar": settings.off_grammar}
-    objective = AnswerObjective(system.generator, reduction=settings.reduction, **weights)
+    objective = AnswerObjective(
+        system.generator, reduction=settings.reduction, group_weights=settings.group_weights,
+        off_grammar=settings.off_grammar, repeats=settings.repeats,
+    )  # fmt: skip
     return objective, made.rows, made.held_out
 
 

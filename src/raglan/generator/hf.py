@@ -235,15 +235,15 @@ class HFGenerator(Generator, MarkedGenerator):
         """
         moved = {name: value.to(self.device) for name, value in batch.items()}
         if self.reader is None:
-            return self.forward_beside(moved, (), model)[..., 0]
+            return self.forward_beside(moved, None, model)[..., 0]
         given, batch = scored(moved), _aligned(moved)
         labels, real = batch["labels"], scored(batch)
         batch.pop("learned", None)
         values = self._reader_logprobs(batch, model or self.model)[real]
         return values.new_zeros(labels.shape).masked_scatter(given, values)
 
-    def forward_beside(self, batch: dict[str, Tensor], ids: Sequence[int], model: nn.Module | None = None) -> Tensor:
-        """log p of each label and, beside it, of W `ids` in its place, (B,T,1+W), with gradient; 0 where `forward` has 0.
+    def forward_beside(self, batch: dict[str, Tensor], ids: Tensor | None, model: nn.Module | None = None) -> Tensor:
+        """log p of each label and, beside it, of W `ids` (B,T,W) in its place, (B,T,1+W), with gradient; 0 as `forward` has 0.
 
         Raises:
             GeneratorError: the embedded reader, whose distribution is a mixture without a head.
@@ -251,10 +251,9 @@ class HFGenerator(Generator, MarkedGenerator):
         moved = {name: value.to(self.device) for name, value in batch.items()}
         given = scored(moved)
         labels, states = (self._packed_states if "at" in moved else self._scored_states)(moved, model or self.model)
-        beside = torch.tensor(ids, dtype=labels.dtype, device=labels.device).expand(len(labels), -1)
-        wanted = torch.cat([labels[:, None], beside], dim=1)
+        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
         values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
-        return values.new_zeros(*given.shape, 1 + len(ids)).masked_scatter(given[..., None], values)
+        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
 
     @torch.no_grad()
     def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raglan.generator import HFGenerator
 from raglan.generator.hf import padded, scored
-from raglan.likelihood import admitted_logprob, answer_nll
+from raglan.likelihood import admitted_logprob, answer_nll, unlikelihood
 from raglan.marked_prompt import GROUPS
 from raglan.objective.base import Objective
 from raglan.packing import packed_batch, reads_flat
@@ -32,7 +32,8 @@ class AnswerObjective(Objective):
 
     Rows of Self-RAG have `learned`, which is False where a label is evidence that is only read, and `groups`, each label's
     place in `marked_prompt.GROUPS`. `group_weights` multiply the losses of groups; loss and accuracy are told for each. With
-    `off_grammar` λ > 0 each learned label costs λ · −log P(the grammar admits what stands there) as well.
+    `off_grammar` λ > 0 each learned label costs λ · −log P(the grammar admits what stands there) as well; with `repeats` λ > 0
+    each learned word costs λ · Σ −log(1 − p) over the other words that its segment has said before it.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class AnswerObjective(Objective):
         measure: Callable[[], dict[str, float]] | None = None,
         group_weights: Mapping[Any, float] | None = None,
         off_grammar: float = 0.0,
+        repeats: float = 0.0,
     ):
         self.measure = measure
         self.weights = torch.tensor([float((group_weights or {}).get(name, 1.0)) for name in GROUPS])
         self.generator, self.reduction, self.tokens = generator, reduction, tokens
         self.module = generator.model
-        self.grammar = _Grammar(generator, off_grammar) if off_grammar else None
+        self.against = _Against(generator, off_grammar, repeats) if off_grammar or repeats else None
         self.division = "items" if reduction == "token" else "mean"
 
     def loss(
@@ -58,16 +60,17 @@ class AnswerObjective(Objective):
         batch = dict(batch)
         weights, groups, stands = batch.pop("weights", None), batch.pop("groups", None), batch.pop("stands", None)
         mask = scored(batch)
-        if self.grammar is None or stands is None:
-            token_logprobs, on_grammar = self.generator.forward(batch, module), None
+        against: dict[str, tuple[float, Tensor]] = {}
+        if self.against is None or groups is None or stands is None:
+            token_logprobs = self.generator.forward(batch, module)
         else:
-            token_logprobs, on_grammar = self.grammar.logprobs(batch, stands, module)
+            token_logprobs, against = self.against.logprobs(batch, groups, stands, module)
         figures = {} if groups is None else _by_group(-token_logprobs.detach(), groups, mask, "loss")
         if groups is not None:
             token_logprobs = token_logprobs * self.weights[groups].to(token_logprobs.device)
-        if on_grammar is not None and self.grammar is not None:
-            figures["loss/off_grammar"] = -on_grammar.detach().sum(), mask.sum()
-            token_logprobs = token_logprobs + self.grammar.weight * on_grammar
+        for name, (weight, values) in against.items():
+            figures[f"loss/{name}"] = -values.detach().sum(), mask.sum()
+            token_logprobs = token_logprobs + weight * values
         if weights is not None:
             token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)
         mask = mask.to(token_logprobs.device)
@@ -118,22 +121,47 @@ class AnswerObjective(Objective):
         return {"loss": total / max(count, 1), **{name: s / n for name, (s, n) in sums.items()}, **own}
 
 
-class _Grammar:
-    """log P(a word that the grammar admits) at every learned label of Self-RAG's rows."""
+class _Against:
+    """What is learned of Self-RAG's rows beside their likelihood: log-probabilities of what should not be written."""
 
-    def __init__(self, generator: HFGenerator, weight: float):
-        self.generator, self.weight = generator, weight
-        self.ids = watched(generator.schema, generator.eos)
+    def __init__(self, generator: HFGenerator, off_grammar: float, repeats: float):
+        self.generator, self.off_grammar, self.repeats = generator, off_grammar, repeats
+        self.ids = torch.tensor(watched(generator.schema, generator.eos))
         marks, words = admitted(generator.schema, generator.eos)
         self.marks, self.words = torch.tensor(marks), torch.tensor(words)
 
-    def logprobs(self, batch: dict[str, Tensor], stands: Tensor, module: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """token_logprobs (B,T) as `HFGenerator.forward` has them, and log P of what is admitted, (B,T), 0 where they are 0."""
-        values = self.generator.forward_beside(batch, self.ids, module)
-        mask, stands = scored(batch).to(values.device), stands.to(values.device)
-        marks, words = (table.to(values.device)[stands] for table in (self.marks, self.words))
+    def logprobs(
+        self, batch: dict[str, Tensor], groups: Tensor, stands: Tensor, module: nn.Module | None
+    ) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
+        """token_logprobs (B,T) as `HFGenerator.forward` has them, and by name a weight and what it multiplies, (B,T), ≤ 0."""
+        said = _said(batch["labels"], groups)
+        ids = torch.cat([self.ids.expand(*said.shape[:2], -1), said], dim=-1)
+        values = self.generator.forward_beside(batch, ids.clamp_min(0), module)
+        device, mask = values.device, scored(batch).to(values.device)
         beside = torch.where(mask[..., None], values[..., 1:], -math.log(values.shape[-1]))  # finite where nothing is learned
-        return values[..., 0], torch.where(mask, admitted_logprob(beside, marks, words), 0.0)
+        marks, words = (table.to(device)[stands.to(device)] for table in (self.marks, self.words))
+        first = len(self.ids)
+        terms = {
+            "off_grammar": (self.off_grammar, admitted_logprob(beside[..., :first], marks, words)),
+            "repeats": (self.repeats, unlikelihood(beside[..., first:], (said >= 0).to(device))),
+        }
+        return values[..., 0], {name: (w, torch.where(mask, own, 0.0)) for name, (w, own) in terms.items() if w}
+
+
+def _said(labels: Tensor, groups: Tensor) -> Tensor:
+    """For each word of a text, the other words of its segment before it, (B,T,W), each once; −1 where there are no more."""
+    text = GROUPS.index("text")
+    found: list[list[list[int]]] = []
+    for own, kinds in zip(labels.tolist(), groups.tolist(), strict=True):
+        before: list[int] = []
+        row = []
+        for label, kind in zip(own, kinds, strict=True):
+            before = before if kind == text and label >= 0 else []
+            row.append([word for word in dict.fromkeys(before) if word != label])
+            before = [*before, label] if kind == text and label >= 0 else []
+        found.append(row)
+    most = max(len(words) for row in found for words in row)
+    return torch.tensor([[words + [-1] * (most - len(words)) for words in row] for row in found]).view(*labels.shape, most)
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -56,6 +56,9 @@ class AnswerObjective(Settings):
     off_grammar: float = Field(
         0.0, ge=0, description="Of `self_rag` rows: weight of a loss against all marks that may not stand where a word stands."
     )
+    repeats: float = Field(
+        0.0, ge=0, description="Of `self_rag` rows: weight of a loss against what a segment's text has said already."
+    )
 
 
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]

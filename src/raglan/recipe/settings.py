@@ -52,8 +52,9 @@ class StageSettings(Settings):
             raise ValueError("objective.tokens first needs data of kind questions")
         if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
             raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
-        if self.data.kind != "self_rag" and getattr(self.objective, "off_grammar", 0.0):
-            raise ValueError("objective.off_grammar needs data of kind self_rag: other rows have no grammar")
+        for name in ("off_grammar", "repeats"):
+            if self.data.kind != "self_rag" and getattr(self.objective, name, 0.0):
+                raise ValueError(f"objective.{name} needs data of kind self_rag: other rows have no grammar")
         return self
 
 
