@@ -18,7 +18,7 @@ from raglan.decode import Asked, concat, ensemble, ensembles
 from raglan.decode.ensemble import _answer, _Form, _forms
 from raglan.errors import CorpusError, RecipeError
 from raglan.generator import EncodedPrompts, HFGenerator
-from raglan.likelihood import choice_scores, sequence_logprob, token_logprob
+from raglan.likelihood import choice_scores, passage_posterior, sequence_logprob, token_logprob
 from raglan.metrics import exact_match
 from raglan.prompt import Prompt, Rendered
 from raglan.recipe import ConcatDecode, EnsembleDecode, load_recipe
@@ -135,12 +135,15 @@ def test_exact_groups_and_mixing_by_token_are_other_things() -> None:
     answer = example_e2(dedupe="exact")
     assert [c.text for c in answer.candidates] == ["1992", "1995", "1992."]
     assert [c.logprob for c in answer.candidates] == pytest.approx([-1.035876, -1.765680, -3.809774], abs=1e-6)
-    for (text, own), expected in zip(SPELLINGS.items(), (-1.080386, -3.710249, -2.159914), strict=True):
+    posteriors = ([0.653763, 0.317222, 0.029016], [0.523695, 0.406576, 0.069729], [0.030141, 0.054844, 0.915015])
+    per_token = (-1.080386, -3.710249, -2.159914)
+    for (text, own), expected, shares in zip(SPELLINGS.items(), per_token, posteriors, strict=True):
         each = torch.tensor(own, dtype=torch.float64).log()[None]
         mask = torch.ones((1, each.shape[2]), dtype=torch.bool)
         assert float(token_logprob(WEIGHTS[None], each, mask)) == pytest.approx(expected, abs=1e-6), text
         whole = next(c.logprob for c in answer.candidates if c.text == text)
         assert float(sequence_logprob(WEIGHTS[None], each, mask)) == pytest.approx(whole, abs=1e-9)
+        assert passage_posterior(WEIGHTS[None], each, mask)[0].tolist() == pytest.approx(shares, abs=1e-6), text
 
 
 def test_giving_no_answer_may_win_or_comes_last() -> None:

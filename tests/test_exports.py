@@ -264,6 +264,15 @@ def test_a_row_that_is_too_long_is_a_fault(tmp_path: Path, words: Path) -> None:
     assert later is not None
     assert not errors(path, "openai-chat", lengths=later)
     assert not any(fault.level == "unchecked" for fault in check_file(path, "openai-chat", lengths=later))
+    for name in ("gpt-4o", "gpt-4o-mini-2024-07-18"):
+        largest = Lengths.of(name, tokenizer=words)
+        assert largest is not None
+        assert largest.limit == 65_536
+        room = 65_536 - largest.count(chat("")["messages"])
+        whole = written(tmp_path / "largest.jsonl", [*rows, chat("q" * room), chat("q" * (room + 1))])
+        (fault,) = errors(whole, "openai-chat", lengths=largest)
+        assert fault[0] == 14
+        assert "65,537 tokens; the model takes 65,536" in fault[1]
     pairs = written(tmp_path / "pairs.jsonl", [*[dpo(f"q{n}?") for n in range(10)], dpo("q?", worse="w" * 5000)])
     assert [line for line, _ in errors(pairs, "openai-dpo", lengths=lengths)] == [11]
 

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
 
 from raglan.data import answer_rows, stage_examples
+from raglan.datapoints import read_points
 from raglan.documents import read_examples, write_examples
 from raglan.errors import CheckpointError, CorpusError, RecipeError
 from raglan.exports import check_file
@@ -573,6 +575,11 @@ def test_one_command_trains_on_the_store(
         12,
         12,
     ]  # and not the question that is measured
+    (stage,) = folder.glob("runs/tuned/stages/read-*")
+    kept_points = read_points(stage / "data")
+    assert len(kept_points) == manifests["read"]["data"]["points"] == 12 + 6
+    assert [(p.source, p.query, p.answer) for p in kept_points[:12]] == [("feedback", e.query, e.answers[0]) for e in examples]
+    assert all(len(point.contexts) == 2 and point.prompt and point.retriever for point in kept_points)
     assert [name for name, _ in finished_parts(load_recipe(folder / "tuned.yaml"))] == ["untuned", "read", "find", "rank"]
     with FeedbackStore(store) as kept:
         kept.add([Judgement("late", "answer", "somebody", examples[0].query + " really", annotator="x")])
@@ -630,20 +637,34 @@ def test_names_that_mean_nothing_are_told_with_their_cure(
     assert "'[/very]' is no number and no known label" in run(*words, capsys=capsys, monkeypatch=monkeypatch)[2]
 
 
-def test_what_services_demand_of_exported_lines_is_kept_or_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("form", "name", "few"), [("sft", "openai-chat", 8), ("dpo", "openai-dpo", 7)])
+def test_what_a_service_would_refuse_is_not_written(
+    form: str, name: Any, few: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chat lines and preference pairs pass the check of such files; that they are too few is told."""
-    with FeedbackStore(tmp_path / "f.sqlite", create=True) as store:
+    """Too few lines, or none: told, exit 2, and what stood there before still stands. With enough of them the check passes."""
+    path, place = tmp_path / f"{form}.jsonl", str(tmp_path / "f.sqlite")
+    path.write_text("before")
+    words = ["feedback", "export", "-o", str(path), "--as", form, "--store", place]
+    FeedbackStore(place, create=True).close()
+    code, out, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, out) == (2, "")
+    assert "there is nothing to export" in told
+    with FeedbackStore(place) as store:
         store.add(everything())
-    for form, name in (("sft", "openai-chat"), ("dpo", "openai-dpo")):
-        path = tmp_path / f"{form}.jsonl"
-        words = ["feedback", "export", "-o", str(path), "--as", form, "--store", str(tmp_path / "f.sqlite")]
-        code, _, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
-        faults = [fault.text for fault in check_file(path, name) if fault.level == "error"]  # type: ignore[arg-type]
-        assert faults == [f"{len(path.read_text().splitlines())} rows; at least 10 are needed"]
-        assert code == 0
-        assert faults[0] in told
+    code, out, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, out) == (2, "")
+    assert f"{few} rows; at least 10 are needed" in told
+    assert "is not written" in told
+    assert "hint: --as questions" in told
+    assert path.read_text() == "before"
+    with FeedbackStore(place) as store:
+        store.add([said(f"mill {n}", old="a barn", query=f"what stood at {n}?") for n in range(10)])
+    code, out, told = run(*words, capsys=capsys, monkeypatch=monkeypatch)
+    assert (code, out) == (0, f"{path}  {few + 10} rows\n")
+    assert f"warning: {few + 10} rows; fewer than 50 teach little" in told
+    assert [fault.level for fault in check_file(path, name)] == ["warning", "unchecked"]
+    assert len(path.read_text().splitlines()) == few + 10
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, "f.sqlite"}  # no half of a file, and nothing beside it
 
 
 def test_feedback_on_measured_questions_is_never_learned(folder: Path, system: RAG) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import time
 import zlib
 from collections import Counter
@@ -21,11 +22,12 @@ from raglan.cli import app
 from raglan.errors import CheckpointError, RecipeError
 from raglan.evaluate import evaluate_recipe
 from raglan.generator import EncodedPrompts
-from raglan.grid import Cell, Grid, _plan, evaluate_grid, open_grid
+from raglan.grid import Cell, Grid, _plan, _row, _Task, evaluate_grid, open_grid
 from raglan.knowledge import build_knowledge
 from raglan.metrics import Interval
 from raglan.paired import Paired, macro, paired, resampled_means, verdict
-from raglan.recipe import load_recipe
+from raglan.recipe import ConcatDecode, EnsembleDecode, GridTask, load_recipe
+from raglan.records import Answer, Example
 from raglan.train import Parts, _stages, finished_parts, stage_parts, train
 from test_kill import small_recipe
 from test_recipe import GOOD, recipe
@@ -70,6 +72,26 @@ def test_intervals_equal_a_loop_over_the_same_draws() -> None:
     other = paired({**values, "more": values["both"]}, task="t", seed=4, resamples=700)
     assert other.difference("base", "both") == found.difference("base", "both")  # a cell more changes nothing
     assert not np.array_equal(paired(values, task="t", seed=5, resamples=700).resampled, found.resampled)
+
+
+def test_an_average_resamples_each_task_within_itself() -> None:
+    """A loop over the same draws: unlike tasks count alike, and no question is drawn in place of another task's."""
+    sizes, chance = {"few": 7, "many": 40}, np.random.default_rng(6)
+    values = {task: {c: chance.integers(2, size=n).tolist() for c in ("base", "both")} for task, n in sizes.items()}
+    whole = macro([paired(own, task=task, seed=4, resamples=200) for task, own in values.items()])
+    averages: dict[str, list[float]] = {"base": [], "both": []}
+    drawn = {task: np.random.default_rng([4, zlib.crc32(task.encode())]) for task in sizes}
+    draws = {task: drawn[task].integers(n, size=(200, n)) for task, n in sizes.items()}
+    for resample in range(200):
+        for cell, found in averages.items():
+            means = [sum(own[cell][i] for i in draws[task][resample]) / sizes[task] for task, own in values.items()]
+            found.append(sum(means) / 2)
+    wanted = np.quantile(np.subtract(averages["both"], averages["base"]), [0.025, 0.975])
+    difference = whole.difference("base", "both")
+    assert [difference.low, difference.high] == pytest.approx(wanted.tolist(), abs=1e-12)
+    own = [np.mean(values[task]["both"]) - np.mean(values[task]["base"]) for task in sizes]
+    assert difference.mean == pytest.approx(np.mean(own))
+    assert whole.n == 47
 
 
 def test_identical_systems_differ_by_nothing() -> None:
@@ -144,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n, row in enumerate(row for row in dev if not row["answers"][0].isdigit()):
         others = [miller for miller in millers if miller != row["answers"][0]]
         rows.append({**row, "choices": [*others[n % 5 : n % 5 + 2], row["answers"][0]]})
-    (path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((nobody, _),) = Counter(choice for row in rows for choice in row["choices"]).most_common(1)
     small["stages"] = {
         "find": {**small["stages"]["find"], "starts_from": []},
         "read": {**small["stages"]["read"], "starts_from": []},
@@ -155,13 +177,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small["grid"] = {
         "tasks": {
             "words": {"questions": "dev.jsonl", "metric": "f1"},
-            "choices": {"questions": "choices.jsonl", "metric": "accuracy", "decode": {"kind": "ensemble", "scorer": "nll"}},
+            "choices": {
+                "questions": "choices.jsonl", "metric": "accuracy",
+                "decode": {"kind": "ensemble", "scorer": "nll", "abstention": nobody},
+            },
         },
         "closed_book": True, "concat": True, "k": [1, 2], "resamples": 300,
     }  # fmt: skip
     del small["evaluate"]
     (path / "grid.yaml").write_text(yaml.safe_dump(small))
     build_knowledge(load_recipe(path / "grid.yaml").knowledge)
+    _, hits = Parts().open(load_recipe(path / "grid.yaml")).search([row["query"] for row in rows], 5)
+    for n, (row, found) in enumerate(zip(rows, hits, strict=True)):  # not all that is relevant is found first, or at all
+        second, fifth = found[1].passage.id, found[4].passage.id
+        row["relevant"] = [row["relevant"], [second], [*row["relevant"], fifth], [f"p{n}"]][n % 4]
+    (path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -337,6 +367,45 @@ def test_figures_of_the_grid(measured: tuple[Path, Grid, list[int]]) -> None:
         assert hits == pytest.approx(share * len(rows))
         total = sum(value * n for value, n in ((hit, hits), (miss, misses)) if n)
         assert total / len(rows) == pytest.approx(grid.tasks["words"].interval(cell).mean)
+
+
+def test_what_is_found_is_where_the_relevant_passage_stands(measured: tuple[Path, Grid, list[int]]) -> None:
+    """Recall and MRR of both query encoders, from a search of one's own and a count of its ranks."""
+    path, grid, _ = measured
+    loaded = load_recipe(path)
+    systems = {"base": Parts(), "R-ft": Parts(query_encoder=stage_parts(loaded, ["find"]).query_encoder)}
+    for task, file in (("words", "dev.jsonl"), ("choices", "choices.jsonl")):
+        asked = [json.loads(line) for line in (path.parent / file).read_text().splitlines()]
+        for name, parts in systems.items():
+            _, hits = parts.open(loaded).search([row["query"] for row in asked], 10)
+            each = []
+            for row, found in zip(asked, hits, strict=True):
+                ranks = [rank for rank, hit in enumerate(found, 1) if hit.passage.id in row["relevant"]]
+                recalls = [sum(rank <= k for rank in ranks) / len(row["relevant"]) for k in (1, 2)]
+                each.append([*recalls, 1 / min(ranks, default=math.inf)])
+            wanted = dict(zip(("recall@1", "recall@2", "mrr@10"), np.mean(each, axis=0), strict=True))
+            assert {figure: grid.found[task][name, figure].mean for figure in wanted} == pytest.approx(wanted)
+            assert task == "words" or len({*wanted.values(), 0, 1}) == 5, wanted  # no two alike, none of them 0 or 1
+
+
+def test_how_often_no_answer_was_given(measured: tuple[Path, Grid, list[int]]) -> None:
+    """By the words that a task says are none, which here one of the choices is; and by those that count elsewhere."""
+    path, grid, _ = measured
+    loaded = load_recipe(path)
+    assert loaded.grid is not None
+    nobody = loaded.grid.tasks["choices"].decode.abstention  # type: ignore[union-attr]
+    shares = {}
+    for cell in grid.cells:
+        texts = [row["text"] for row in rows_of(path, cell.folder, "choices")]
+        shares[cell.name] = texts.count(nobody) / len(texts)
+        assert grid.abstained["choices"].interval(cell.name).mean == pytest.approx(shares[cell.name])
+    assert any(0 < share < 1 for share in shares.values())
+    cell, example = grid.cells[0], Example("1", "who?", ("Rusk",))
+    told = {"": 1.0, "I don't know.": 1.0, "i DON'T know": 1.0, "I don't know Rusk": 0.0, "Rusk": 0.0}
+    for decode in (EnsembleDecode(kind="ensemble"), ConcatDecode()):
+        task = _Task("t", GridTask(questions=path), decode, [example])
+        rows = [_row(task, cell, example, Answer("who?", text, 0.0, True, ())) for text in told]
+        assert [row["figures"]["abstained"] for row in rows] == list(told.values())
 
 
 def test_a_grid_is_not_measured_twice_and_goes_on_where_it_stopped(

@@ -492,18 +492,18 @@ evaluate: {{questions: who.dev.jsonl, modes: [retrieved]}}
 
 def test_it_learns_through_the_command_line(folder: Path) -> None:
     """Packed rows of all kinds: held-out loss falls, the best step by the mean of the tasks' metrics is kept, rows are told."""
-    recipe = written(folder, "learns")
-    done = CliRunner().invoke(app, ["train", str(folder / "learns.yaml")])
+    recipe = written(folder, "learns", ["train.eval_on_start=true"])
+    done = CliRunner().invoke(app, ["train", str(folder / "learns.yaml"), "train.eval_on_start=true"])
     assert done.exit_code == 0, done.output
     (stage,) = (recipe.run / "stages").iterdir()
     log = json.loads((stage / "log.json").read_text())
-    held_out = [row for row in log if "eval_loss" in row]
-    assert [row["step"] for row in held_out] == [8, 16]
+    untuned, *held_out = [row for row in log if "eval_loss" in row]
+    assert [row["step"] for row in (untuned, *held_out)] == [0, 8, 16]
     for row in held_out:
         assert row["eval_dev_mean"] == pytest.approx((row["eval_who/f1"] + row["eval_squad/em"]) / 2)
     losses = [row["loss"] for row in log if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
-    assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
+    assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"] < untuned["eval_loss"]
     manifest = json.loads((stage / "result" / "manifest.json").read_text())
     best = max(held_out, key=lambda row: row["eval_dev_mean"])
     assert manifest["best_step"] in {row["step"] for row in held_out if row["eval_dev_mean"] == best["eval_dev_mean"]}
@@ -514,7 +514,7 @@ def test_it_learns_through_the_command_line(folder: Path) -> None:
     assert told["unanswerable"]["answer"] == "I don't know"
     assert 0.5 < told["fill"] <= 1
     assert told["misfits"] == 0
-    again = CliRunner().invoke(app, ["train", str(folder / "learns.yaml")])
+    again = CliRunner().invoke(app, ["train", str(folder / "learns.yaml"), "train.eval_on_start=true"])
     assert again.exit_code == 0, again.output
     assert len(list((recipe.run / "stages").iterdir())) == 1
     with open(folder / "who.dev.jsonl", "a") as file:  # a changed dev file is another stage

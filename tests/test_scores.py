@@ -175,6 +175,15 @@ def test_the_key_holds_what_scores_depend_on(folder: Path, generator: HFGenerato
     assert calls(scorer=opened(tiny.llama(tmp_path / "other", seed=1))) == 1
     adapted = opened(folder, lora={"r": 2, "target_modules": ["q_proj"]})
     assert calls(scorer=adapted) == 1
+    ScoreTable(path, adapted).complete([pair])
+    learned = {name: p.data for name, p in adapted.model.named_parameters() if "lora_" in name}
+    assert len(learned) == 2 * 2  # of two layers
+    for name, tensor in learned.items():  # one value of one tensor of the adapter makes it another one
+        assert calls(scorer=adapted) == 0
+        before = tensor[0, 0].clone()
+        tensor[0, 0] += 0.01
+        assert calls(scorer=adapted) == 1, name
+        tensor[0, 0] = before
     for change in ("chat_template", "eos", "bos"):
         changed = opened(folder)
         if change == "chat_template":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raglan.data import answer_rows, stage_examples
+from raglan.datapoints import read_points
 from raglan.documents import read_examples, write_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.knowledge import build_knowledge
 from raglan.rag import RAG
 from raglan.recipe import QuestionData, load_recipe
-from raglan.records import Example
+from raglan.records import DataPoint, Example
 from raglan.splits import Split, check_leaks, find_leaks, jaccard, read_split, split_examples, write_split
+from raglan.text import question_key
 from raglan.train import train
 from test_cli import run
 from test_kill import small_recipe
@@ -188,10 +191,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_inherit_their_questions_split_however_many_passages_they_have(folder: Path) -> None:
+    """Of the expanded rows: no question is on both sides, however it is written, and each has all its rows on its own."""
     recipe = load_recipe(folder / "small.yaml")
     system = RAG.open(recipe)
     corpus = system.retriever.base.corpus
     examples = read_examples(folder / "train.jsonl")
+    examples += [replace(e, id=f"{e.id}-again", query=f"{e.query.capitalize()}?") for e in examples[::3]]
     write_split(folder / "parts", split_examples(examples, shares=HALVES, seed=2), examples)
     for passages in (1, 3, 5):
         sides = []
@@ -200,13 +205,26 @@ def test_rows_inherit_their_questions_split_however_many_passages_they_have(fold
                 kind="questions", path=folder / "parts" / f"{name}.jsonl", passages=passages, passages_a_row=1, allow_test=True
             )
             part = stage_examples(data, corpus, 0)
-            rows = answer_rows(part, data, system.retriever, system.generator, 0)
-            assert len(rows) == passages * len(part)
-            sides.append({example.query for example in part})
-        assert not sides[0] & sides[1]
-        assert len(sides[0] | sides[1]) == len({example.query for example in examples})
+            rows = answer_rows(part, data, system.retriever, system.generator, 0, keep=folder / "rows")
+            points = read_points(folder / "rows")
+            assert len(rows) == len(points) == passages * len(part)
+            assert set(Counter(point.example_id for point in points).values()) == {passages}
+            sides.append(points)
+        ids, questions = ([{key(point) for point in side} for side in sides] for key in (_id_of, _words_of))
+        assert not ids[0] & ids[1]
+        assert not questions[0] & questions[1]
+        assert ids[0] | ids[1] == {example.id for example in examples}
+        assert min(map(len, questions)) > 10
     with pytest.raises(CorpusError, match="questions of the split `test`"):
         stage_examples(QuestionData(kind="questions", path=folder / "parts" / "test.jsonl"), corpus, 0)
+
+
+def _id_of(point: DataPoint) -> str:
+    return point.example_id
+
+
+def _words_of(point: DataPoint) -> str:
+    return question_key(point.query)
 
 
 def test_a_planted_duplicate_stops_the_training(folder: Path) -> None:

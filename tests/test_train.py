@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from raglan.candidates import lsr_rows
 from raglan.data import answer_rows, choose_passages, load_examples, resolve, stage_examples
+from raglan.datapoints import points_figures, read_points
 from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compare, evaluate_recipe
 from raglan.knowledge import KnowledgeBase, build_knowledge
@@ -18,7 +21,8 @@ from raglan.lessons import lessons
 from raglan.objective import LsrObjective
 from raglan.rag import RAG
 from raglan.recipe import LessonData, QuestionData, Recipe, load_recipe
-from raglan.records import Example
+from raglan.records import Example, Passage
+from raglan.retriever import Retriever
 from raglan.scores import Pair, ScoreTable
 from raglan.train import finished_parts, train
 from test_kill import small_recipe
@@ -135,11 +139,11 @@ def test_rows_hold_the_passages_that_were_asked_for(recipe: Recipe, system: RAG)
         chosen = choose_passages(examples, source, k, system.retriever, seed=5)
         assert chosen == choose_passages(examples, source, k, system.retriever, seed=5)
         for example, passages in zip(examples, chosen, strict=True):
-            ids = [p.id for p in passages]
+            ids = [one.passage.id for one in passages]
             assert len(ids) == len(set(ids)) == k
             assert source == "retrieved" or example.relevant[0] in ids
     mixed = choose_passages(examples, "mixed", 3, system.retriever, 5)
-    places = [[p.id for p in passages].index(e.relevant[0]) for e, passages in zip(examples, mixed, strict=True)]
+    places = [[one.passage.id for one in own].index(e.relevant[0]) for e, own in zip(examples, mixed, strict=True)]
     assert len(set(places)) == 3  # the place of the gold passage tells nothing
     data = QuestionData(kind="questions", path=Path("x"), passages=3)
     whole = answer_rows(examples, data, system.retriever, system.generator, 0)
@@ -147,6 +151,47 @@ def test_rows_hold_the_passages_that_were_asked_for(recipe: Recipe, system: RAG)
     assert (len(whole), len(single)) == (len(examples), 3 * len(examples))
     assert all(row["input_ids"].count(2) == 3 for row in whole)
     assert all(row["input_ids"].count(2) == 1 for row in single)
+
+
+@pytest.mark.parametrize(
+    ("source", "a_row", "searches"),
+    [("retrieved", 1, 1), ("mixed", None, 1), ("mixed", 1, 1), ("gold", 1, 0), ("none", None, 0)],
+)
+def test_what_a_row_was_made_of_is_kept(
+    source: Any, a_row: int | None, searches: int, recipe: Recipe, system: RAG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line for line: from a data point alone its row can be made again; scores and ranks are the one search's."""
+    asked = questions(recipe, system)[:10]
+    asked[0] = replace(asked[0], answers=("odo", "a miller"))
+    asked[1] = replace(asked[1], history=("what stands there", "a tower"))
+    data = QuestionData(kind="questions", path=Path("x"), source=source, passages=3, passages_a_row=a_row)
+    calls, search = [], Retriever.search
+    monkeypatch.setattr(Retriever, "search", lambda *given, **more: calls.append(1) or search(*given, **more))
+    rows = answer_rows(asked, data, system.retriever, system.generator, 0, keep=tmp_path / "data")
+    assert len(calls) == searches
+    assert rows == answer_rows(asked, data, system.retriever, system.generator, 0)
+    points = read_points(tmp_path / "data")
+    assert [point.id for point in points] == [f"questions-{n}" for n in range(len(rows))]
+    assert points_figures(tmp_path / "data") == {"seed": 0, "points": len(rows)}
+    known = {example.id: example for example in asked}
+    texts = system.retriever.search_texts([e.query for e in asked], [e.history for e in asked])
+    hits = dict(zip(known, system.retriever.retrieve(texts, 4), strict=True))  # three, and as many as one may have of its own
+    for row, point in zip(rows, points, strict=True):
+        example = known[point.example_id]
+        passages = [Passage(context.passage_id, context.text, context.title) for context in point.contexts]
+        prompt = system.generator.prompt.render(point.query, passages, history=point.history)
+        assert system.generator.row(prompt, point.answer) == row
+        assert point.prompt == prompt.text
+        assert (point.query, point.history, point.split, point.seed) == (example.query, example.history, "train", 0)
+        assert point.answer in example.answers
+        assert point.retriever == (system.retriever.fingerprint if searches else "")
+        found = {hit.passage.id: (pytest.approx(hit.score), hit.rank) for hit in hits[example.id]} if searches else {}
+        for context in point.contexts:
+            assert (context.score, context.rank) == found.get(context.passage_id, (None, len(found) + 1))
+            assert context.passage_id in found or context.passage_id in example.relevant
+    monkeypatch.setenv("RANK", "1")  # of several ranks one keeps them
+    assert answer_rows(asked, data, system.retriever, system.generator, 0, keep=tmp_path / "other") == rows
+    assert not (tmp_path / "other").exists()
 
 
 def test_relevant_ids_are_resolved_or_refused(system: RAG) -> None:
@@ -196,7 +241,11 @@ def test_it_learns_and_a_finished_stage_is_not_trained_twice(folder: Path) -> No
     path = small_recipe(folder, name="learns")
     recipe = load_recipe(path, ["stages.read.train.num_train_epochs=40", "evaluate.questions=train.jsonl", "leak_check=none"])
     parts = train(recipe)
-    log = json.loads(next((folder / "runs" / "learns" / "stages").glob("read-*/log.json")).read_text())
+    (stage,) = (folder / "runs" / "learns" / "stages").glob("read-*")
+    log = json.loads((stage / "log.json").read_text())
+    points = read_points(stage / "data")
+    assert [len(point.contexts) for point in points] == [2] * 40
+    assert json.loads((stage / "result" / "manifest.json").read_text())["data"] == {"seed": 1, "points": 40}
     losses = [row["loss"] for row in log if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
     made = Path(parts.generator or "").parent.joinpath("manifest.json").stat().st_mtime_ns

@@ -53,7 +53,11 @@ def split(
 
 StoreOption = Annotated[str, typer.Option("--store", help="An SQLite file, or postgresql://user:password@host/name.")]
 AGREE = "Where people disagree: majority, all or each."
-CHECKED: Any = {"sft": "openai-chat", "dpo": "openai-dpo"}  # what services demand of such files is told
+CHECKED: Any = {"sft": "openai-chat", "dpo": "openai-dpo"}  # forms that services read, and so their rules
+UNCHECKED = (
+    "--as questions keeps all that was said, however little: `raglan train` learns from it (data.kind: feedback), and "
+    "`raglan synthesize export … --as trl` writes it for trainers without such rules"
+)
 
 
 @feedback.command("import")
@@ -153,10 +157,13 @@ def export_feedback(
     ratings: Annotated[str, typer.Option(help="For questions: ignore, filter or weight.")] = "ignore",
     min_rating: Annotated[float | None, typer.Option(help="For --ratings filter.")] = None,
 ) -> None:
-    """Write feedback as questions to train on, chat lines, preference pairs, passage labels, a review file, or all of it."""
+    """Write feedback as questions to train on, chat lines, preference pairs, passage labels, a review file, or all of it.
+
+    Chat lines and preference pairs are checked before they appear: a file that a service would refuse is not written.
+    """
     from raglan import feedback as said
     from raglan.documents import example_row, read_examples
-    from raglan.exports import check_file
+    from raglan.exports.write import write_rows
     from raglan.records import Example
 
     if ratings not in ("ignore", "filter", "weight") or (ratings == "filter") != (min_rating is not None):
@@ -181,12 +188,13 @@ def export_feedback(
     if form == "raglan" and held:
         raise RecipeError("--as raglan writes all that the store holds, so --exclude has no place there")
     rows = makers[form]()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    if form in CHECKED:
+        for fault in write_rows(rows, (), output, CHECKED[form], hint=UNCHECKED).warnings:
+            console.print(f"warning: {fault.text}", markup=False, soft_wrap=True)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     typer.echo(f"{output}  {len(rows)} rows" + (f"; {len(out)} held-out questions left out" if out else ""))
-    for fault in check_file(output, CHECKED[form]) if form in CHECKED and rows else ():
-        if fault.level != "unchecked":
-            console.print(f"{f'line {fault.line}: ' if fault.line else ''}{fault.text}", markup=False, soft_wrap=True)
 
 
 def _agree(text: str) -> str:

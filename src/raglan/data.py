@@ -1,6 +1,7 @@
 """From questions to training rows: relevant ids resolved, passages chosen, prompts rendered.
 
 Passages are retrieved once, before training, never inside a collator. The same seed gives the same rows in the same order.
+What a row was made of, its passages, its prompt and who found them, can be kept beside it (`raglan.datapoints`).
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from raglan.corpus import Corpus
+from raglan.datapoints import is_first_rank, write_points
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
 from raglan.feedback import feedback_examples, without
@@ -21,8 +23,9 @@ from raglan.generator import HFGenerator
 from raglan.lessons import lessons
 from raglan.metrics import answer_recall, found_answers
 from raglan.progress import track
+from raglan.prompt import Rendered
 from raglan.recipe import ClassifyDecode, FeedbackData, InstructionMix, LessonData, QuestionData
-from raglan.records import Example, Passage
+from raglan.records import Context, DataPoint, Example, Passage
 from raglan.retriever import Retriever
 from raglan.text import pattern
 from raglan.wordings import wordings
@@ -41,6 +44,27 @@ __all__ = [
 log = logging.getLogger(__name__)
 REGEX_DEPTH = 1000  # the paper's
 Data = QuestionData | LessonData | FeedbackData
+
+
+class Chosen(NamedTuple):
+    """A passage of a row. `score` and `rank` are the search's; a relevant one that it did not find has no score, and the rank
+    behind all that it did."""
+
+    passage: Passage
+    score: float | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A row and what it was made of. `searched`: whether its passages were searched for."""
+
+    row: dict[str, Any]
+    example: Example
+    answer: str
+    given: Sequence[Chosen]
+    prompt: Rendered
+    searched: bool
 
 
 def load_examples(path: Path, corpus: Corpus, *, limit: int | None = None, seed: int = 0, split: str = "test") -> list[Example]:
@@ -268,45 +292,79 @@ def _commonest(texts: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def answer_rows(
-    examples: Sequence[Example], data: Data, retriever: Retriever, generator: HFGenerator, seed: int
-) -> list[dict[str, Any]]:
+    examples: Sequence[Example], data: Data, retriever: Retriever, generator: HFGenerator, seed: int, *,
+    keep: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows for the `answer` objective: each question with its passages, or one row a passage; a row for each answer.
 
     A row of an example with `metadata["weight"]` has that weight.
+
+    Args:
+        keep: a folder for the rows' data points, line for line (`raglan.datapoints`).
     """
+    made = _made_rows(examples, data, retriever, generator, seed)
+    if keep is None or not is_first_rank():
+        return [one.row for one in made]
+    rows: list[dict[str, Any]] = []
+    found_by = retriever.fingerprint
+
+    def points() -> Iterator[DataPoint]:
+        for number, one in enumerate(made):
+            rows.append(one.row)
+            yield _point(one, f"{data.kind}-{number}", data.kind, found_by, seed)
+
+    write_points(keep, points(), seed=seed)
+    return rows
+
+
+def _made_rows(
+    examples: Sequence[Example], data: Data, retriever: Retriever, generator: HFGenerator, seed: int
+) -> Iterator[_Made]:
+    """One row after the other; how many prompts were cut or left out is logged behind the last."""
     source = "mixed" if isinstance(data, LessonData) else data.source
     chosen = choose_passages(examples, source, data.passages, retriever, seed)
     a_row = (None if isinstance(data, LessonData) else data.passages_a_row) or data.passages
-    rows: list[dict[str, Any]] = []
-    cut = starved = without = 0
+    count = cut = starved = without = 0
     for example, passages in track(list(zip(examples, chosen, strict=True)), "rendering"):
+        searched = source != "none" and (not passages or any(one.score is not None for one in passages))
         for start in range(0, max(len(passages), 1), a_row):
             given = passages[start : start + a_row]
-            prompt = generator.prompt.render(example.query, given, history=example.history)
+            prompt = generator.prompt.render(example.query, [one.passage for one in given], history=example.history)
             if _lost_its_evidence(example, given, prompt.dropped_passages):
                 without += 1
                 continue
             cut += prompt.truncated
             starved += prompt.starved
             weight = {"weight": example.metadata["weight"]} if "weight" in example.metadata else {}
-            rows += [{**generator.row(prompt, answer), **weight} for answer in example.answers]
+            shown = given[: len(given) - prompt.dropped_passages]
+            for answer in example.answers:
+                count += 1
+                yield _Made({**generator.row(prompt, answer), **weight}, example, answer, shown, prompt, searched)
     if starved:
         least = generator.prompt.settings.min_passage_tokens
-        log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, len(rows), least)
+        log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, count, least)
     if without:
         log.warning("%d rows are left out: what answers them does not fit into %d tokens", without, generator.prompt.budget)
     if cut:
-        log.info("%d of %d prompts had a passage cut to fit %d tokens", cut, len(rows), generator.prompt.budget)
-    return rows
+        log.info("%d of %d prompts had a passage cut to fit %d tokens", cut, count, generator.prompt.budget)
 
 
-def _lost_its_evidence(example: Example, given: Sequence[Passage], dropped: int) -> bool:
+def _point(one: _Made, identity: str, source: str, found_by: str, seed: int) -> DataPoint:
+    example = one.example
+    contexts = tuple(Context(z.id, z.text, score, rank, z.title) for z, score, rank in one.given)
+    return DataPoint(
+        identity, example.id, source, str(example.metadata.get("split", "train")), example.query, one.answer, contexts,
+        one.prompt.text, found_by if one.searched else "", history=example.history, seed=seed,
+    )  # fmt: skip
+
+
+def _lost_its_evidence(example: Example, given: Sequence[Chosen], dropped: int) -> bool:
     """Whether a relevant passage was to be shown, and none is among those that fit whole."""
-    relevant = [passage.id in example.relevant for passage in given]
+    relevant = [one.passage.id in example.relevant for one in given]
     return any(relevant) and not any(relevant[: len(relevant) - dropped])
 
 
-def choose_passages(examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int) -> list[list[Passage]]:
+def choose_passages(examples: Sequence[Example], source: str, k: int, retriever: Retriever, seed: int) -> list[list[Chosen]]:
     """K passages for each example: `gold` its relevant ones, `retrieved` the search's, `mixed` one gold among the search's,
     `none` none.
 
@@ -317,18 +375,34 @@ def choose_passages(examples: Sequence[Example], source: str, k: int, retriever:
         return [[] for _ in examples]
     corpus, generator = retriever.base.corpus, random.Random(seed)
     relevant = [[row for identity in example.relevant if (row := corpus.row(identity)) is not None] for example in examples]
-    searched: list[list[int]] = [[] for _ in examples]
-    if (source == "mixed" and k > 1) or source == "retrieved" or not all(relevant):
+    searched: list[dict[int, float]] = [{} for _ in examples]
+    if any(_searches(source, k, gold) for gold in relevant):
         depth = min(len(corpus), k + max(map(len, relevant), default=0))
         texts = retriever.search_texts([e.query for e in examples], [e.history for e in examples])
-        searched = [[row for row in rows if row >= 0] for rows in retriever.search(texts, depth)[1].tolist()]
+        scores, rows = retriever.search(texts, depth)
+        searched = [
+            {row: score for row, score in zip(*own, strict=True) if row >= 0}
+            for own in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
     chosen = []
-    for gold, found in zip(relevant, searched, strict=True):
+    for gold, ranking in zip(relevant, searched, strict=True):
+        found = ranking if _searches(source, k, gold) else {}
         if source == "retrieved" or not gold:
-            rows = found[:k]
+            picked = list(found)[:k]
         else:
-            rows = generator.sample(gold, min(len(gold), k if source == "gold" else 1))
-            rows += [row for row in found if row not in gold][: k - len(rows)] if source == "mixed" else []
-            generator.shuffle(rows)
-        chosen.append([corpus[row] for row in rows])
+            picked = generator.sample(gold, min(len(gold), k if source == "gold" else 1))
+            picked += [row for row in found if row not in gold][: k - len(picked)] if source == "mixed" else []
+            generator.shuffle(picked)
+        chosen.append(_ranked(picked, found, corpus))
     return chosen
+
+
+def _searches(source: str, k: int, gold: Sequence[int]) -> bool:
+    """Whether an example with these relevant passages is searched for."""
+    return source == "retrieved" or (source == "mixed" and k > 1) or not gold
+
+
+def _ranked(picked: Sequence[int], found: dict[int, float], corpus: Corpus) -> list[Chosen]:
+    """Rows of the corpus with what the search said of them; what it did not find has the ranks behind."""
+    ranks = {row: rank for rank, row in enumerate([*found, *(row for row in picked if row not in found)], 1)}
+    return [Chosen(corpus[row], found.get(row), ranks[row]) for row in picked]

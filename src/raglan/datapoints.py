@@ -4,12 +4,14 @@
                              "score", "rank"}], "prompt", "retriever", "markers", "history", "seed"} a line
     <folder>/manifest.json   how many there are and what they were made from, written last
 
-Training writes them into its stage's folder, so that the rows it learned from can be looked at and exported.
+Training writes them into its stage's folder, so that the rows it learned from can be looked at and exported: those of an
+instruction mix, of questions, of feedback and of lessons.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,7 @@ from raglan.artifact import MANIFEST, read_manifest, write_manifest
 from raglan.errors import CorpusError
 from raglan.records import Context, DataPoint
 
-__all__ = ["POINTS", "points_figures", "read_points", "write_points"]
+__all__ = ["POINTS", "is_first_rank", "points_figures", "read_points", "write_points"]
 
 KIND = "data points"
 POINTS = "points.jsonl"
@@ -37,6 +39,11 @@ def write_points(folder: Path, points: Iterable[DataPoint], **figures: Any) -> P
             count += 1
     write_manifest(folder, KIND, {**figures, "points": count})
     return folder
+
+
+def is_first_rank() -> bool:
+    """Of torchrun's ranks all make the same rows, and one keeps them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_points(path: Path) -> list[DataPoint]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 from raglan.artifact import file_fingerprint
 from raglan.corpus import Corpus
 from raglan.data import load_examples
-from raglan.datapoints import write_points
+from raglan.datapoints import is_first_rank, write_points
 from raglan.documents import read_texts
 from raglan.errors import CorpusError, RecipeError
 from raglan.metrics import accuracy, answer_recall, exact_match, f1, rouge_l
@@ -113,7 +112,7 @@ def mix(data: InstructionMix, system: RAG, *, seed: int, folder: Path) -> Mixtur
     if data.packing == "fit":
         rows, fill = pack_rows(rows, data.max_length)
         log.info("%d rows in %d packs of %d tokens, %.1f %% filled", len(made), len(rows), data.max_length, 100 * fill)
-    if _is_first_rank():
+    if is_first_rank():
         counts = _counts(point.source for _, point in made)
         write_points(
             folder / "data", (point for _, point in made), **told, rows=counts, misfits=len(misfits), fill=fill, seed=seed,
@@ -401,7 +400,7 @@ def _written(writer: _Writer, drafts: Sequence[_Draft]) -> tuple[list[tuple[Row,
 def _keep_misfits(data: InstructionMix, misfits: Sequence[dict[str, Any]], rows: int, folder: Path) -> None:
     """List what does not fit. Raises RecipeError if it is an error, or if nothing is left."""
     path = folder / "misfits.jsonl"
-    if _is_first_rank():
+    if is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         if misfits:
@@ -465,10 +464,6 @@ def _measure(
         return sum(values) / len(values)
 
     return measure
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # torchrun's; all ranks make the same rows, and one keeps them
 
 
 def _counts(names: Any) -> dict[str, int]:

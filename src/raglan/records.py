@@ -192,7 +192,7 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Context:
     """A passage as a data point holds it: its own text, uncut, and its title, which is read before it. `score` is the search's;
-    a gold passage has none."""
+    a gold passage that it did not find has none."""
 
     passage_id: str
     text: str

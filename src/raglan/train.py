@@ -3,7 +3,8 @@
     runs/<name>/stages/<stage>-<fingerprint>/
         work/         the trainer's checkpoints; a rerun goes on from the last whole one
         log.json      learning curves
-    data/         the rows of an instruction mix, readable (`raglan.datapoints`); misfits.jsonl, those that do not fit
+        data/         the rows of an `answer` stage, readable (`raglan.datapoints`), if it does not learn whole files of rows
+        misfits.jsonl   rows of an instruction mix that do not fit
         result/       what learned: generator/, query_encoder/, passage_encoder/ with its knowledge/, prior/;
                     and manifest.json, written last
     runs/<name>/scores/   language-model scores (lsr), shared by all settings that do not change them
@@ -448,7 +449,7 @@ def _answer(
     examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
-    rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
+    rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed, keep=stage.folder / "data")
     held_out: Sequence[Any] = []
     if data.dev is not None:
         answered = [e for e in load_examples(data.dev, corpus, limit=500, seed=recipe.seed) if e.answers]

@@ -109,9 +109,13 @@ def export_pairs(
 
 def write_rows(
     rows: Sequence[dict[str, Any]], meta: Sequence[dict[str, Any]], path: Path, form: Form, *, lengths: Lengths | None = None,
-    left_out: int = 0, why: str = "raw text, or two answers that are the same",
+    left_out: int = 0, why: str = "raw text, or two answers that are the same", hint: str = "mend these rows first",
 ) -> Written:  # fmt: skip
     """Write rows and what belongs to them, if the rows keep the rules of their form; else nothing appears.
+
+    Args:
+        meta: line for line; none at all, and no file beside.
+        hint: what to do about faults.
 
     Raises:
         CorpusError: no rows, or faults; all of them are told.
@@ -125,8 +129,9 @@ def write_rows(
         log.warning("%d rows are left out: %s", left_out, why)
     texts = [[_line(line, number) for number, line in enumerate(lines, 1)] for lines in (rows, meta)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = [place.with_name(place.name + ".part") for place in (path, meta_path(path))]
-    for place, lines in zip(half, texts, strict=True):
+    places = (path, meta_path(path)) if meta else (path,)
+    half = [place.with_name(place.name + ".part") for place in places]
+    for place, lines in zip(half, texts, strict=False):
         with open(place, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(lines)
     faults = check_file(half[0], form, lengths=lengths)
@@ -135,11 +140,9 @@ def write_rows(
         for place in half:
             place.unlink()
         told = "\n".join(f"line {fault.line}: {fault.text}" if fault.line else fault.text for fault in errors)
-        raise CorpusError(
-            f"{path} is not written, for it would break the rules of {form}:\n{told}", hint="mend these rows first"
-        )
-    os.replace(half[1], meta_path(path))
-    os.replace(half[0], path)
+        raise CorpusError(f"{path} is not written, for it would break the rules of {form}:\n{told}", hint=hint)
+    for place, whole in reversed(list(zip(half, places, strict=True))):  # the file itself last
+        os.replace(place, whole)
     return Written(path, len(rows), left_out, tuple(fault for fault in faults if fault.level == "warning"))
 
 

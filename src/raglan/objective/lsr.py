@@ -37,7 +37,7 @@ from raglan.metrics import answer_recall, mrr, recall
 from raglan.objective.base import Objective
 from raglan.objective.staleness import Refresher, StaleRetriever, encoded_anew, refresh_due
 from raglan.recipe import LsrObjective as LsrSettings
-from raglan.recipe import StalenessSettings
+from raglan.recipe import StalenessSettings, TargetSettings
 from raglan.records import Example
 from raglan.retriever import Retriever
 
@@ -192,13 +192,8 @@ class LsrObjective(Objective):
         if not rows:
             return
         targets, priors = self.entropies(rows[:LOOKED_AT])
-        settings = self.settings
-        flat = float((targets > FLAT).float().mean())
-        if settings.loss == "divergence" and flat > 0.5:
-            log.warning(
-                "%.0f %% of the lsr targets are flat (target %s, tau %s): they teach nothing. Lower tau, or use mean_prob.",
-                100 * flat, settings.target, settings.tau,
-            )  # fmt: skip
+        if self.settings.loss == "divergence":
+            self._look_at_targets(rows[:LOOKED_AT], targets > FLAT)
         for share, what, hint in (
             (float((priors > 0.98).float().mean()), "flat", "lower"),
             (float((priors < 0.02).float().mean()), "certain", "raise"),
@@ -207,6 +202,21 @@ class LsrObjective(Objective):
                 log.warning(
                     "%.0f %% of the retriever's distributions over candidates are %s with gamma %g: %s objective.gamma.",
                     100 * share, what, self.gamma, hint,
+                )  # fmt: skip
+
+    def _look_at_targets(self, rows: Sequence[LsrRow], flat: Tensor) -> None:
+        """Warn of each target that is flat for most of its own rows. flat: (n,)."""
+        own = self.settings.corpus_halves
+        halves = torch.tensor([own is not None and row.source == CORPUS_HALVES for row in rows])
+        judged: list[tuple[Tensor, LsrSettings | TargetSettings, str]] = [(~halves, self.settings, "objective")]
+        judged += [(halves, own, "objective.corpus_halves")] if own is not None else []
+        for where, settings, key in judged:
+            share = float(flat[where].float().mean()) if where.any() else 0.0
+            if share > 0.5:
+                log.warning(
+                    "%.0f %% of %d lsr targets of %s are flat (target %s, tau %s): they teach nothing. Lower its tau%s.",
+                    100 * share, int(where.sum()), key, settings.target, settings.tau or 0.01,
+                    ", or use mean_prob" if settings.target == "prob" else "",
                 )  # fmt: skip
 
     @torch.no_grad()
