@@ -30,10 +30,12 @@ from raglan.perturb import Slot
 from raglan.recipe import EndpointSettings, MoneySettings, Recipe
 from raglan.records import Passage
 from raglan.synthesis import Plan, factors_of, make_plan
+from raglan.synthesis.desk import Desk as Checking
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.endpoint.asking import sources
 from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
+from raglan.verification import Verified, Verifier, Written
 from test_cli import run
 
 HERE = Path(__file__).parent
@@ -454,7 +456,7 @@ def test_an_estimate_keeps_its_sample_and_holds_the_cost(desk: Desk, plan: Plan,
     with desk.engine() as engine:
         teacher = EndpointTeacher(engine, plan, factors_of(asked)[0])
         jobs = [Job(cell) for cell in plan.cells]
-        found = teacher.estimate(jobs, show, sample=12)
+        found = Checking(teacher, show).estimate(jobs, engine, stratum=teacher.stratum, sample=12)
         assert (found.cells, found.sampled, found.acceptance) == (30, 12, 1.0)
         assert set(found.steps) == {"brainstorm", "draft", "passages", "beside", "answer"}
         sent = len(desk.asked)
@@ -465,12 +467,18 @@ def test_an_estimate_keeps_its_sample_and_holds_the_cost(desk: Desk, plan: Plan,
         assert found.low <= engine.journal.ledger.spent <= found.high
 
 
+class Even(Verifier):
+    """Accepts the examples of cells with even numbers."""
+
+    def verify(self, one: Written) -> Verified:
+        return Verified(one, (), "odd" if int(one.id.partition("-")[0]) % 2 else "")
+
+
 def test_an_estimate_heeds_what_would_be_kept(desk: Desk, plan: Plan, asked: Recipe) -> None:
     with desk.engine() as engine:
         teacher = EndpointTeacher(engine, plan, factors_of(asked)[0])
-        found = teacher.estimate(
-            (Job(cell) for cell in plan.cells), show, sample=12, accepts=lambda made: made.sheet.draft.job.cell.number % 2 == 0
-        )
+        jobs = (Job(cell) for cell in plan.cells)
+        found = Checking(teacher, show, Even()).estimate(jobs, engine, stratum=teacher.stratum, sample=12)
     assert 0 < found.acceptance < 1
     assert found.attempts > 30
 
@@ -483,7 +491,8 @@ def test_an_estimate_counts_what_fails_before_any_call(desk: Desk, tmp_path: Pat
     alone = sum(sources(cell) == 2 for cell in plan.cells)
     with desk.engine() as engine:
         teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=Corpus(tmp_path))
-        found = teacher.estimate([Job(cell) for cell in plan.cells], show, sample=24)
+        jobs = [Job(cell) for cell in plan.cells]
+        found = Checking(teacher, show).estimate(jobs, engine, stratum=teacher.stratum, sample=24)
     assert alone > 1
     assert (found.sampled, round(24 * found.acceptance)) == (24, 24 - alone)
 

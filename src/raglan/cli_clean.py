@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,24 +145,34 @@ def verify(
             help="A check without which an example may stay, as support where no answer is known.", show_default=False
         ),
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe whose synthesis.verify says who tells of support.", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="A judge's calls may cost what they cost, without a cap.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check written examples against the passages that they show. Exits with 1 if any rejected one stays."""
-    from raglan.verification import Verified, Verifier, funnel, read_written
+    from raglan.verification import Verified, funnel, read_written
+    from raglan.verification.judge import pieces
 
-    verifier = Verifier(may_be_missing=tuple(may_be_missing or ()))
     made: list[Verified] = []
     kept: list[dict[str, Any]] = []
     out: list[dict[str, Any]] = []
-    for row, written in read_written(file):
-        found = verifier.verify(written)
-        made.append(found)
-        failed = [verdict for verdict in found.verdicts if verdict.outcome in ("fail", "missing")]
-        (kept if found.accepted else out).append(
-            row if found.accepted else {**row, "rejected": found.reason, "detail": failed[0].detail}
-        )
-        if not as_json and not found.accepted:
-            typer.echo(f"{written.id}  {found.reason}" + (f": {failed[0].detail}" if failed[0].detail else ""))
+    with ExitStack() as stack:
+        verifier, together = _verifier(recipe, tuple(may_be_missing or ()), stack, yes=yes)
+        for part in pieces(read_written(file), together):
+            judged, stopped = verifier.verify_all(written for _, written in part)
+            if stopped is not None:
+                raise stopped
+            for (row, written), found in zip(part, judged, strict=True):
+                assert found is not None, "nothing waits where nothing stopped"
+                made.append(found)
+                failed = [verdict for verdict in found.verdicts if verdict.outcome in ("fail", "missing")]
+                (kept if found.accepted else out).append(
+                    row if found.accepted else {**row, "rejected": found.reason, "detail": failed[0].detail}
+                )
+                if not as_json and not found.accepted:
+                    typer.echo(f"{written.id}  {found.reason}" + (f": {failed[0].detail}" if failed[0].detail else ""))
     for path, rows in ((output, kept), (rejects, out)):
         if path is not None:
             _write_rows(path, iter(rows))
@@ -170,6 +182,26 @@ def verify(
     console.print(f"{told['examples']} examples, {told['accepted']} accepted; {_counted(told['rejected'], 'rejected')}")
     if out and output is None:
         raise typer.Exit(1)
+
+
+def _verifier(recipe: Path | None, may_be_missing: tuple[Any, ...], stack: ExitStack, *, yes: bool) -> tuple[Any, int]:
+    """The checks that need no model, or those of a recipe; and how many examples are checked together."""
+    from raglan.synthesis.checks import open_checks, open_journal, prices
+    from raglan.synthesis.desk import PIECE
+    from raglan.synthesis.endpoint import check_consent
+    from raglan.verification import Verifier
+
+    settings = load_recipe(recipe) if recipe is not None else None
+    if settings is None or settings.synthesis is None:
+        if settings is not None:
+            raise RecipeError(f"{recipe} has no `synthesis`", hint="synthesis.verify.support says who tells of support")
+        return Verifier(may_be_missing=may_be_missing), PIECE
+    asked = settings.synthesis
+    costs = prices(asked, support_only=True)
+    check_consent(asked, costs, yes=yes)
+    checks = open_checks(settings, open_journal(asked, stack) if costs else None, stack, recall=False)
+    missing = (*checks.verifier.may_be_missing, *may_be_missing)
+    return replace(checks.verifier, may_be_missing=missing), checks.piece
 
 
 def _embed(encoder: str | EncoderSettings | None) -> Any:

@@ -27,6 +27,8 @@ def synthesis_tables(folder: Path) -> list[GridTable]:
     funnel = [["requested", str(told["requested"])], ["attempts", str(told["funnel"]["attempts"])]]
     funnel += [[f"rejected, {reason}", str(count)] for reason, count in told["funnel"].items() if reason != "attempts"]
     funnel += [["kept", str(told["kept"])]]
+    funnel += [[f"supported, by {who}", str(count)] for who, count in told.get("support", {}).items() if who != "n/a"]
+    funnel += [["known without passages", str(told["closed_book"]["known"])]] if told.get("closed_book") else []
     funnel += [[f"in {name}", str(count)] for name, count in told.get("splits", {}).items()]
     kept = GridTable(f"Synthetic examples, written by “{told['teacher']}”", ["", "examples"], funnel, {})
     rows: list[list[str]] = []

@@ -23,10 +23,11 @@ from raglan.calls.asks import Ask, Outcome, Usage
 from raglan.calls.engine import CallEngine
 from raglan.errors import GeneratorError
 
-__all__ = ["Cell", "Estimate", "Step", "draw_sample", "estimate", "extrapolate", "share_out"]
+__all__ = ["Cell", "Estimate", "Step", "draw_sample", "estimate", "extrapolate", "reckon", "share_out"]
 
 SAMPLE, RESAMPLES, Z = 24, 10_000, 1.96
 T = TypeVar("T")
+Told = tuple[bool, Mapping[str, tuple[str, int]]]  # whether a cell was accepted; its calls: key → (step, cells it serves)
 
 
 @dataclass
@@ -83,8 +84,7 @@ class Estimate:
 def estimate(
     engine: CallEngine, asks: Iterable[Ask], *, stratum: Callable[[Ask], str] = lambda ask: ask.step,
     follow: Callable[[Outcome], Iterable[Ask]] | None = None,
-    accepted: Callable[[Outcome], bool] = lambda outcome: outcome.cls == "ok", shared: Callable[[Ask], int] | None = None,
-    sample: int = SAMPLE, seed: int = 0, planned: Mapping[str, int] | None = None, lost: Sequence[str] = (),
+    accepted: Callable[[Outcome], bool] = lambda outcome: outcome.cls == "ok", sample: int = SAMPLE, seed: int = 0,
 ) -> Estimate:  # fmt: skip
     """Run a stratified sample of cells, and say what all of them will cost. The sample's replies are kept.
 
@@ -93,42 +93,49 @@ def estimate(
         stratum: what kind of cell an ask begins.
         follow: as in `CallEngine.run`.
         accepted: whether an outcome lets its cell be accepted.
-        shared: how many of all cells an ask serves; each of them bears its part of the cost. Default one.
-        planned: cells of each stratum, where `asks` is a sample of them already, as `draw_sample` gives; all of it is run.
-        lost: strata of sampled cells that came to nothing before any call.
 
     Raises:
         CallsStopped: as `CallEngine.run`. GeneratorError: no cell was accepted, so there is nothing to reckon with.
     """
-    if planned is None:
-        planned, drawn = draw_sample(asks, stratum, sample, seed=seed)
-    else:
-        drawn = [(stratum(ask), ask) for ask in asks]
-    serves = shared or (lambda _: 1)
-    cells: list[Cell] = []
-    keys: list[dict[str, tuple[str, int]]] = []
-    of: dict[int, int] = {}
-    for name, ask in drawn:
-        of[id(ask)] = len(cells)
-        cells.append(Cell(name))
-        keys.append({engine.key(ask): (ask.step, serves(ask))})
-    held = [ask for _, ask in drawn]  # ids stay their own as long as the asks are held
 
-    def next_asks(outcome: Outcome) -> list[Ask]:
-        number = of[id(outcome.ask)]
-        cells[number].accepted &= accepted(outcome)
-        further = list(follow(outcome)) if follow is not None else []
-        held.extend(further)
-        of.update({id(ask): number for ask in further})
-        keys[number].update({engine.key(ask): (ask.step, serves(ask)) for ask in further})
-        return further
+    def run(drawn: Sequence[Ask]) -> list[Told]:
+        good, keys = [True] * len(drawn), [{engine.key(ask): (ask.step, 1)} for ask in drawn]
+        held = list(drawn)  # ids stay their own as long as the asks are held
+        of = {id(ask): number for number, ask in enumerate(drawn)}
 
-    for _ in engine.run(list(held), follow=next_asks):
-        pass
-    _price(engine, cells, keys)
-    cells += [Cell(name, accepted=False) for name in lost]
-    found = extrapolate(cells, planned, seed=seed)
-    return _timed(found, engine)
+        def next_asks(outcome: Outcome) -> list[Ask]:
+            number = of[id(outcome.ask)]
+            good[number] &= accepted(outcome)
+            further = list(follow(outcome)) if follow is not None else []
+            held.extend(further)
+            of.update({id(ask): number for ask in further})
+            keys[number].update({engine.key(ask): (ask.step, 1) for ask in further})
+            return further
+
+        for _ in engine.run(list(drawn), follow=next_asks):
+            pass
+        return list(zip(good, keys, strict=True))
+
+    return reckon(engine, asks, run, stratum=stratum, sample=sample, seed=seed)
+
+
+def reckon(
+    engine: CallEngine, items: Iterable[T], run: Callable[[list[T]], Sequence[Told]], *, stratum: Callable[[T], str],
+    sample: int = SAMPLE, seed: int = 0,
+) -> Estimate:  # fmt: skip
+    """What all items will cost, from some that are really run; their calls may be of several engines over one journal.
+
+    Args:
+        run: items → of each whether it was accepted, and its calls: key → (step, how many of all items the call serves).
+
+    Raises:
+        CallsStopped: as `run`. GeneratorError: nothing was accepted.
+    """
+    planned, drawn = draw_sample(items, stratum, sample, seed=seed)
+    told = run([item for _, item in drawn])
+    cells = [Cell(name, accepted) for (name, _), (accepted, _) in zip(drawn, told, strict=True)]
+    _price(engine, cells, [keys for _, keys in told])
+    return _timed(extrapolate(cells, planned, seed=seed), engine)
 
 
 def extrapolate(cells: Sequence[Cell], planned: Mapping[str, int], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

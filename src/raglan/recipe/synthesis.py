@@ -8,13 +8,17 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
-from raglan.recipe.calls import EndpointSettings, MoneySettings
+from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings
 from raglan.recipe.knowledge import EncoderSettings
 
 __all__ = [
     "BudgetSettings",
+    "ClosedBookSettings",
+    "JudgeSupport",
+    "NliSupport",
     "OfflineTeacher",
     "PassageSettings",
+    "RulesSupport",
     "StepSettings",
     "SynthesisSettings",
     "VerifySettings",
@@ -70,9 +74,49 @@ class WritingSettings(Settings):
     )
 
 
+class RulesSupport(Settings):
+    """Support by strings alone: an alias of the answer stands in the answer and in a passage that is no noise."""
+
+    kind: Literal["rules"] = "rules"
+
+
+class NliSupport(Settings):
+    """An entailment model on this machine for what strings do not tell: each sentence must follow from one passage."""
+
+    kind: Literal["nli"]
+    model: Path = Field(description="The folder of a transformers model that classifies pairs; a label of it says entailment.")
+    entailed: float = Field(0.5, gt=0, lt=1, description="Probability of entailment from which on a sentence is supported.")
+    batch_size: int = Field(16, ge=1, description="Pairs at a time.")
+
+
+class JudgeSupport(Settings):
+    """A chat model that is shown the passages, for what strings do not tell. Its calls share journal and cap."""
+
+    kind: Literal["judge"]
+    endpoint: EndpointSettings | None = Field(None, description="Who is asked; default the teacher's server.")
+    price: PriceSettings | Literal["free"] | None = Field(None, description="What it costs; default synthesis.money.price.")
+    max_tokens: int = Field(300, ge=1, description="Longest reply: a reason and a verdict.")
+    nli: NliSupport | None = Field(None, description="An entailment model that is asked first: what it passes costs nothing.")
+    guard: bool = Field(True, description="Where no answer is a string, ask it, too, whether a noise passage answers.")
+
+
+class ClosedBookSettings(Settings):
+    """Which examples are answered right without passages: an example that needs none teaches nobody to read them."""
+
+    what: Literal["tag", "drop"] = Field("tag", description="What becomes of one that every draw answers right.")
+    endpoint: EndpointSettings | None = Field(None, description="Who is asked; default the recipe's generator, here.")
+    price: PriceSettings | Literal["free"] | None = Field(None, description="What it costs; default synthesis.money.price.")
+    draws: int = Field(2, ge=1, le=2, description="Answers a question: in two wordings here, drawn at temperature 1 there.")
+    max_tokens: int = Field(48, ge=1, description="Longest answer.")
+
+
 class VerifySettings(Settings):
     """What must hold of a written example. The checks that need no model always run."""
 
+    support: Annotated[RulesSupport | NliSupport | JudgeSupport, Field(discriminator="kind")] = Field(
+        RulesSupport(), description="Who tells whether passages support an answer where no alias of it does."
+    )
+    closed_book: ClosedBookSettings | None = Field(None, description="Ask what was accepted without its passages, too.")
     may_be_missing: tuple[Literal["support"], ...] = Field(
         (), description="Checks that do not reject where nothing is there that could tell, as where no short answer is known."
     )
@@ -136,6 +180,13 @@ class SynthesisSettings(Settings):
     split: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {"train": 0.9, "dev": 0.1}, description="Split → share of the groups, which are tied by document; {} makes no split."
     )
+
+    @model_validator(mode="after")
+    def _somebody_judges(self) -> SynthesisSettings:
+        support = self.verify.support
+        if isinstance(support, JudgeSupport) and support.endpoint is None and not isinstance(self.teacher, EndpointSettings):
+            raise ValueError("verify.support is a judge without an endpoint, and the teacher has none that it could share")
+        return self
 
     @field_validator("weights")
     @classmethod

@@ -127,7 +127,9 @@ class Assembler:
         self._varied: set[str] = set()
 
     @classmethod
-    def open(cls, recipe: Recipe, *, evidence: Sequence[Passage] = (), answers: Sequence[str] = ()) -> Assembler:
+    def open(
+        cls, recipe: Recipe, *, evidence: Sequence[Passage] = (), answers: Sequence[str] = (), judge: Judge | None = None
+    ) -> Assembler:
         """Over the recipe's knowledge base, all indexes that it deals, and the tokenizer of synthesis.budget.
 
         Raises:
@@ -144,7 +146,7 @@ class Assembler:
         tokenizer = open_tokenizer(asked.budget.tokenizer or recipe.generator.model)
         chat = recipe.prompt.layout in ("auto", "chat") and bool(getattr(tokenizer, "chat_template", None))
         retrievers = {name: first.by(name) for name in every}
-        return cls(base.corpus, retrievers, asked, tokenizer, chat=chat, evidence=evidence, answers=answers)
+        return cls(base.corpus, retrievers, asked, tokenizer, chat=chat, evidence=evidence, answers=answers, judge=judge)
 
     def show(self, draft: Draft) -> Sheet | Reject:
         """The draft's passages as they are shown, and the prompt.

@@ -6,6 +6,7 @@
     policy, withheld            where gold is absent: what the answer does; the passages that would have answered
     passages                    as shown, in their order: id, document, title, text and the slot's record
     target                      what is learned
+    support, closed_book        who told that it is supported; how many draws without passages were right
     job                         the job of a reader that a from-scratch example was written for
 
 Splits, duplicates, decontamination, exports and training read it.
@@ -13,6 +14,7 @@ Splits, duplicates, decontamination, exports and training read it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -27,8 +29,11 @@ __all__ = ["example_of"]
 PLACED = ("number", "seed", "positions", "noise")  # of a cell: where and how, not what was asked for
 
 
-def example_of(made: Made, *, teacher: str, corpus: Corpus | None = None) -> Example:
-    """The record of a made example; `relevant` names gold that is shown and is in the corpus, or was changed from what is."""
+def example_of(made: Made, *, teacher: str, corpus: Corpus | None = None, checked: Mapping[str, Any] | None = None) -> Example:
+    """The record of a made example; `relevant` names gold that is shown and is in the corpus, or was changed from what is.
+
+    `checked`: what the checks want kept.
+    """
     draft, sheet = made.sheet.draft, made.sheet
     job, cell = draft.job, draft.job.cell
     synth: dict[str, Any] = {
@@ -43,7 +48,7 @@ def example_of(made: Made, *, teacher: str, corpus: Corpus | None = None) -> Exa
         ]
     more = {
         "job": draft.about, "facts": list(draft.facts), "labels": list(draft.labels), "fields": list(draft.fields),
-        "seen": {**draft.seen, **made.seen},
+        "seen": {**draft.seen, **made.seen}, **(checked or {}),
     }  # fmt: skip
     synth |= {name: value for name, value in more.items() if value}
     gold = [name for slot in sheet.slots if slot.role == "gold" for name in (slot.parents or (slot.passage.id,))]

@@ -35,12 +35,14 @@ from raglan.progress import counting
 from raglan.recipe import DecontaminateSettings, Recipe, SynthesisSettings
 from raglan.records import Example
 from raglan.splits import Split, split_examples, write_split_file
-from raglan.synthesis.checked import reject_row, written_of
+from raglan.synthesis.checked import reject_row
 from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills
+from raglan.synthesis.desk import PIECE, Desk, Ended
 from raglan.synthesis.files import write_plan
 from raglan.synthesis.plan import Plan, make_plan
+from raglan.synthesis.recall import ClosedBook
 from raglan.synthesis.record import example_of
-from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
+from raglan.synthesis.writing import Job, Reject, Show, Teacher
 from raglan.verification import Verifier
 
 __all__ = ["KIND", "Done", "synthesize"]
@@ -48,7 +50,8 @@ __all__ = ["KIND", "Done", "synthesize"]
 log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
 Place = tuple[int, int]  # cell, ordinal
-RUNNING = ("money", "path", "calls")  # settings that change no example
+RUNNING = ("money", "path", "calls")  # settings that change no example, and of a server these:
+OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Done:
 
 def synthesize(
     recipe: Recipe, teacher: Teacher, show: Show, *, plan: Plan | None = None, verifier: Verifier | None = None,
-    corpus: Corpus | None = None, embed: Embed | None = None, embed_questions: Embed | None = None,
+    recall: ClosedBook | None = None, piece: int = PIECE, corpus: Corpus | None = None, embed: Embed | None = None,
+    embed_questions: Embed | None = None,
     corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
     ignores: Sequence[str] = (), inputs: Mapping[str, Any] | None = None, sources: Mapping[str, str] | None = None,
 ) -> Done:  # fmt: skip
@@ -74,6 +78,8 @@ def synthesize(
     Args:
         plan: default the recipe's, without what the teacher cannot write.
         verifier: default the checks that need no model, as `synthesis.verify` sets them.
+        recall: asks what was accepted without its passages.
+        piece: examples that a paid judge is asked about together.
         corpus: finds out which gold passages are in the knowledge base.
         embed: n texts → (n,D) vectors of length 1, to compare the meaning of questions among each other;
             `embed_questions` with those of evaluation sets.
@@ -102,7 +108,8 @@ def synthesize(
     write_plan(plan, folder / "plan")
     (folder / MANIFEST).unlink(missing_ok=True)
     with _Rows(folder / "made.jsonl.part") as rows:
-        run = _Run(plan, teacher, show, verifier, rows, corpus, embed, embed_questions, sets, missing, near)
+        desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
+        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near)
         stopped = run.write()
         told = run.keep(folder, settings, recipe.seed, ignores)
     (folder / "made.jsonl.part").unlink()
@@ -120,8 +127,10 @@ def synthesize(
 def _content(settings: SynthesisSettings) -> dict[str, Any]:
     """The settings that say what is written, without those that only say how fast and for how much."""
     told = settings.model_dump(mode="json", exclude=set(RUNNING))
-    running = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env")
-    told["teacher"] = {key: value for key, value in (told.get("teacher") or {}).items() if key not in running}
+    verify = told["verify"]
+    for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
+        if name in owner:
+            owner[name] = {key: value for key, value in (owner[name] or {}).items() if key not in OF_A_SERVER}
     return told
 
 
@@ -161,9 +170,7 @@ class _Run:
     """One run while it lasts."""
 
     plan: Plan
-    teacher: Teacher
-    show: Show
-    verifier: Verifier
+    desk: Desk
     rows: _Rows
     corpus: Corpus | None
     embed: Embed | None
@@ -176,6 +183,7 @@ class _Run:
         self.attempts: dict[Place, Attempt] = {}  # as the teacher and the checks left them
         self.settled: dict[Place, Attempt] = {}  # and after duplicates and leaks
         self.late: dict[Place, Reject] = {}  # of these
+        self.told: dict[Place, dict[str, Any]] = {}  # of the accepted: by whom, and whether it is known without passages
         self.leakage = Leakage()
 
     def write(self) -> str:
@@ -192,32 +200,34 @@ class _Run:
     def _round(self, jobs: Sequence[Job], label: str) -> str:
         try:
             with counting(len(jobs), label) as more:
-                for result in self.teacher.write(jobs, self.show):
-                    self._take(result)
+                for ended in self.desk.ends(jobs):
+                    self._take(ended)
                     more(1)
         except CallsStopped as fault:
             log.warning("%s", fault)
             return f"{fault.reason}: {fault.message}"
         return ""
 
-    def _take(self, result: Made | Reject) -> None:
+    def _take(self, ended: Ended) -> None:
+        job, result = ended.job, ended.result
         if isinstance(result, Reject):
-            self._attempted(result.job, reason=f"{result.step}: {result.reason}")
-            self.rows.reject(_place(result.job), reject_row(result))
+            self._attempted(job, reason=f"{result.step}: {result.reason}")
+            self.rows.reject(_place(job), reject_row(result))
             return
-        job, query = result.sheet.draft.job, result.sheet.draft.query
-        verified = self.verifier.verify(written_of(result))
-        if verified.accepted:
+        query = result.sheet.draft.query
+        if ended.accepted:
             self._attempted(job, query=query)
-            self.rows.add(_place(job), example_of(result, teacher=self.teacher.name, corpus=self.corpus))
+            self.told[_place(job)] = ended.told()
+            example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
+            self.rows.add(_place(job), example)
             return
-        failed = next(verdict for verdict in verified.verdicts if verdict.outcome in ("fail", "missing"))
-        self._attempted(job, reason=f"verify: {verified.reason}", query=query)
-        self.rows.reject(_place(job), reject_row(Reject(job, "verify", verified.reason, failed.detail, result.target), query))
+        reason, detail = ended.why()
+        self._attempted(job, reason=f"verify: {reason}", query=query)
+        self.rows.reject(_place(job), reject_row(Reject(job, "verify", reason, detail, result.target), query))
 
     def _attempted(self, job: Job, *, reason: str | None = None, query: str = "") -> None:
         if _place(job) in self.attempts:
-            raise RuntimeError(f"teacher {self.teacher.name} gave job {job.id} back twice")
+            raise RuntimeError(f"teacher {self.desk.teacher.name} gave job {job.id} back twice")
         self.attempts[_place(job)] = Attempt(*_place(job), reason, query)
 
     def _settle(self) -> None:
@@ -265,9 +275,20 @@ class _Run:
         assert complete(told) == (len(stayed) == len(self.plan.cells))
         return {
             "requested": told["requested"], "kept": told["kept"], "attempts": told["attempts"], "surplus": told["surplus"],
-            "funnel": told["funnel"], "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
+            "funnel": told["funnel"], **self._checked(stayed),
+            "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
             "largest_group": None if split is None else round(split.largest, 4),
         }  # fmt: skip
+
+    def _checked(self, stayed: Sequence[Place]) -> dict[str, Any]:
+        """Who said that the kept ones are supported, and how many of them need no passage."""
+        told = [self.told[place] for place in stayed]
+        recalled = [own["closed_book"] for own in told if "closed_book" in own]
+        support = dict(sorted(Counter(own["support"] for own in told).items()))
+        if self.desk.recall is None:
+            return {"support": support}
+        known = sum(own["right"] == own["draws"] > 0 == own.get("missing", 0) for own in recalled)
+        return {"support": support, "closed_book": {"asked": len(recalled), "known": known}}
 
     def _split(self, stayed: Sequence[Place], shares: Mapping[str, float], seed: int) -> Split | None:
         """By document. Only what ties examples is held, not what they say."""

@@ -4,12 +4,13 @@
     offline      rules over the knowledge base (`synthesis.teacher: {kind: offline}`)
     endpoint     a model behind a server (`{kind: endpoint, …}`): with a cap, or a yes to what `forecast` tells
 
+Beside it the checks of `synthesis.verify`: an entailment model, a judge, the closed book (`checks`). All calls share a journal.
 The knowledge base must be built; evidence comes from its indexes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +20,22 @@ import numpy as np
 
 from raglan.artifact import file_fingerprint
 from raglan.calls.estimate import SAMPLE, Estimate
+from raglan.calls.journal import Journal
 from raglan.dedupe import Embed
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
-from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe
+from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe, SynthesisSettings
 from raglan.records import Passage
-from raglan.synthesis.checked import written_of
-from raglan.synthesis.endpoint import check_consent, cost, open_endpoint
+from raglan.synthesis.checks import open_checks, open_journal, prices
+from raglan.synthesis.desk import Desk
+from raglan.synthesis.endpoint import EndpointTeacher, check_consent, cost, open_endpoint
 from raglan.synthesis.evidence import Assembler
 from raglan.synthesis.offline import CANNOT, Offline
 from raglan.synthesis.plan import Plan, make_plan
 from raglan.synthesis.questions import open_questions
 from raglan.synthesis.run import Done, synthesize
-from raglan.synthesis.writing import Job, Made, Teacher
-from raglan.verification import Verifier
+from raglan.synthesis.writing import Job, Teacher
 
 __all__ = ["Opened", "forecast", "open_teacher", "run"]
 
@@ -46,7 +48,6 @@ class Opened:
         evidence, answers: of other questions, for noise and false values.
         ignores: factors that it does not heed.
         inputs: names of what else its texts follow from. sources: of its questions.
-        cost: what its calls have cost so far.
     """
 
     teacher: Teacher
@@ -56,7 +57,6 @@ class Opened:
     ignores: Sequence[str] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
-    cost: Callable[[], Mapping[str, Any]] | None = None
 
 
 def run(recipe: Recipe, *, yes: bool = False) -> Done:
@@ -74,19 +74,19 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
             "synthesis names no teacher, so a plan is all that can be made",
             hint="say so: --plan; or synthesis.teacher.kind=offline",
         )
-    if recipe.synthesis is not None and isinstance(recipe.synthesis.teacher, EndpointSettings):
-        check_consent(recipe.synthesis, yes=yes)
+    asked = _asked(recipe)
+    check_consent(asked, prices(asked), yes=yes)
     base = KnowledgeBase.open(recipe.knowledge.path)
     with ExitStack() as stack:
-        opened = open_teacher(recipe, base, stack)
-        asked = recipe.synthesis
-        assert asked is not None
-        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers)
+        journal = open_journal(asked, stack) if prices(asked) else None
+        opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
+        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
         near = recipe.decontaminate.encoder if recipe.decontaminate is not None else None
         return synthesize(
-            recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
-            embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores, cost=opened.cost,
-            inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
+            recipe, opened.teacher, assembler.show, plan=opened.plan, verifier=checks.verifier, recall=checks.recall,
+            piece=checks.piece, corpus=base.corpus, embed=_embed(asked.dedupe), embed_questions=_embed(near),
+            corpus_at=_corpus_at, ignores=opened.ignores, cost=None if journal is None else lambda: cost(journal),
+            inputs={"knowledge": base.version, **opened.inputs, **checks.inputs}, sources=opened.sources,
         )  # fmt: skip
 
 
@@ -94,28 +94,40 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     """What all calls will cost. A sample of the cells is really run, paid, checked, and kept for `run`.
 
     Raises:
-        RecipeError: the teacher makes no calls. CallsStopped: a cap, a refused key.
+        RecipeError: neither teacher nor checks make calls. CallsStopped: a cap, a refused key.
         GeneratorError: nothing of the sample was accepted.
     """
-    asked = recipe.synthesis
-    if asked is None or not isinstance(asked.teacher, EndpointSettings):
+    asked = _asked(recipe)
+    if not prices(asked):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
-    base, verifier = KnowledgeBase.open(recipe.knowledge.path), Verifier(may_be_missing=asked.verify.may_be_missing)
-    plan, assembler = make_plan(recipe), Assembler.open(recipe)
+    base = KnowledgeBase.open(recipe.knowledge.path)
+    with ExitStack() as stack:
+        journal = open_journal(asked, stack)
+        opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
+        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
+        desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
+        paid = opened.teacher if isinstance(opened.teacher, EndpointTeacher) else None
+        engine = checks.engine if paid is None else paid.engine
+        assert engine is not None, "somebody has a price"
+        return desk.estimate(
+            (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
+            seed=recipe.seed,
+        )  # fmt: skip
 
-    def accepts(made: Made) -> bool:
-        return verifier.verify(written_of(made)).accepted
 
-    with open_endpoint(recipe, plan, base.corpus) as teacher:
-        jobs = (Job(cell) for cell in plan.cells)
-        return teacher.estimate(jobs, assembler.show, accepts=accepts, sample=sample, seed=recipe.seed)
+def _task(job: Job) -> str:
+    return job.cell.task
 
 
-def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack) -> Opened:
-    """Who writes, by the recipe; `stack` closes what has to be. Raises RecipeError: nobody is named, or two are."""
-    asked = recipe.synthesis
-    if asked is None:
+def _asked(recipe: Recipe) -> SynthesisSettings:
+    if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
+    return recipe.synthesis
+
+
+def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack, *, journal: Journal | None = None) -> Opened:
+    """Who writes, by the recipe; `stack` closes what has to be. Raises RecipeError: nobody is named, or two are."""
+    asked = _asked(recipe)
     if asked.questions is not None and asked.teacher is not None:
         raise RecipeError("synthesis has both questions and a teacher", hint="make two datasets, and mix them when training")
     if asked.questions is not None:
@@ -129,8 +141,8 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack) -> Opene
         return Opened(rules, plan, rules.evidence, rules.answers, rules.ignores)
     if isinstance(asked.teacher, EndpointSettings):
         plan = make_plan(recipe)
-        model = stack.enter_context(open_endpoint(recipe, plan, base.corpus))
-        return Opened(model, plan, inputs={"writing": model.fingerprint}, cost=lambda: cost(model.engine))
+        model = stack.enter_context(open_endpoint(recipe, plan, base.corpus, journal=journal))
+        return Opened(model, plan, inputs={"writing": model.fingerprint})
     raise RecipeError("synthesis names no teacher, so there is only a plan", hint="synthesis.teacher.kind=offline, or --plan")
 
 

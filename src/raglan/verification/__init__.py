@@ -6,7 +6,8 @@ Support is asked of three, each only where the one before cannot tell:
 
     string   an alias of the answer stands in the target and in a passage that is no noise
     nli      every sentence of the target is entailed by a passage that is no noise
-    judge    a model that is shown the question, the answer and all passages says yes or no
+    judge    a model that is shown the question, the answer and all passages says yes or no; a `PaidJudge` also says whether
+             the answer agrees with the facts that the question was made from
 
 A verdict is `pass`, `fail`, `missing` (the verifier failed, or none is there that could tell) or `n/a`. `missing` is never a
 pass: it rejects, unless its check is named as one that may be missing, and is counted either way. The first check that fails
@@ -18,11 +19,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
 from raglan.verification.checks import CLOSED, FREE, YES_NO, Verdict, concluded, holds
+from raglan.verification.judge import PaidJudge, Waits, settled
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -31,11 +33,13 @@ __all__ = [
     "ROLES",
     "Judge",
     "Nli",
+    "PaidJudge",
     "Shown",
     "Verdict",
     "Verified",
     "Verifier",
     "Written",
+    "answered",
     "funnel",
     "read_written",
 ]
@@ -72,6 +76,13 @@ class Judge:
                 f"the judge's template has no {' and no '.join(lacking)}", hint="who judges evidence must be shown the evidence"
             )
 
+    def verdict(self, one: Written) -> Verdict | None:
+        """Support by its yes or no; None for neither."""
+        says = self.supports(one)
+        if says is None:
+            return None
+        return Verdict("support", "pass", "judge") if says else Verdict("support", "fail", "judged_unsupported")
+
     def supports(self, one: Written) -> bool | None:
         """Its yes or no; None for a reply that is neither."""
         shown = "\n".join(
@@ -102,20 +113,46 @@ class Verifier:
     Attributes:
         nli: (premise, hypothesis) pairs → probabilities that the premise entails it.
         judge: asked last.
+        entailed: probability from which on a sentence follows.
         may_be_missing: checks whose `missing` does not reject.
     """
 
     nli: Nli | None = None
-    judge: Judge | None = None
+    judge: Judge | PaidJudge | None = None
     may_be_missing: Collection[str] = ()
+    entailed: float = ENTAILED
 
     def __post_init__(self) -> None:
         for name in self.may_be_missing:
             if name not in CHECKS:
                 raise RecipeError(f"no check is called {name!r}; checks are {', '.join(CHECKS)}")
 
+    def verify_all(self, ones: Iterable[Written], *, settle: bool = True) -> tuple[list[Verified | None], CallsStopped | None]:
+        """All checks of several examples, whose judgements are asked for together.
+
+        Args:
+            settle: ask; else only what the journal knows is judged.
+
+        Returns:
+            (in order, None where a judgement did not come before the calls stopped; why they did, if so)
+        """
+        given = list(ones)
+        found = [self._unless_waiting(one) for one in given]
+        stopped = settled(self.judge) if settle and isinstance(self.judge, PaidJudge) else None
+        return [known or self._unless_waiting(one) for one, known in zip(given, found, strict=True)], stopped
+
+    def _unless_waiting(self, one: Written) -> Verified | None:
+        try:
+            return self.verify(one)
+        except Waits:
+            return None
+
     def verify(self, one: Written) -> Verified:
-        """All checks of one example; `support` is `n/a` where another failed."""
+        """All checks of one example; `support` is `n/a` where another failed.
+
+        Raises:
+            Waits: a paid judge has to be asked first, as `verify_all` does. CallsStopped: another judge's calls.
+        """
         verdicts = []
         for name, check in FREE.items():
             outcome, reason, detail = check(one)
@@ -160,13 +197,10 @@ class Verifier:
         if len(scores) != len(said) * len(shown):
             return Verdict("support", "missing", "nli_failed", f"{len(scores)} scores for {len(said) * len(shown)} pairs")
         best = [max(scores[n * len(shown) : (n + 1) * len(shown)], default=0.0) for n in range(len(said))]
-        return Verdict("support", "pass", "nli") if best and min(best) >= ENTAILED else None
+        return Verdict("support", "pass", "nli") if best and min(best) >= self.entailed else None
 
     def _by_judge(self, one: Written) -> Verdict | None:
-        says = self.judge.supports(one) if self.judge is not None else None
-        if says is None:
-            return None
-        return Verdict("support", "pass", "judge") if says else Verdict("support", "fail", "judged_unsupported")
+        return self.judge.verdict(one) if self.judge is not None else None
 
 
 def _evidence(one: Written) -> list[str]:
@@ -197,6 +231,11 @@ def _said(one: Written) -> list[str]:
         return holds([concluded(one)], one.answers)
     given = words(one.target)[:1] if one.format == "yes_no" else words(one.target)
     return [answer for answer in one.answers if words(answer) == given]
+
+
+def answered(one: Written, text: str) -> bool:
+    """Whether another text than its target gives one of its answers, by the same rules."""
+    return bool(_said(replace(one, target=text)))
 
 
 def funnel(found: Iterable[Verified]) -> dict[str, object]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from raglan.calls import CallEngine
 from raglan.calls.estimate import Estimate
+from raglan.calls.journal import Journal
 from raglan.calls.money import dollars
 from raglan.corpus import Corpus
 from raglan.errors import RecipeError
@@ -25,8 +26,10 @@ __all__ = ["check_consent", "cost", "estimate_lines", "estimate_row", "open_endp
 
 
 @contextmanager
-def open_endpoint(recipe: Recipe, plan: Plan, corpus: Corpus | None) -> Iterator[EndpointTeacher]:
-    """The recipe's teacher, with its journal open.
+def open_endpoint(
+    recipe: Recipe, plan: Plan, corpus: Corpus | None, *, journal: Journal | None = None
+) -> Iterator[EndpointTeacher]:
+    """The recipe's teacher, with its journal open, or with one that is open already.
 
     Raises:
         RecipeError: `synthesis.teacher` is no endpoint, or there is no price. GeneratorError: the key's variable is not set.
@@ -36,15 +39,15 @@ def open_endpoint(recipe: Recipe, plan: Plan, corpus: Corpus | None) -> Iterator
     if asked is None or not isinstance(asked.teacher, EndpointSettings):
         raise RecipeError("synthesis.teacher is no endpoint", hint="teacher: {kind: endpoint, base_url: …, model: …}")
     folder = Path(asked.calls or asked.path / "calls")
-    with CallEngine(asked.teacher, folder, money=asked.money) as engine:
+    with CallEngine(asked.teacher, journal or folder, money=asked.money) as engine:
         yield EndpointTeacher(engine, plan, factors_of(recipe)[0], corpus=corpus, writing=asked.writing)
 
 
-def check_consent(settings: SynthesisSettings, *, yes: bool) -> None:
-    """Raises RecipeError where calls cost money and nobody said how much they may."""
-    if settings.money.price not in (None, "free") and settings.money.cap_usd is None and not yes:
+def check_consent(settings: SynthesisSettings, prices: Sequence[object], *, yes: bool) -> None:
+    """Raises RecipeError where calls cost money, one of `prices`, and nobody said how much they may."""
+    if any(price not in (None, "free") for price in prices) and settings.money.cap_usd is None and not yes:
         raise RecipeError(
-            "synthesis.money has a price and no cap_usd",
+            "calls have a price, and synthesis.money has no cap_usd",
             hint="--dry-run runs 24 cells and tells what all will cost; then set a cap, or say --yes",
         )
 
@@ -83,9 +86,9 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def cost(engine: CallEngine) -> dict[str, Any]:
+def cost(journal: Journal) -> dict[str, Any]:
     """The ledger, counted from the journal: of all runs that share it."""
-    ledger = engine.journal.ledger
+    ledger = journal.ledger
     rows = [asdict(row) for row in ledger.rows()]
     doubts = {"calls": ledger.doubts.calls, "nano_usd": ledger.doubts.nano}
     return {"calls": sum(row["calls"] for row in rows), "nano_usd": ledger.spent, "in_doubt": doubts, "rows": rows}

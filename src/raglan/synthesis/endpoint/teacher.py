@@ -18,7 +18,7 @@ journal has them: of a reply that was repaired, the repair's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,6 @@ from pydantic import BaseModel
 
 from raglan.artifact import fingerprint
 from raglan.calls import Ask, CallEngine, Outcome
-from raglan.calls.estimate import SAMPLE, Estimate, draw_sample, estimate
 from raglan.corpus import Corpus
 from raglan.errors import RecipeError
 from raglan.recipe import StepSettings, WritingSettings
@@ -79,6 +78,9 @@ class EndpointTeacher:
         factors: the words of the cells' values.
         corpus: where cells with `source: knowledge` have their passages; needed if there are any.
 
+    Attributes:
+        book: while somebody reckons with them, the calls of each job: its id → key → (step, cells that the call serves).
+
     Raises:
         RecipeError: such cells and no corpus, or too few documents for `writing.per_document`.
     """
@@ -95,6 +97,7 @@ class EndpointTeacher:
         self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs)
         if self._places.visits and corpus is None:
             raise RecipeError(f"{self._places.visits} cells have their passages from a corpus, and there is none")
+        self.book: dict[str, dict[str, tuple[str, int]]] | None = None
         self._begin()
 
     @cached_property
@@ -124,35 +127,6 @@ class EndpointTeacher:
             yield from self._results()
         yield from self._results()
 
-    def estimate(
-        self, jobs: Iterable[Job], show: Show, *, accepts: Callable[[Made], bool] | None = None, sample: int = SAMPLE,
-        seed: int = 0,
-    ) -> Estimate:  # fmt: skip
-        """Write a sample of the jobs, spread over sources and families of tasks, and say what all accepted ones will cost.
-
-        Args:
-            accepts: whether a finished example would be kept; default all are.
-
-        Raises:
-            CallsStopped: as `write`. GeneratorError: none of the sample was accepted, so there is nothing to reckon with.
-        """
-        self._begin()
-        planned, drawn = draw_sample(jobs, self._stratum, sample, seed=seed)
-        sampled = {job.id: job for _, job in drawn}
-        asks = list(self._first(sampled.values()))
-        lost = [self._stratum(end.job) for end in self._results() if isinstance(end, Reject)]  # before any call
-
-        def accepted(outcome: Outcome) -> bool:
-            self._next(outcome, show)
-            ends = list(self._results())
-            return all(isinstance(end, Made) and (accepts is None or accepts(end)) for end in ends)
-
-        return estimate(
-            self.engine, asks, stratum=lambda ask: self._stratum(sampled[ask.ref]),
-            follow=self._further, accepted=accepted, planned=planned, lost=lost, seed=seed,
-            shared=lambda ask: self._places.shared(sampled[ask.ref]) if ask.step == "brainstorm" else 1,
-        )  # fmt: skip
-
     def _begin(self) -> None:
         self._under: dict[str, _Attempt] = {}
         self._ended: deque[End] = deque()
@@ -162,7 +136,8 @@ class EndpointTeacher:
         """What the outcome that was just looked at leads to."""
         return self._asks
 
-    def _stratum(self, job: Job) -> str:
+    def stratum(self, job: Job) -> str:
+        """What kind of cell a job is of: a sample is spread over these."""
         return f"{job.cell.source} {self.prompts['en'].family(job.cell.task)}"
 
     def _results(self) -> Iterator[End]:
@@ -211,7 +186,11 @@ class EndpointTeacher:
         prompts = self._wordings(step, cell, attempt.source)
         attempt.prompts[step] = prompts.hashes[wording or step]
         sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-        return Ask(step, messages, schema, sampling, draw, attempt.job.id, DEPTHS[step])
+        ask = Ask(step, messages, schema, sampling, draw, attempt.job.id, DEPTHS[step])
+        if self.book is not None:
+            serves = self._places.shared(attempt.job) if step == "brainstorm" else 1
+            self.book.setdefault(attempt.job.id, {})[self.engine.key(ask)] = (step, serves)
+        return ask
 
     def _wordings(self, step: str, cell: Cell, source: Sequence[Passage]) -> Prompts:
         """In which language a step is asked."""

@@ -1,0 +1,216 @@
+"""A chat model as the judge of evidence, over the call engine.
+
+    verdict(written)            do the passages say all that the answer says; does it agree with the facts it was made from
+    answers(example, passage)   the guard's question: does a passage that is to be noise answer, where no answer is a string
+
+Both look into the journal and send nothing. What is not there is noted, and whoever asked waits (`Waits`); `settle` asks for
+all that was noted together, at the endpoint's full concurrency, when no other engine writes the journal. Then they are asked
+again. So the judge shares ledger and cap with whoever writes, a run that is begun again pays for no judgement twice, and what
+is decided does not depend on the order of replies.
+
+A reply that fails, or says that it cannot tell, is missing and never a pass. Prompts are data, judge.yaml.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from raglan.artifact import fingerprint
+from raglan.calls import Ask, CallEngine
+from raglan.errors import CallsStopped, GeneratorError
+from raglan.records import Example, Passage
+from raglan.text import SPACELESS
+from raglan.verification.checks import Verdict
+from raglan.verification.written import Written
+
+__all__ = ["Compared", "Holds", "PaidJudge", "Supported", "Waits", "guard_messages", "pieces", "settled", "support_messages"]
+
+HAN = re.compile(f"[{SPACELESS}]")
+T = TypeVar("T")
+R = TypeVar("R", bound="_Reply")
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reason: str  # first, so that it is not an excuse
+
+
+class Supported(_Reply):
+    """Whether passages support an answer."""
+
+    verdict: Literal["supported", "unsupported", "unclear"]
+
+
+class Compared(Supported):
+    """The same, and whether the answer agrees with what is known of it."""
+
+    agrees: Literal["yes", "no", "unclear"]
+
+
+class Holds(_Reply):
+    """Whether a passage answers a question."""
+
+    verdict: Literal["yes", "no", "unclear"]
+
+
+class Waits(Exception):
+    """The judgement has to be asked for first."""
+
+
+class PaidJudge:
+    """One endpoint's judgements.
+
+    Args:
+        engine: its journal may be another engine's too, in turns.
+
+    Attributes:
+        book: while somebody reckons with them, the calls that each example needs: its id → key → step.
+        history, facts: of the question whose noise is being chosen, beside what the guard says of it.
+        noted: how often somebody has had to wait.
+    """
+
+    def __init__(self, engine: CallEngine, *, max_tokens: int = 300):
+        self.engine, self.max_tokens = engine, max_tokens
+        self.book: dict[str, dict[str, str]] | None = None
+        self.history: Sequence[str] = ()
+        self.facts: Sequence[str] = ()
+        self.noted = 0
+        self._wanted: dict[str, Ask] = {}
+        self._failed: dict[str, str] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what verdicts follow from: server, model and wordings."""
+        return fingerprint([self.engine.host, self.engine.settings.model, self.max_tokens, _prompts()])
+
+    @property
+    def waiting(self) -> int:
+        """How many judgements are noted and not asked for."""
+        return len(self._wanted)
+
+    def forget(self) -> None:
+        """Nobody waits any longer for what is noted."""
+        self._wanted.clear()
+
+    def verdict(self, one: Written) -> Verdict | None:
+        """Support, as the judge sees it; None where it cannot tell.
+
+        Raises:
+            Waits: it has to be asked first. GeneratorError: it was, and gave no reply that counts.
+        """
+        compares = bool(one.facts or one.answers)
+        said = self._said("judge/support", one.id, support_messages(one), Compared if compares else Supported)
+        if said.verdict == "unclear":
+            return None
+        if said.verdict == "unsupported":
+            return Verdict("support", "fail", "judged_unsupported", said.reason)
+        agrees = said.agrees if isinstance(said, Compared) else "yes"
+        if agrees == "no":
+            return Verdict("support", "fail", "contradicts_facts", said.reason)
+        return Verdict("support", "pass", "judge") if agrees == "yes" else None
+
+    def answers(self, example: Example, passage: Passage) -> bool | None:
+        """Whether a passage answers; None where the judge failed, cannot tell, or has to be asked first (`noted` grows)."""
+        try:
+            messages = guard_messages(example, passage, self.history, self.facts)
+            said = self._said("judge/guard", example.id, messages, Holds)
+        except (Waits, GeneratorError):
+            return None
+        return {"yes": True, "no": False}.get(said.verdict)
+
+    def settle(self) -> None:
+        """Ask for all that is noted.
+
+        Raises:
+            CallsStopped: cap, fatal answer, interrupt; what has come is kept.
+        """
+        wanted, self._wanted = self._wanted, {}
+        for outcome in self.engine.run(wanted.values()):
+            if outcome.cls != "ok":
+                self._failed[self.engine.key(outcome.ask)] = f"{outcome.cls}: {outcome.error}"
+
+    def _said(self, step: str, ref: str, messages: tuple[dict[str, str], ...], schema: type[R]) -> R:
+        ask = Ask(step, messages, schema, {"temperature": 0.0, "max_tokens": self.max_tokens}, ref=ref)
+        key = self.engine.key(ask)
+        if self.book is not None:
+            self.book.setdefault(ref, {})[key] = step
+        if key in self._failed:
+            raise GeneratorError(f"the judge gave no verdict: {self._failed[key]}")
+        found = self.engine.known(ask)
+        if found is None:
+            self._wanted[key] = ask
+            self.noted += 1
+            raise Waits
+        return cast(R, found.value)
+
+
+def support_messages(one: Written) -> tuple[dict[str, str], ...]:
+    """What is read to judge an answer: question, all passages as shown without their roles, the answer, what is known."""
+    told = _prompts()["zh" if one.language == "zh" or (one.language != "en" and HAN.search(one.query)) else "en"]
+    heads, known = told["heads"], bool(one.facts or one.answers)
+    shown = [f"[{number}] {passage.title}".strip() + f"\n{passage.text}" for number, passage in enumerate(one.passages, 1)]
+    parts = [
+        *([(heads["history"], "\n".join(one.history))] if one.history else []),
+        (heads["question"], one.query), (heads["passages"], "\n\n".join(shown)), (heads["answer"], one.target),
+        *([(heads["facts"], _listed(one.facts))] if one.facts else []),
+        *([(heads["known"], " | ".join(one.answers))] if one.answers else []),
+    ]  # fmt: skip
+    return _messages(f"{told['support']} {told['compare']}" if known else told["support"], parts, heads["none"])
+
+
+def guard_messages(
+    example: Example, passage: Passage, history: Sequence[str], facts: Sequence[str]
+) -> tuple[dict[str, str], ...]:
+    """What is read to judge whether a passage answers."""
+    told = _prompts()["zh" if HAN.search(example.query) else "en"]
+    heads = told["heads"]
+    parts = [
+        *([(heads["history"], "\n".join(history))] if history else []),
+        (heads["question"], example.query),
+        *([(heads["facts"], _listed(facts))] if facts else []),
+        (heads["passage"], f"{passage.title}\n{passage.text}".strip()),
+    ]
+    return _messages(told["guard"], parts, heads["none"])
+
+
+def _messages(task: str, parts: Iterable[tuple[str, str]], nothing: str) -> tuple[dict[str, str], ...]:
+    """The task, which is the same from call to call, and the parts under their heads."""
+    body = "\n\n".join(f"## {head}\n{text.strip() or nothing}" for head, text in parts)
+    return {"role": "system", "content": task}, {"role": "user", "content": body}
+
+
+def pieces(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many at a time."""
+    rest = iter(items)
+    while piece := list(islice(rest, size)):
+        yield piece
+
+
+def settled(judge: PaidJudge | None) -> CallsStopped | None:
+    """Have a judge asked, if there is one; why its calls stopped, if they did, after what came is there to be used."""
+    if judge is None or not judge.waiting:
+        return None
+    try:
+        judge.settle()
+    except CallsStopped as why:
+        return why
+    return None
+
+
+@cache
+def _prompts() -> dict[str, Any]:
+    """judge.yaml."""
+    return cast(dict[str, Any], yaml.safe_load(Path(__file__).with_name("judge.yaml").read_text(encoding="utf-8")))
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
