@@ -530,13 +530,17 @@ def test_what_aiohttp_cannot_reach_is_left_to_the_openai_client(monkeypatch: pyt
 # limits
 
 
-@pytest.mark.parametrize("header", ["2", "date", "180"])
+@pytest.mark.parametrize("header", ["2", "date", "undated", "180"])
 def test_retry_after_pauses_every_slot(desk: Desk, header: str) -> None:  # T20
     seconds, speed = (180, 400) if header == "180" else (2, 5)
     date = 1_700_000_000
-    headers = {"Retry-After": formatdate(date + 2, usegmt=True), "Date": formatdate(date, usegmt=True)}
-    headers = headers if header == "date" else {"Retry-After": header}
-    desk.server.faults = lambda number, request: Fault(429, headers=headers) if number == 20 else None
+
+    def headers() -> dict[str, str]:
+        if header == "date":
+            return {"Retry-After": formatdate(date + 2, usegmt=True), "Date": formatdate(date, usegmt=True)}
+        return {"Retry-After": formatdate(time.time() + 3.5, usegmt=True) if header == "undated" else header}  # whole seconds
+
+    desk.server.faults = lambda number, request: Fault(429, headers=headers()) if number == 20 else None
     assert len(desk.run(asks(60), speed=speed)) == 60
     times = [request.at for request in desk.server.log]
     gaps = [later - before for before, later in itertools.pairwise(times)]
@@ -552,14 +556,66 @@ def test_retry_after_in_words() -> None:
     assert retry_after("-3") == 0
 
 
-def test_backoff_grows_with_jitter(desk: Desk) -> None:  # T20, no header
+def test_a_date_counts_from_the_replys_own_and_else_from_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RFC 9110, 6.6.1 has it. The wall clock is asked there and nowhere else, and never where the reply has a Date."""
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    later = formatdate(1_700_000_090, usegmt=True)
+    assert retry_after(later) == retry_after(later, "yesterday") == 90
+    assert retry_after(formatdate(1_699_999_990, usegmt=True)) == 0
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock was asked"))
+    assert retry_after(later, formatdate(1_700_000_000, usegmt=True)) == 90
+    assert retry_after("90") == 90
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:  # the old form names no zone, and means UTC
+        assert retry_after("Tue Nov 14 22:14:50 2023", "Tue Nov 14 22:13:20 2023") == 90
+        assert retry_after("Tue Nov 14 22:14:50 2023", formatdate(1_700_000_000, usegmt=True)) == 90
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_backoff_grows_with_jitter() -> None:
     random.seed(3)
     draws = [[backoff(attempt) for _ in range(400)] for attempt in range(1, 7)]
     assert all(0.85 * 0.5 * 2**n < max(drawn) <= 0.5 * 2**n for n, drawn in enumerate(draws, 1))
     assert all(np.std(drawn) > 0.1 * max(drawn) for drawn in draws)
-    desk.server.faults = lambda number, request: Fault(429) if number < 5 else None
-    (outcome,) = desk.run([ask(1)])
-    assert (outcome.cls, outcome.calls) == ("ok", 6)
+
+
+class Noting(Clock):
+    """Keeps what it is asked to wait for."""
+
+    def __init__(self, speed: float):
+        super().__init__(speed)
+        self.waits: list[float] = []
+
+    async def wait(self, event: asyncio.Event, seconds: float | None) -> None:
+        self.waits += [] if seconds is None else [seconds]
+        await super().wait(event, seconds)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retries_without_a_header_come_after_growing_jittered_gaps(desk: Desk, status: int) -> None:  # T20
+    """Eight calls, one after another, each of which fails five times: what the engine waits, and what the server sees of it."""
+    random.seed(3)
+    speed, calls = 200.0, 8
+    desk.server.faults = lambda number, request: Fault(status) if number % 6 < 5 else None
+    waited, seen = [], []
+    with desk.engine() as engine:
+        for number in range(calls):
+            engine.clock = clock = Noting(speed)
+            (outcome,) = engine.run([ask(number)])
+            assert (outcome.cls, outcome.calls) == ("ok", 6)
+            waited.append(clock.waits)
+            times = [request.at for request in desk.server.log[6 * number :]]
+            seen.append([(later - before) * speed for before, later in itertools.pairwise(times)])
+    longest = np.max(waited, axis=0)  # of each try; nothing else waits where there is neither pause nor bucket
+    assert longest.shape == (5,)
+    assert (longest <= 0.5 * 2.0 ** np.arange(1, 6)).all()
+    assert (longest[1:] > longest[:-1]).all(), "gaps do not grow"
+    assert longest[4] > 4 * longest[0]
+    assert (np.std(waited, axis=0) > 0.1 * longest).all(), "all wait alike"
+    assert (np.array(seen) >= 0.95 * np.array(waited) - 0.002 * speed).all(), "the server was asked before that"
 
 
 @pytest.mark.parametrize("fault", [Fault(401), Fault(429, code="insufficient_quota"), Fault(404)], ids=lambda f: str(f.status))
@@ -602,7 +658,7 @@ class Hand(Clock):
         return self.at
 
 
-def test_buckets_fill_by_the_minute_and_take_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_fill_by_the_minute_and_take_back() -> None:
     clock = Hand()
     bucket = Bucket(600, clock)  # ten a second
     assert bucket.wait(1) == 0
@@ -613,12 +669,25 @@ def test_buckets_fill_by_the_minute_and_take_back(monkeypatch: pytest.MonkeyPatc
     bucket.take(25)  # larger than the bucket: a debt of 22
     clock.at += 1
     assert bucket.wait(1) == pytest.approx((1 - (3 - 25 + 10)) / 10)
-    monkeypatch.setattr(time, "time", lambda: 0.0)  # T38: set back by decades
-    assert bucket.wait(1) == pytest.approx((1 - (3 - 25 + 10)) / 10)
     assert Bucket(None, clock).wait(10**9) == 0
-    real = Bucket(60, Clock())
-    real.take(1)
-    assert 0.5 < real.wait(1) <= 1
+
+
+@pytest.mark.parametrize("years", [-30, 30], ids=["back", "forward"])
+def test_setting_the_machines_clock_moves_nothing(years: int, monkeypatch: pytest.MonkeyPatch) -> None:  # T38
+    """Bucket, pause and breaker run on a real clock when the wall clock jumps: what is left to wait stays what it was."""
+    gate = Gate(4, rpm=6, tpm=6, clock=Clock())  # one in ten seconds
+    gate.requests.take(1)
+    gate.tokens.take(1)
+    for _ in range(50):
+        gate.bad(probe=False)
+    gate.pause(20.0)
+    wall = time.time()
+    monkeypatch.setattr(time, "time", lambda: wall + years * 3e7)
+    assert 5 < gate.requests.wait(1) <= 10
+    assert 5 < gate.tokens.wait(1) <= 10
+    assert 15 < gate.until - gate.clock.now() <= 20
+    assert 25 < gate.breaker.until - gate.clock.now() <= 30
+    assert 25 < gate._silent(1) <= 30
 
 
 def test_rates_are_held(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -792,15 +793,21 @@ def paid(folder: Path, url: str, out: Path, *, cap: str = "5") -> Path:
 
 
 def test_an_endpoint_judges_through_the_call_engine(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("CRITIC_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
     with FaultServer() as server:
         server.reply = judge
         bad = {"label": "perhaps", "reason": "x"}
         server.faults = lambda number, request: (
-            Fault(text=json.dumps(bad)) if "Instruction: When was the mill of" in request.content else None
-        )
+            Fault(text=json.dumps(bad)) if "Instruction: When was the mill of" in request.content else
+            Fault(422) if zlib.crc32(request.content.encode()) % 8 == 0 and "As a trial of" not in request.content else None
+        )  # fmt: skip
         made = Critique(load_recipe(paid(folder, server.url, tmp_path / "paid")))
         figures = made.critic_data()["judgements"]
         count = len(server.log)
@@ -809,7 +816,7 @@ def test_an_endpoint_judges_through_the_call_engine(
         (tmp_path / "paid" / "critic" / "manifest.json").unlink()  # made again, of labels that are there
         seen = len(server.log)
         assert again.critic_data()["judgements"] == figures
-        _, out, _ = run("critique", str(folder / "paid.yaml"), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
+        _, out, err = run("critique", str(folder / "paid.yaml"), "--only", "critic", capsys=capsys, monkeypatch=monkeypatch)
         for kind, one in figures.items():  # labels, rejects with their reasons, agreement of the second pass
             assert all(f"  {number} rejected: {reason}" in out for reason, number in one["rejected"].items())
             assert f"{kind:17s} {one['asked']} asked, {sum(one['rejected'].values())} rejected" in out
@@ -819,15 +826,17 @@ def test_an_endpoint_judges_through_the_call_engine(
         assert told["rows"]["in"] == told["rows"]["out"] + sum(told["rows"]["dropped"].values())
         assert told["rows"]["out"] > 0
     rejects = read_lines(tmp_path / "paid" / "critic" / "rejects.jsonl")
-    assert rejects
-    assert all(row["reject"].startswith("malformed") for row in rejects)
+    assert {row["reject"].partition(":")[0] for row in rejects} == {"malformed", "permanent"}
     assert "perhaps" not in (tmp_path / "paid" / "critic" / "labels.jsonl").read_text()
     bodies = [request.body for request in server.log if "As a trial of" not in request.content]
     assert {body["temperature"] for body in bodies} == {0}
     assert any("Preceding sentences: The" in body["messages"][-1]["content"] for body in bodies)
     retrieving = next(body for body in bodies if body["messages"][-1]["content"].count("\n") == 0)
     assert len(retrieving["messages"]) == 1 + 2 * 7 + 1
-    assert KEY not in "".join(path.read_text() for path in (tmp_path / "paid").rglob("*.json*"))
+    assert any("Bearer …" in row["reject"] for row in rejects), "the server said the key, and it was cut out"
+    assert KEY not in out + err + caplog.text
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
 
 
 @pytest.mark.parametrize("kind", list(LABELS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from raglan.splits import find_leaks, jaccard
 from raglan.text import answer_words, fold_numbers
 from test_cli import run
 from test_kill import small_recipe
+from tiny import concepts
 
 KRAKOW = Example("krakow", "Which river flows through the Polish city of Kraków?", ("Vistula",))
 SOURCE = Example("source", "长江的源头在哪个省？", ("青海省",))
@@ -98,6 +100,42 @@ def test_translations_are_found_with_an_encoder_and_told_as_unchecked_without() 
     made = decontaminate(train, [EvaluationQuestions("set", [held])])
     assert made.found == []
     assert made.not_run[("set", "D4")] == "no encoder"
+
+
+SPOKEN = [
+    ("who", "谁"), ("lit", "点"), ("lamp", "灯"), ("sea", "海"), ("rock", "石"), ("first", "初"), ("night", "夜"),
+    ("oil", "油"), ("keeper", "守"), ("tower", "塔"), ("storm", "风"), ("winter", "冬"),
+]  # fmt: skip
+
+
+def test_meanings_meet_across_languages_from_their_bound_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    """By a bilingual encoder on the disk whose cosines can be counted: n − 1 of n words in common, or one beside another."""
+    encoder = concepts(tmp_path, [*SPOKEN, ("moon", "月"), ("sun", "日")])
+
+    def rows(side: int) -> list[Example]:
+        """0: evaluation questions in English; 1: training questions in Chinese, or longer ones."""
+        made = []
+        for name, n in (("below", 9), ("at", 10), ("above", 11)):  # 8/9, 9/10, 10/11
+            own = [pair[side] for pair in SPOKEN[:n]]
+            text = " ".join(own) if side == 0 else "".join([*own[:0:-1], "月"])
+            made.append(Example(f"{name} {side}", text, (f"{name} {side}",)))
+        for name, often, beside in (("just below", 64, 31), ("just above", 95, 46)):  # .899981, .900039
+            own, other = {"just below": ("moon", "月", "冬"), "just above": ("sun", "日", "冬")}[name][side], "冬"
+            made.append(Example(f"{name} {side}", own if side == 0 else own * often + other * beside, (f"{name} {side}",)))
+        return made
+
+    write_examples(tmp_path / "held.jsonl", rows(0))
+    write_examples(tmp_path / "own.jsonl", rows(1))
+    code, told, _ = run(
+        "check-leaks", str(tmp_path / "own.jsonl"), "--against", f"set={tmp_path / 'held.jsonl'}", "--encoder", str(encoder),
+        capsys=capsys, monkeypatch=monkeypatch,
+    )  # fmt: skip
+    pairs = re.findall(r"(?m)^(.+) 1 = set:(.+) 0  D4 (\S+)$", told)
+    assert len(pairs) == len(told.splitlines()), "no other check finds any"
+    assert [(train, share) for train, held, share in pairs if train == held] == [
+        ("at", "0.900"), ("above", "0.909"), ("just above", "0.900")
+    ]  # fmt: skip
+    assert code == 1
 
 
 PASSAGE = (

@@ -18,6 +18,7 @@ from raglan.shingles import Shingles, shared, shingles
 from raglan.splits import jaccard
 from raglan.text import answer_words
 from test_cli import run
+from tiny import concepts
 
 SENTENCE = "in which year did the old stone bridge over the river by the northern mill of Aldermere open to carts and riders"
 
@@ -132,6 +133,26 @@ def test_an_encoder_finds_what_has_other_words() -> None:
     made = dedupe([(text, ()) for text in vectors], embed=embed)
     assert made.keeps.tolist() == [0, 0, 2]
     assert made.how == {1: "meaning"}
+
+
+def test_meanings_meet_from_their_bound_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    """By an encoder on the disk whose cosines can be counted: n − 1 of n words in common, or one word beside another."""
+    words = iter(f"{a}{b}o" for a in "bcdfghjklm" for b in "npqrstvwxz")
+    said: dict[str, tuple[str, str]] = {}
+    for name, n in (("below", 19), ("at", 20), ("above", 21)):  # 18/19, 19/20, 20/21
+        own, other = [next(words) for _ in range(n)], next(words)
+        said[name] = " ".join(own), " ".join([other, *own[:0:-1]])  # backwards: no run of three words is common
+    for name, often, beside in (("just below", 73, 24), ("just above", 70, 23)):  # .949989, .950044
+        own, other = next(words), next(words)
+        said[name] = own, " ".join([own] * often + [other] * beside)
+    every = sorted({word for pair in said.values() for text in pair for word in text.split()})
+    encoder = concepts(tmp_path, [[word] for word in every])
+    rows = [{"id": f"{name} {side}", "query": text} for name, pair in said.items() for side, text in enumerate(pair)]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, told, _ = run("dedupe", str(file), "--json", "--encoder", str(encoder), capsys=capsys, monkeypatch=monkeypatch)
+    pairs = json.loads(told)["pairs"]
+    assert pairs == [[f"{name} 1", f"{name} 0", "meaning"] for name in ("at", "above", "just above")]
 
 
 def test_too_little_memory_is_refused_with_the_figure() -> None:

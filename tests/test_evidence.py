@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import tiny
@@ -19,19 +20,20 @@ from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeError
 from raglan.knowledge import build_knowledge
 from raglan.perturb import content_hash, held
-from raglan.perturb.slot import KINDS
+from raglan.perturb.slot import KINDS, PALETTE
 from raglan.prompt import Prompt
 from raglan.recipe import PromptSettings, Recipe, SynthesisSettings, load_recipe
-from raglan.records import Hit, Passage
+from raglan.records import Example, Hit, Passage
 from raglan.refusals import abstained
 from raglan.rendering import Rendering, read_rendering, render
-from raglan.synthesis import make_plan
+from raglan.synthesis import make_plan, quotas
 from raglan.synthesis.evidence import Assembler, instruction, instructions
 from raglan.synthesis.plan import Cell, seed_of
 from raglan.synthesis.questions import Questions, open_questions
 from raglan.synthesis.record import example_of
 from raglan.synthesis.start import run
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
+from raglan.text import words
 
 MILLERS = [
     "Orla", "Casper", "Hedda", "Rufus", "Nella", "Ansel", "Greta", "Ivo", "Maren", "Tobias", "Edda", "Linus", "Berta", "Nora",
@@ -42,6 +44,7 @@ TOWNS = [
     "Marden", "Nesfield", "Orby", "Penrith", "Quorn", "Ribton", "Selby", "Tarn",
 ]  # fmt: skip
 BUILDERS = [f"{first} {last}son" for first, last in zip(MILLERS, reversed(MILLERS), strict=True)]
+SHARES = [kind.weight for kind in PALETTE]
 CITIES = ["青浦", "松江", "嘉定", "宝山", "闵行", "奉贤", "金山", "崇明"]
 
 
@@ -178,6 +181,60 @@ def test_a_plan_deals_gold_evenly_and_shows_every_rare_kind(assembler: Assembler
     lacking = {"counterfactual", "neighbour"}  # of one voice nothing is decidable, and no document here has two passages
     assert set(KINDS) - lacking <= set(kinds), "dealt example by example, the rare ones never come"
     assert all(len(sheet.slots) == 5 for sheet in sheets), "K never shrinks"
+
+
+def test_all_eight_kinds_that_a_plan_deals_are_shown(folder: Path, tmp_path: Path) -> None:  # T3
+    """Documents of two passages, and questions that two documents answer: no kind lacks what it is made from."""
+    texts: dict[str, tuple[str, str, str]] = {}
+    for n, (town, builder) in enumerate(zip(TOWNS, BUILDERS, strict=True)):
+        built = f"In {1700 + 7 * n} the miller {builder} built {town} a mill."
+        fair = f"{town} holds a fair each autumn; number {n} of its kind."
+        texts[f"mill-{n}#0"] = f"mill-{n}", f"{town} mill", f"The mill of {town} was built by {builder} of {CITIES[n % 8]}."
+        texts[f"mill-{n}#1"] = f"mill-{n}", f"{town} mill", f"Its wheel number {n} turned beside the river until the ice came."
+        texts[f"chronicle-{n}#0"] = f"chronicle-{n}", "Chronicle", built
+        texts[f"chronicle-{n}#1"] = f"chronicle-{n}", "Chronicle", fair
+    write_corpus(tmp_path, [Passage(name, text, title, document) for name, (document, title, text) in texts.items()])
+    corpus = Corpus(tmp_path)
+    weights = {"relation": {"R1": 1, "R3": 2}, "task": {"factoid": 1}, "answer_format": {"span": 1}}
+    weights |= {"query_format": {"wh_question": 1}, "absent_policy": {"abstain": 1}}
+    asked = recipe(folder, n=60, weights=weights, retrievers={"bm25": 1}, passages={"k": {5: 1}, "gold_absent": 0.2})
+    plan = make_plan(asked)
+    questions = [
+        Example(f"q{n}", f"Who built the mill of {town}?", (BUILDERS[n],), (f"mill-{n}#0", f"chronicle-{n}#0"))
+        for n, town in enumerate(TOWNS)
+    ]
+    teacher = Questions(questions * 3, corpus, n=60, seed=5)
+    assert asked.synthesis is not None
+    own = Assembler(
+        corpus, {"bm25": ByWords(corpus)}, asked.synthesis, AutoTokenizer.from_pretrained(str(folder / "llama")),
+        evidence=teacher.evidence, answers=teacher.answers,
+    )  # fmt: skip
+    made = [one for one in teacher.write([Job(c) for c in plan.cells], own.show) if isinstance(one, Made)]
+    assert len(made) == 60
+    dealt = Counter(kind for one in made for kind in one.sheet.draft.job.cell.noise)
+    seen = Counter(slot.kind for one in made for slot in one.sheet.slots if slot.kind != "gold")
+    assert dealt == Counter(plan.margins["noise"])
+    assert set(seen) == set(dealt) == set(KINDS)
+    for kind in KINDS:  # what has nothing left gives its slot to one of the common kinds
+        assert seen[kind] >= dealt[kind] / 2, (kind, dealt, seen)
+    for one in made:
+        alone = {kind for kind, some in zip(KINDS, quotas(len(one.sheet.draft.job.cell.noise), SHARES), strict=True) if some}
+        assert not {"counterfactual", "garbled", "boilerplate"} & alone, "dealt example by example they never come"
+
+
+class ByWords:
+    """Ranks by how many words a passage shares with the question, the earlier one first."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
+        return [self._hits(set(words(query)), k) for query in queries]
+
+    def _hits(self, asked: set[str], k: int) -> tuple[Hit, ...]:
+        shared = [len(asked & set(words(passage.text))) for passage in self.corpus]
+        rows = sorted(range(len(shared)), key=lambda row: -shared[row])[:k]
+        return tuple(Hit(self.corpus[row], row, float(shared[row]), rank) for rank, row in enumerate(rows, 1))
 
 
 def test_noise_that_answers_counts_as_support_or_gives_way(assembler: Assembler) -> None:

@@ -1,4 +1,4 @@
-"""A module imports from lower floors only, heavy optional libraries stay inside functions, the library never prints."""
+"""A module imports from lower floors only, heavy libraries stay inside functions; nothing prints or runs what it reads."""
 
 from __future__ import annotations
 
@@ -71,5 +71,66 @@ def test_optional_libraries_stay_inside_functions_and_nothing_prints(path: Path)
         assert not OPTIONAL & {name.split(".")[0] for name in imports(node)}
     calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     assert room(path) == "cli" or "print" not in calls
-    assert not {"eval", "exec"} & set(calls)
     assert ast.get_docstring(tree) or path.name == "__main__.py"
+
+
+RUNS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}  # their files can run any code
+HARMLESS = {"pickle.UnpicklingError"}
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """What could run code out of a file or a reply: `eval`, `exec`, pickles, and loaders that are not told to read none."""
+    found = []
+    for node in ast.walk(tree):
+        names = set(imports(node)) - HARMLESS
+        found += sorted(name for name in names if name.split(".")[0] in RUNS or name in ("torch.load", "torch.hub"))
+        if isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
+            found.append(node.id)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("builtins.eval", "builtins.exec", "torch.hub"):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Call):
+            found += _loads(node)
+    return found
+
+
+def _loads(call: ast.Call) -> list[str]:
+    name, given = ast.unparse(call.func), {one.arg: ast.unparse(one.value) for one in call.keywords}
+    bad = [name] if name == "torch.load" and given.get("weights_only") != "True" else []
+    bad += [name] if name.endswith((".read_pickle", ".to_pickle", ".unsafe_load", ".full_load")) else []
+    bad += [name] if name == "yaml.load" and given.get("Loader") not in ("LOADER", "yaml.SafeLoader") else []
+    wrong = {"weights_only": "True", "allow_pickle": "False", "trust_remote_code": "False"}
+    return bad + [f"{key}={given[key]}" for key, right in wrong.items() if given.get(key, right) != right]
+
+
+@pytest.mark.parametrize("path", [*MODULES, SOURCE / "__init__.py"], ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nothing_that_is_read_can_run(path: Path) -> None:
+    assert not dangers(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("eval('1')", ["eval"]),
+        ("read = exec", ["exec"]),
+        ("import builtins\nbuiltins.eval('1')", ["builtins.eval"]),
+        ("import pickle\npickle.loads(b'')", ["pickle"]),
+        ("def f():\n    from pickle import loads", ["pickle.loads"]),
+        ("import torch\ntorch.load(p)", ["torch.load"]),
+        ("torch.load(p, weights_only=False)", ["torch.load", "weights_only=False"]),
+        ("torch.load(p, weights_only=safe)", ["torch.load", "weights_only=safe"]),
+        ("from torch import load", ["torch.load"]),
+        ("np.load(p, allow_pickle=True)", ["allow_pickle=True"]),
+        ("yaml.load(text, Loader=yaml.Loader)", ["yaml.load"]),
+        ("AutoModel.from_pretrained(p, trust_remote_code=True)", ["trust_remote_code=True"]),
+        ("model.eval()\nre.compile('x')\ntorch.load(p, weights_only=True)\nfrom pickle import UnpicklingError", []),
+    ],
+)
+def test_what_could_run_is_found(text: str, told: list[str]) -> None:
+    assert dangers(ast.parse(text)) == told
+
+
+def test_every_safe_loader_is_one() -> None:
+    """`LOADER` is what modules that read YAML call the loader that builds nothing but plain values."""
+    made = [line for path in MODULES for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("LOADER =")]
+    assert made
+    assert set(made) == {'LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)'}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fault_server import KEY, Fault, FaultServer, Request, say
 from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
-from raglan.errors import CorpusError, RecipeError
+from raglan.errors import CallsStopped, CorpusError, RecipeError
 from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate_recipe
 from raglan.judge import judge, messages, open_judged
 from raglan.metrics import answer_recall
@@ -408,6 +408,33 @@ def test_the_command_line_judges(recipe: Path, measured: Any, server: FaultServe
     (tmp_path / "labels.csv").write_text("id,system,score\nx,untuned,7\n")
     with pytest.raises(CorpusError, match="'7'"):
         judge(*two_systems(recipe, changes))
+
+
+def test_the_key_is_in_nothing_that_judging_leaves_behind(
+    recipe: Path, measured: Any, server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server repeats the key in its refusals; journal, judgements, manifests, report, log and what is printed have none."""
+    pytest.importorskip("plotly")
+    server.reply = judging(lambda text: {"reason": "r", "score": 3})
+    server.faults = lambda number, request: Fault(422) if number % 2 else None
+    changes = [*asked(server), f"runs={tmp_path / 'runs'}"]
+    with caplog.at_level(logging.DEBUG):
+        done = runner.invoke(app, ["evaluate", str(recipe), *changes, "--report"])
+        assert done.exit_code == 0, done.exception
+        told = runner.invoke(app, ["calls", str(tmp_path / "runs/small/calls")])
+        server.faults = lambda number, request: Fault(401)
+        stopped = runner.invoke(app, ["evaluate", str(recipe), *changes, "evaluate.judge.endpoint.model=m-2", "--report"])
+    assert isinstance(stopped.exception, CallsStopped)
+    page, *others = (tmp_path / "runs" / "small" / name for name in ("report.html", "judgements", "calls"))
+    assert "judge m-1: rubric, 1 to 5" in page.read_text()
+    (judgements,) = others[0].glob("*/judgements.jsonl")
+    assert "permanent: 422: not now, Bearer …" in judgements.read_text(), "the server said it, and it was cut out"
+    said = done.output + told.output + stopped.output + str(stopped.exception) + repr(stopped.exception) + caplog.text
+    assert KEY not in said
+    files = [path for folder in (tmp_path, recipe.parent) for path in folder.rglob("*") if path.is_file()]
+    assert {page, judgements, others[1] / "journal.jsonl"} <= set(files)
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
 
 
 def test_a_chinese_question_is_judged_in_chinese() -> None:

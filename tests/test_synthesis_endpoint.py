@@ -9,8 +9,9 @@ import logging
 import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from raglan.calls.limits import Clock
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, RecipeError
 from raglan.perturb import Slot
-from raglan.recipe import EndpointSettings, MoneySettings, Recipe
+from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettings
 from raglan.records import Passage
 from raglan.synthesis import Plan, factors_of, make_plan
 from raglan.synthesis.desk import Desk as Checking
@@ -276,10 +277,56 @@ def test_who_writes_passages_does_not_see_the_query(whole: Whole) -> None:
         assert "When was" not in request.content
 
 
-def test_fixed_parts_stay_equal(whole: Whole) -> None:  # T34
+def test_every_call_is_its_steps_wording_with_its_places_filled_in(whole: Whole) -> None:  # T34
+    """A prompt that carries anything of earlier calls fits no wording; nor does one whose fixed parts were changed."""
     desk, _ = whole
+    prompts = load_prompts()["en"]
+    found: Counter[str] = Counter()
+    for request in desk.asked:
+        contents = [message["content"] for message in request.body["messages"]]
+        assert len(contents) == 2
+        steps = [step for step, wording in prompts.steps.items() if _fits(contents, wording, prompts.notes)]
+        assert len(steps) == 1, contents
+        found[steps[0]] += 1
+    assert set(found) == {"brainstorm", "draft", "passages", "beside", "answer"}
     systems = {request.body["messages"][0]["content"] for request in desk.asked}
-    assert len(systems) == 5  # brainstorm, draft, passages, beside, answer
+    assert len(systems) == 5
+
+
+def _fits(contents: list[str], wording: tuple[str, str], notes: Mapping[str, str]) -> bool:
+    """Whether two messages are a wording: a line for a place that takes one; notes, lists and prompts take several."""
+    several = rf"(?:\n(?:{'|'.join(map(re.escape, notes.values()))}))*"
+
+    def filled(place: str) -> str:
+        if place == "\n{notes}":
+            return several
+        return place[: place.index("{")] + (r"[\s\S]+" if place.strip("\n{}") in ("facts", "prompt") else r"[^\n]+")
+
+    for part, content in zip(wording, contents, strict=True):
+        pieces = re.split(r"(\n?\{[a-z_]+\})", part)
+        pattern = "".join(filled(piece) if number % 2 else re.escape(piece) for number, piece in enumerate(pieces))
+        if not re.fullmatch(pattern, content):
+            return False
+    return True
+
+
+def test_call_1_and_call_1000_of_a_step_are_alike_but_for_the_job(desk: Desk, asked: Recipe) -> None:  # T34
+    """A thousand attempts at one cell: their drafts differ in the job and nothing else, the brainstorms in nothing at all."""
+    weights = {"answer_format": "fit", "query_format": "fit", "absent_policy": {"abstain": 1}}
+    plan = make_plan(recipe(1, weights=weights, passages={"gold_absent": 1}))  # no evidence, so no call for passages
+    with desk.engine(concurrency=32) as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], writing=WritingSettings(beside=0))
+        attempts = (Job(plan.cells[0], n) for n in range(1000))
+        ends = list(teacher.write(attempts, lambda draft: Reject(draft.job, "show", "unwanted")))
+    assert Counter(end.step for end in ends if isinstance(end, Reject)) == {"show": 1000}
+    bodies: dict[str, list[str]] = {"JobsReply": [], "DraftReply": []}
+    for request in desk.asked:
+        bodies[request.body["response_format"]["json_schema"]["name"]].append(json.dumps(request.body))
+    jobs, drafts = bodies["JobsReply"], bodies["DraftReply"]
+    assert (len(jobs), len(drafts)) == (50, 1000)
+    assert set(jobs) == {jobs[0]}
+    assert len(set(drafts)) == 20, "the jobs of a brainstorm"
+    assert {re.sub(r"[0-9a-f]{10}\d+", "…", draft) for draft in drafts} == {re.sub(r"[0-9a-f]{10}\d+", "…", drafts[0])}
 
 
 def test_a_cell_that_is_tried_again_gets_another_job(desk: Desk, plan: Plan, asked: Recipe) -> None:
@@ -584,6 +631,9 @@ def test_from_estimate_to_dataset_on_the_command_line(
 
     caplog.set_level(logging.DEBUG)
     desk.folder = paid.parent / "data/calls"
+    desk.server.faults = lambda number, request: (  # some answers are refused, in words that repeat the key
+        Fault(422) if "response_format" not in request.body and zlib.crc32(request.content.encode()) % 8 == 0 else None
+    )
     assert call("build", str(paid))[0] == 0
     code, _, err = call("synthesize", str(paid))
     assert (code, len(desk.server.log)) == (2, 0)
@@ -611,10 +661,24 @@ def test_from_estimate_to_dataset_on_the_command_line(
         assert synth["seen"]["calls"]["answer"]["tokens"]["output"] > 0
     cost = json.loads((paid.parent / "data/cost.json").read_text())
     assert cost["nano_usd"] == desk.server.bill
-    told = "".join(
-        [out, err, caplog.text, *(path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file())]
-    )
-    assert KEY not in told  # T36
+    for words in (["export", str(paid.parent / "data"), "-o", "sft.jsonl"], ["check", "sft.jsonl"]):
+        assert call("synthesize", *words, "--as", "sft")[0] == 0
+    assert len((paid.parent / "sft.jsonl").read_text().splitlines()) == 30
+    assert "Synthetic examples, written by “endpoint:m”" in _report(paid, call)
+    said = [out, err, caplog.text, *call("calls", str(desk.folder))[1:]]
+    files = [path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file()]
+    assert "422: not now, Bearer …" in (paid.parent / "data/rejects.jsonl").read_text(), "it was said, and it was cut out"
+    assert KEY not in "".join([*said, *files])  # T36
+
+
+def _report(recipe: Path, call: Any) -> str:
+    """The page of a recipe whose dataset was paid for, after an evaluation of the student."""
+    question = {"id": "q", "query": "Who built the tower 3 ?", "answers": ["Odo3"], "relevant": ["p3"]}
+    (recipe.parent / "asked.jsonl").write_text(json.dumps(question) + "\n")
+    measured = "evaluate={questions: asked.jsonl, modes: [retrieved], k: [1]}"
+    code, _, err = call("evaluate", str(recipe), measured, "decode.max_new_tokens=4", "prompt.max_tokens=400", "--report")
+    assert code == 0, err
+    return (recipe.parent / "runs/paid/report.html").read_text()
 
 
 def test_an_estimate_of_rules_is_refused(

@@ -35,8 +35,8 @@ from raglan.synthesis import (
     write_plan,
 )
 from raglan.synthesis.deal import deal_table, fitted
-from raglan.synthesis.factors import Factor
-from raglan.synthesis.plan import _spread_places
+from raglan.synthesis.factors import Factor, Factors, Rule, Value
+from raglan.synthesis.plan import _spread_places, deal_plan
 
 RELATIONS = [0.28, 0.13, 0.18, 0.09, 0.20, 0.07, 0.05]
 PALETTE = [0.40, 0.10, 0.20, 0.10, 0.07, 0.05, 0.04, 0.04]
@@ -206,6 +206,75 @@ def test_each_entry_is_the_fitted_ones_floor_or_ceiling(seed: int) -> None:
         x *= (some.sum(0) / np.maximum(x.sum(0), 1e-9))[None, :]
     assert (table >= np.floor(x - 1e-6)).all()
     assert (table <= np.ceil(x + 1e-6)).all()
+
+
+def largest_remainders(n: int, weights: list[Fraction]) -> list[int]:
+    """One by one to whoever is furthest below its share."""
+    wanted = [n * weight / sum(weights) for weight in weights]
+    dealt = [math.floor(quota) for quota in wanted]
+    for _ in range(n - sum(dealt)):
+        left = [quota - some if some == math.floor(quota) else Fraction(-1) for quota, some in zip(wanted, dealt, strict=True)]
+        dealt[left.index(max(left))] += 1
+    return dealt
+
+
+def drawn_factors(chance: np.random.Generator) -> Factors:
+    """Four ruled factors with weights and rules at random, kinds of noise with weights at random, all else of one value."""
+
+    def drawn(name: str, evidence: bool = False) -> Factor:
+        values = [f"{name}{place}" for place in range(chance.integers(2, 6))]
+        weights = [Fraction(int(chance.integers(1, 60)), int(chance.choice([1, 7, 100]))) for _ in values]
+        needs = [int(chance.integers(1, 3)) if evidence else 0 for _ in values]
+        return Factor(name, tuple(Value(v, w, v, v, need) for v, w, need in zip(values, weights, needs, strict=True)))
+
+    def ruled(name: str, given: str) -> Rule:
+        """Each value of `given` leaves out one value, or none."""
+        takes = {}
+        for value in factors[given].names:
+            if chance.random() < 0.15:
+                takes[value] = frozenset(factors[name].names) - {str(chance.choice(factors[name].names))}
+        return Rule(name, given, takes, {})
+
+    factors = Factors({name: Factor(name, one.values[:1]) for name, one in SHIPPED.factors.items()}, ())
+    single = {"retriever": "bm25", "language": "en", "source": "knowledge", "absent_policy": "abstain"}
+    factors = factors.having(*(Factor(name, (Value(one, Fraction(1), one, one),)) for name, one in single.items()))
+    ks = Factor("k", tuple(Value(str(k), Fraction(int(chance.integers(1, 9))), str(k), str(k)) for k in (3, 4)))
+    noise = [replace(kind, weight=Fraction(int(chance.integers(1, 40)))) for kind in SHIPPED["noise"].values]
+    absent = Value("R5", Fraction(int(chance.integers(1, 60)), 10), "R5", "R5")
+    relation = drawn("relation", evidence=True)
+    factors = factors.having(ks, Factor("noise", tuple(noise)), Factor("relation", (*relation.values, absent)))
+    factors = factors.having(*(drawn(name) for name in ("task", "answer_format", "query_format")))
+    pairs = [("relation", "task"), ("answer_format", "task"), ("query_format", "task"), ("query_format", "answer_format")]
+    return replace(factors, rules=tuple(ruled(name, given) for name, given in pairs))
+
+
+SHIPPED = load_factors()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_thousand_plans_have_exactly_their_margins(seed: int) -> None:  # T1, 250 each
+    """Weights, numbers and rules at random, through quotas, tables and cells; those that cannot be met are refused."""
+    chance, made, refused = np.random.default_rng(seed), 0, []
+    while made < 250:
+        factors, n = drawn_factors(chance), int(chance.integers(1, 60))
+        try:
+            plan = deal_plan(factors, n, seed=made)
+        except RecipeError as why:
+            refused.append(str(why))
+            continue
+        made += 1
+        for name in ("task", "relation", "answer_format", "query_format", "k"):
+            wanted = largest_remainders(n, [value.weight for value in factors[name].values])
+            counted = Counter(str(getattr(cell, name)) for cell in plan.cells)
+            assert [counted[value] for value in factors[name].names] == list(plan.margins[name].values()) == wanted, name
+        kinds = Counter(kind for cell in plan.cells for kind in cell.noise)
+        wanted = largest_remainders(kinds.total(), [kind.weight for kind in factors["noise"].values])
+        assert [kinds[kind] for kind in factors["noise"].names] == list(plan.margins["noise"].values()) == wanted
+        for rule in factors.rules:
+            assert all(rule.allows(getattr(cell, rule.given), getattr(cell, rule.factor)) for cell in plan.cells), rule
+        assert all(len(cell.noise) == cell.k - cell.evidence for cell in plan.cells)
+    assert all("cannot be dealt" in why for why in refused)
+    assert len(refused) < made, "hardly any of these rules leaves anything out"
 
 
 def test_rounding_each_entry_alone_breaks_the_margins() -> None:

@@ -311,6 +311,23 @@ def bag_of_words(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
     return folder / "encoder"
 
 
+def concepts(folder: Path, groups: Sequence[Sequence[str]]) -> Path:
+    """A sentence-transformers folder whose cosines can be counted: words of one group have one vector, those of other groups
+    stand at right angles to it, and what is in no group says nothing. At most 128 groups."""
+    from sentence_transformers import SentenceTransformer
+
+    path = bag_of_words(folder, [" ".join(group) for group in groups])
+    model = SentenceTransformer(str(path), device="cpu")
+    table = model[0].auto_model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        table.zero_()
+        for place, group in enumerate(groups):
+            for row in model.tokenizer.convert_tokens_to_ids(list(group)):
+                table[row, 2 * place], table[row, 2 * place + 1] = 1.0, -1.0  # no mean, which the norm would take away
+    model.save(str(path), create_model_card=False)
+    return path
+
+
 def reader(*, seed: int = 0, folder: Path) -> Any:
     from raglan.generator.reader import reader_from_encoder
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from raglan.artifact import write_json
 from raglan.corpus import Corpus
-from raglan.dedupe import Embed
+from raglan.dedupe import ROUNDING, Embed
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
 from raglan.recipe import DecontaminateSettings, EvaluationSet, Recipe
@@ -307,7 +307,7 @@ def _same_meaning(own: Any, held: Any, least: float, step: int = 1024) -> tuple[
     for a in range(0, len(own), step):
         for b in range(0, len(held), 16 * step):
             cosine = own[a : a + step] @ held[b : b + 16 * step].T
-            left, right = np.nonzero(cosine >= least)
+            left, right = np.nonzero(cosine >= least - ROUNDING)
             lefts.append(left + a)
             rights.append(right + b)
             shares += cosine[left, right].tolist()

@@ -33,6 +33,7 @@ from raglan.text import answer_words, question_key
 __all__ = [
     "BANDS",
     "NEAR",
+    "ROUNDING",
     "ROWS",
     "Duplicates",
     "Embed",
@@ -47,6 +48,7 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 BANDS, ROWS, RUN = 20, 6, 3
 NEAR = 0.8
 SAME_MEANING = 0.95
+ROUNDING = 1e-6  # of a cosine of float32 vectors: 19 words of 20 in common are 0.95, and come out as less or as more
 SEED = 20
 BATCH = 20_000  # questions cut into runs together
 BLOCK = 1 << 17  # runs permuted together: a megabyte, which a core's cache holds
@@ -250,7 +252,7 @@ def _surely(left: Places, _: Places) -> NDArray[np.bool_]:
 
 def _same_meaning(vectors: NDArray[np.float32], step: int = 1024) -> Iterator[tuple[Places, Places]]:
     for start in range(0, len(vectors), step):
-        near = vectors[start : start + step] @ vectors[start:].T >= SAME_MEANING
+        near = vectors[start : start + step] @ vectors[start:].T >= SAME_MEANING - ROUNDING
         left, right = np.nonzero(np.triu(near, 1))
         yield left + start, right + start
 

@@ -1,8 +1,13 @@
-"""A small real model behind a real server writes examples: strict schemas hold a random one to JSON, and the books agree."""
+"""A small real model behind a real server writes examples: strict schemas hold a random one to JSON, and the books agree.
+
+Evidence, prompt, checks and export are those of any run (`Assembler`, `Verifier`, `raglan synthesize export`). Of random words
+the checks accept next to none; what is shown is that all of it parses, is rendered, judged, written and read again.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -15,11 +20,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from raglan.calls import CallEngine
-from raglan.perturb import Slot
+from raglan.documents import example_row
+from raglan.knowledge import build_knowledge
 from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettings
 from raglan.synthesis import factors_of, make_plan
+from raglan.synthesis.checked import written_of
 from raglan.synthesis.endpoint import EndpointTeacher
-from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
+from raglan.synthesis.evidence import Assembler
+from raglan.synthesis.record import example_of
+from raglan.synthesis.writing import Job, Made, Reject
+from raglan.verification import Verifier
+from test_cli import run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
@@ -56,23 +67,38 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield url
 
 
-def recipe() -> Recipe:
+@pytest.fixture(scope="module")
+def asked(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Over a built knowledge base, from which the noise is."""
+    path = tmp_path_factory.mktemp("kb")
+    texts = [f"The mill number {n} was built of {stone} stone." for n in range(4) for stone in ("grey", "red", "white", "blue")]
+    rows = [{"id": f"p{n}", "title": f"Mill {n}", "text": text} for n, text in enumerate(texts)]
+    (path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    encoder = {"model": str(tiny.sentence_encoder(path / "encoder")), "dtype": "float32"}
     weights = {
         "task": {"factoid": 1}, "answer_format": {"short_sentence": 1}, "query_format": {"wh_question": 1},
-        "relation": {"R1": 1}, "absent_policy": {"abstain": 1},
+        "relation": {"R1": 1}, "absent_policy": {"abstain": 1}, "passage_form": {"numbered": 1},
     }  # fmt: skip
-    synthesis = {"path": "out", "n": CELLS, "from_scratch": 1, "retrievers": {"bm25": 1}, "weights": weights}
-    return Recipe.model_validate({"name": "v", "knowledge": {"path": "kb", "documents": "docs"}, "synthesis": synthesis})
+    made = Recipe.model_validate({
+        "name": "v", "generator": {"model": str(folder)}, "prompt": {"layout": "joined"},
+        "knowledge": {
+            "path": path / "kb", "documents": path / "corpus.jsonl", "chunk": None, "encoder": encoder,
+            "indexes": {"dense": {"kind": "dense"}},
+        },
+        "retriever": {"index": "dense"},
+        "synthesis": {
+            "path": path / "out", "n": CELLS, "from_scratch": 1, "retrievers": {"dense": 1}, "weights": weights,
+            "passages": {"k": {3: 1}}, "budget": {"max_length": 4096, "answer": 400},
+        },
+    })  # fmt: skip
+    build_knowledge(made.knowledge)
+    return made
 
 
-def show(draft: Draft) -> Sheet:
-    slots = tuple(Slot(one, "gold", "gold", "gold") for one in draft.gold)
-    return Sheet(draft, slots, "\n".join([*(one.text for one in draft.gold), draft.query]))
-
-
-def test_a_small_model_behind_a_server_writes(server: str, tmp_path: Path) -> None:
-    asked = recipe()
-    plan = make_plan(asked)
+def test_a_small_model_behind_a_server_writes(
+    server: str, asked: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, assembler = make_plan(asked), Assembler.open(asked)
     step = {"temperature": 1.0, "max_tokens": 400}
     writing = WritingSettings.model_validate({
         "jobs": 2, "beside": 0, "brainstorm": step, "draft": step, "passages": step, "answer": step,
@@ -82,7 +108,7 @@ def test_a_small_model_behind_a_server_writes(server: str, tmp_path: Path) -> No
     for _ in range(2):
         with CallEngine(settings, tmp_path / "calls", money=MoneySettings(price="free")) as engine:
             teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], writing=writing)
-            ends.append(list(teacher.write((Job(cell) for cell in plan.cells), show)))
+            ends.append(list(teacher.write((Job(cell) for cell in plan.cells), assembler.show)))
             used = [row.usage for row in engine.ledger()]
             assert engine.journal.modes == {(engine.host, "tiny"): "strict"}
     made = [{end.sheet.draft.job.id: end for end in some if isinstance(end, Made)} for some in ends]
@@ -93,9 +119,32 @@ def test_a_small_model_behind_a_server_writes(server: str, tmp_path: Path) -> No
         assert end.sheet.draft.facts
         assert end.target
         assert made[1][name] == end, "what was paid is asked again"
+    ends_made = list(made[0].values())
+    for end in ends_made:
+        assert _folded(end.sheet.draft.query) in _folded(end.sheet.prompt)
+        texts = [_folded(slot.passage.text) for slot in end.sheet.slots]
+        places = [_folded(end.sheet.prompt).index(text) for text in texts]
+        assert (len(places), places) == (3, sorted(places))
+        verified = Verifier().verify(written_of(end))
+        assert verified.accepted or verified.reason
+    data, file = tmp_path / "data", tmp_path / "sft.jsonl"
+    data.mkdir()
+    rows = [example_row(example_of(end, teacher="endpoint:tiny", corpus=assembler.corpus)) for end in ends_made]
+    (data / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for words in (["export", str(data), "-o", str(file)], ["check", str(file)]):
+        code, _, err = run("synthesize", *words, "--as", "sft", capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0, err
+    exported = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [(row["prompt"].strip(), row["completion"].strip()) for row in exported] == [
+        (end.sheet.prompt.strip(), end.target) for end in ends_made
+    ]
     told = urllib.request.urlopen(server.removesuffix("/v1") + "/metrics").read().decode()
     counted = [
         sum(float(n) for n in re.findall(rf"(?m)^vllm:{kind}_tokens_total{{.*}} (\S+)$", told))
         for kind in ("prompt", "generation")
     ]
     assert counted == [sum(usage.prompt for usage in used), sum(usage.output for usage in used)]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())

@@ -6,7 +6,9 @@
     breaker     more than half of the last 50 requests failed for passing reasons: 30 s of silence, one probe; the 5th stops
     back-off    a retry waits uniform(0, min(60 s, 0.5 s · 2^attempt))
 
-All on the monotonic clock. One request at a time stands at the gate, in order, so that nobody overtakes and nothing polls.
+All on the monotonic clock, so that setting the machine's clock moves nothing. One place asks the wall clock: a Retry-After that
+is a date, of a reply without a Date of its own (RFC 9110, 6.6.1: it counts from when it came). It is asked once, for a number
+of seconds. One request at a time stands at the gate, in order, so that nobody overtakes and nothing polls.
 A burst of 429s, of requests that were under way together, counts once in the breaker: pause and halving answer it.
 """
 
@@ -19,6 +21,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 __all__ = ["Breaker", "Bucket", "Clock", "Gate", "backoff", "retry_after"]
@@ -194,7 +197,11 @@ def backoff(attempt: int) -> float:
 
 
 def retry_after(value: str | None, date: str | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for, a number or an HTTP date; `date` is the reply's own Date."""
+    """Seconds that a Retry-After header asks for, a number or an HTTP date.
+
+    Args:
+        date: the reply's own Date, from which such a date counts; where there is none, or one that is no date, the wall clock.
+    """
     if value is None:
         return None
     try:
@@ -202,9 +209,16 @@ def retry_after(value: str | None, date: str | None = None) -> float | None:
         return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
+    until, now = _moment(value), _moment(date or "")
+    if until is None:
+        return None
+    return max(0.0, until - (time.time() if now is None else now))
+
+
+def _moment(date: str) -> float | None:
+    """An HTTP date in seconds since 1970; all of them are UTC, whether they say so or not."""
     try:
-        until = parsedate_to_datetime(value)
-        now = parsedate_to_datetime(date).timestamp() if date else time.time()
+        read = parsedate_to_datetime(date)
     except (TypeError, ValueError):
         return None
-    return max(0.0, until.timestamp() - now)
+    return read.replace(tzinfo=read.tzinfo or UTC).timestamp()

@@ -28,7 +28,7 @@ from raglan.synthesis.deal import deal_table
 from raglan.synthesis.factors import Factor, Factors, Rule, Value, load_factors
 from raglan.synthesis.quotas import Weight, exact, quotas
 
-__all__ = ["ABSENT", "DEALT", "Cell", "Plan", "factors_of", "make_plan", "seed_of"]
+__all__ = ["ABSENT", "DEALT", "Cell", "Plan", "deal_plan", "factors_of", "make_plan", "seed_of"]
 
 DEALT = (
     "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source",
@@ -116,16 +116,34 @@ def make_plan(recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = No
     """
     if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
+    asked = recipe.synthesis
     factors, left_out = factors_of(recipe, cannot=cannot)
-    fit: frozenset[str] = frozenset(name for name, weights in recipe.synthesis.weights.items() if weights == "fit")
-    fit |= {name for name in FITTED if (cannot or {}).get(name) and name not in recipe.synthesis.weights}
-    deal = _Deal(factors, recipe.synthesis.n, recipe.seed, fit)
+    fit: frozenset[str] = frozenset(name for name, weights in asked.weights.items() if weights == "fit")
+    fit |= {name for name in FITTED if (cannot or {}).get(name) and name not in asked.weights}
+    return deal_plan(factors, asked.n, seed=recipe.seed, fit=fit, order=asked.passages.order, left_out=left_out)
+
+
+def deal_plan(
+    factors: Factors, n: int, *, seed: int, fit: frozenset[str] = frozenset(), order: str = "uniform",
+    left_out: Mapping[str, tuple[str, ...]] | None = None,
+) -> Plan:  # fmt: skip
+    """A plan of `n` cells over these factors, with their weights and rules as they are.
+
+    Args:
+        fit: factors whose shares follow from what was dealt before them.
+        order: where evidence stands, as `synthesis.passages.order`.
+        left_out: what the plan says of values that are no longer among the factors.
+
+    Raises:
+        RecipeError: the weights cannot be met together; names the blocking values.
+    """
+    deal = _Deal(factors, n, seed, fit)
     for name in DEALT:
         deal.factor(name)
     deal.verdicts()
-    deal.places(recipe.synthesis.passages.order)
+    deal.places(order)
     deal.noise()
-    return Plan(recipe.seed, tuple(deal.cells()), deal.margins, _allowed(factors), left_out)
+    return Plan(seed, tuple(deal.cells()), deal.margins, _allowed(factors), left_out or {})
 
 
 def factors_of(
