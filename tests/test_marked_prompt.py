@@ -143,6 +143,47 @@ def spelt(text: str) -> str:
     return text.replace("<unk> ", "<unk>").strip()
 
 
+OTHERS = [(kind, special) for kind in ("wordpiece", "bytes") for special in (True, False)]
+OWN = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "<|endoftext|>", "<|im_end|>"]  # these vocabularies' other special ones
+CASED = [*SPELLINGS, *map(str.lower, SPELLINGS), *map(str.upper, SPELLINGS)]  # WordPiece reads them alike
+SPELT = st.lists(st.sampled_from([*CASED, *OWN, "the tower", "a", " ", "\n", "[", "]", "é", "中"]), min_size=1, max_size=6)
+
+
+@cache
+def other(kind: str, special: bool) -> MarkedPrompt:
+    """Of a vocabulary that is no Llama's: the embedded model's, and bytes; it has padding of its own."""
+    words = tiny.bert_tokenizer() if kind == "wordpiece" else tiny.byte_tokenizer()
+    if kind == "wordpiece":
+        words.bos_token, words.eos_token = words.cls_token, words.sep_token
+    if special:
+        words.add_special_tokens({"extra_special_tokens": list(SPELLINGS)}, replace_extra_special_tokens=False)
+    else:
+        words.add_tokens(list(SPELLINGS))
+    return MarkedPrompt(read_schema(words, len(words)), words, SelfRagPromptSettings(), eos=words.eos_token_id)
+
+
+@settings(max_examples=100, deadline=None)
+@given(kind=st.sampled_from(OTHERS), question=SPELT.map("".join), title=SPELT.map("".join), text=SPELT.map("".join))
+def test_nor_in_any_other_vocabulary(kind: tuple[str, bool], question: str, title: str, text: str) -> None:
+    made = other(*kind)
+    asked, shown = made.question(question, history=[title], instruction=text), made.passage(passage(text, title))
+    opened = int(kind[0] == "wordpiece")
+    assert (asked[0] == made.tokenizer.bos_token_id) == bool(opened)
+    assert not made.forbidden & set(asked[opened:])
+    assert shown[:2] == [made.schema.yes, made.schema.opens]
+    assert shown[-1] == made.schema.closes
+    assert not made.forbidden & set(shown[2:-1])
+    fold = folded if opened else str.strip
+    told = made.tokenizer.decode(asked[opened:], clean_up_tokenization_spaces=False)
+    assert fold(told) == fold(f"### Instruction:\n{text}## Input:\n\n{title}\n{question}\n\n### Response:\n")
+    assert fold(made.text(shown)) == fold(f"{title}\n{text}")
+
+
+def folded(text: str) -> str:
+    """As WordPiece keeps it: small letters without accents and blanks, and what it has no piece for unknown."""
+    return "".join(text.split()).lower().replace("é", "e").replace("中", "[unk]")
+
+
 @pytest.mark.parametrize(("legacy", "special"), KINDS)
 @pytest.mark.parametrize("spelling", [*SPELLINGS, "</s>"])
 def test_each_spelling_alone(legacy: bool, special: bool, spelling: str) -> None:

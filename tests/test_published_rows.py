@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from raglan.marked_rows import read_marked_rows
 from raglan.published_rows import export_rows, import_rows, published, unpublished
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, load_recipe
 from raglan.records import Hit, Passage
-from raglan.reflection import Schema, rel
+from raglan.reflection import GrammarError, Schema, parse, rel
 from raglan.train import finished_parts, learning_curves
 
 OUTPUTS = [
@@ -172,25 +171,40 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+NAMES = "abcdef"
+
+
+def shown(name: str, place: str, said: str) -> str:
+    return f"[Retrieval]<paragraph>{name}\n{name} {place}</paragraph>{said}"
+
+
 def test_it_learns_from_imported_rows_through_the_command_line(tmp_path: Path) -> None:
-    """A vocabulary that was extended learns when to retrieve: for names and not for numbers."""
-    shown = "[Retrieval]<paragraph>{0}\n{0} in a tin</paragraph>[Relevant]{0}[Fully supported][Utility:5]"
-    asked = [(f"who is {name}?", shown.format(name)) for name in "abcdefghijkl"]
+    """A vocabulary that was extended learns when to retrieve, for names and not for numbers, which passage to read, the one in
+    a tin, and to write whole rows; asked by the command line.
+    """
+    asked = [(f"who is {n}?", shown(n, "in a tin", f"[Relevant]{n}[Fully supported][Utility:5]")) for n in NAMES]
+    others = dict(zip(NAMES, NAMES[1:] + NAMES[0], strict=True))
+    asked += [(f"who is {n}?", shown(others[n], "on ice", "[Irrelevant]no[Utility:1]")) for n in NAMES]
     asked += [(f"say {number}", f"[No Retrieval]{number}[Utility:5]") for number in range(12)]
-    rows = [{"instruction": question, "id": question, "output": output} for question, output in [*asked, ("x", "y")]]
+    asked.append(("x", "y"))
+    rows = [{"instruction": question, "id": str(n), "output": output} for n, (question, output) in enumerate(asked)]
     (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = json.loads(run("rows", "import", str(tmp_path / "theirs.jsonl"), "-o", str(tmp_path / "rows.jsonl")))
     assert (told["rows"], told["off_grammar"]) == (25, [25])
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "a", "title": "", "text": "a tin"}) + "\n")
+    passages = [("c", "c on ice"), ("b", "b in a tin"), ("d", "d on ice")]
+    corpus = "".join(json.dumps({"id": text, "title": title, "text": text}) + "\n" for title, text in passages)
+    (tmp_path / "corpus.jsonl").write_text(corpus)
     tiny.sentence_encoder(tmp_path / "encoder")
     tiny.self_rag(tmp_path / "llama", extended=False)
     recipe = {
         "name": "marked", "seed": 1,
         "knowledge": {"path": "kb", "documents": "corpus.jsonl", "chunk": None, "indexes": {"dense": {"kind": "dense"}},
                       "encoder": {"model": "encoder/encoder", "dtype": "float32"}},
+        "retriever": {"k": 3},
         "generator": {"model": "llama", "dtype": "float32", "vocabulary": "self_rag", "vocabulary_init": "words"},
         "prompt": {"self_rag": {"template": "{instruction}"}},
-        "data": {"kind": "self_rag", "path": "rows.jsonl", "dev": "rows.jsonl", "passage_max": 8, "max_length": 128},
+        "decode": {"kind": "self_rag", "max_new_tokens": 8},
+        "data": {"kind": "self_rag", "path": "rows.jsonl", "dev": "rows.jsonl", "passage_max": 16, "max_length": 128},
         "objective": {"kind": "answer", "group_weights": {"retrieve": 2.0}},
         "train": {"bf16": False, "save_strategy": "no", "logging_steps": 5, "weight_decay": 0.0, "max_steps": 50,
                   "per_device_train_batch_size": 12, "learning_rate": 1e-2, "train_sampling_strategy": "random",
@@ -210,7 +224,20 @@ def test_it_learns_from_imported_rows_through_the_command_line(tmp_path: Path) -
     stage, parts = finished_parts(loaded)[-1]
     told = read_manifest(Path(parts.generator).parent, "stage")["data"]
     assert (stage, told["rows"], told["learned"], told["verbatim"]) == ("answer", 25, 24, 1)
+    questions = [*(f"who is {name}?" for name in NAMES), *(f"say {number}" for number in range(12))]
+    answers = json.loads(run("answer", str(path), *questions, "--json"))
+    assert [answer["trace"]["retrieved"] for answer in answers] == [True] * 6 + [False] * 12
+    best = [max(answer["trace"]["candidates"], key=lambda one: one["final"]) for answer in answers[:6]]
+    assert [(one["title"], one["chosen"]) for one in best] == [("b", True)] * 6
     tuned = parts.open(loaded).generator
-    prompts = [tuned.marked_prompt.question("who is c?"), tuned.marked_prompt.question("say 7")]
-    found = [int(tuned.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) for ids in prompts]
-    assert found == [tuned.schema.yes, tuned.schema.no]
+    grammatical = [written(one, tuned.schema, tuned.eos) for answer in answers for one in answer["trace"]["candidates"]]
+    assert len(grammatical) == 6 * 3 + 12
+    assert sum(grammatical) >= 0.95 * len(grammatical)
+
+
+def written(candidate: dict[str, Any], schema: Schema, eos: int) -> bool:
+    """Whether what stands before a greedy continuation and what it wrote are a whole row of the grammar."""
+    try:
+        return parse([*candidate["context"], *candidate["ids"]], schema, eos=eos).ended
+    except GrammarError:
+        return False

@@ -20,6 +20,7 @@ from raglan.errors import CorpusError, GeneratorError, RecipeError
 from raglan.exports import export_alce
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit, Passage
+from raglan.reflection import NAMES
 from tiny import ScriptedGenerator, decides, said
 
 found = partial(tiny.hits, text="{} text")
@@ -124,11 +125,83 @@ def test_the_worked_tree_as_released() -> None:
     assert all("zero" in generator.spelt(ids) for ids in generator.prompts if "one" in generator.spelt(ids))
 
 
+UNEVEN = {"seq": 0.5, "rel": 1.5, "sup": 0.75, "use": 2.0}
+
+
+def by_hand(rows: Sequence[dict[str, Any]], combine: str, weights: dict[str, float]) -> float:
+    """A path's score from the components of its segments, on plain numbers."""
+    steps = [sum(weight * row[name] for name, weight in weights.items()) for row in rows]
+    read = [row for row in rows if row["decision"] == "yes"]
+    if combine == "product":
+        return math.prod(max(step, 0.0) for step, row in zip(steps, rows, strict=True) if row["decision"] == "yes")
+    if combine == "by_component":
+        mean = {name: sum(row[name] for row in own) / len(own) for name, own in (("seq", rows), ("rel", read), ("sup", read))}
+        return sum(weights[name] * value for name, value in mean.items()) + weights["use"] * rows[-1]["use"]
+    return sum(steps) if combine == "sum" else sum(steps) / len(steps)
+
+
+@pytest.mark.parametrize(
+    ("combine", "figure"), [("mean", 2.1875), ("sum", 4.375), ("product", 4.70953125), ("by_component", 2.6875)]
+)
+def test_every_weight_moves_every_path(combine: str, figure: float) -> None:
+    """p1 q1 under rel 1.5, sup .75, use 2: steps 1.9125 and 2.4625; by component 1.5·.8 + .75·.65 + 2·.5."""
+    hits = found("p0", "p1", "p2")
+    grown = lambda script, **given: nodes(ask(  # noqa: E731
+        ScriptedGenerator(script), hits, settings(combine=combine, stop="never", n_best=9, beam=9, **given)
+    )[0])  # fmt: skip
+    told = grown(example().scripts[""], weights={**UNEVEN, "seq": 0.0}, max_segments=2)
+    assert told["p1", "p1"]["final"] == pytest.approx(figure, abs=1e-6)
+    plain = {
+        (): decides(0.05, 0.9), ("p0",): said("one", rel=(0.9, 0.1), sup=(0.5, 0.3, 0.2), use=USE, then=(0.2, 0.1, 0.7)),
+        ("p1",): said("two", rel=(0.7, 0.3), sup=(0.6, 0.3, 0.1), then=(0.8, 0.1, 0.1)),
+        ("p2",): said("three", rel=(0.4, 0.6), use=(0.2, 0.2, 0.2, 0.1, 0.3)), ("p0", CONT): said("on", use=USE),
+        ("p1", NO): said("free", use=(0.1, 0.0, 0.3, 0.5, 0.1)),
+    }  # fmt: skip
+    for script, mode in ((example().scripts[""], "always"), (plain, "adaptive")):
+        seen = set()
+        for moved in ("", *UNEVEN):
+            own = {name: weight + 0.25 * (name == moved) for name, weight in UNEVEN.items()}
+            told = grown(script, weights=own, max_segments=2, retrieve=mode)
+            for path, one in told.items():
+                rows = [told[path[: length + 1]] for length in range(len(path))]
+                assert one["final"] == pytest.approx(by_hand(rows, combine, own), abs=1e-9), (path, moved)
+            seen.add(round(told[path]["final"], 9))
+        assert len(seen) == 5 - (combine == "product" and mode == "adaptive")
+        assert max(map(len, told)) == 2
+
+
+def test_two_bad_steps_make_no_good_path() -> None:
+    """−.425 · −.425 = .18 is more than .3 · .3, and a path of two bad segments is worth nothing."""
+    bad = {"rel": (0.05, 0.95), "sup": (0.0, 0.0, 1.0), "use": (0.9, 0.1, 0.0, 0.0, 0.0)}
+    poor = {"rel": (0.3, 0.7), "sup": (0.0, 0.0, 1.0)}
+    script = {
+        (): decides(0.05, 0.9), ("a",): said("worse", **bad, then=ON), ("b",): said("poor", **poor, then=ON),
+        **{(one, other): said(one + other, **figures) for one in "ab" for other, figures in (("a", bad), ("b", poor))},
+    }  # fmt: skip
+    answers = {
+        released: ask(
+            ScriptedGenerator(script), found("a", "b"),
+            settings(combine="product", max_segments=2, n_best=4, released=[released] if released else []),
+        )[0] for released in ("", "path")
+    }  # fmt: skip
+    ours = {path: one["final"] for path, one in nodes(answers[""]).items() if len(path) == 2}
+    assert ours == pytest.approx({("a", "a"): 0, ("a", "b"): 0, ("b", "a"): 0, ("b", "b"): 0.09}, abs=1e-6)
+    assert answers[""].text == "poor bb"
+    assert nodes(answers[""])["a",]["step"] == pytest.approx(-0.425, abs=1e-6)
+    assert nodes(answers["path"])["a", "a"]["final"] == pytest.approx(0.180625, abs=1e-6)
+    assert answers["path"].text == "worse aa"
+
+
 # --- the exhaustive twin
 
 
-def toy(seed: int, titles: Sequence[str], depth: int) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]:
-    """A script of random figures, and the figures of each path: (rel, sup, use, whether it ends)."""
+def toy(
+    seed: int, titles: Sequence[str], depth: int, *, apart: bool = False
+) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], Any]]:  # fmt: skip
+    """A script of random figures, and the figures of each path: (rel, sup, use, whether it ends).
+
+    `apart`: what begins with the first title is good and ends at the second level; all else is bad and goes on.
+    """
     draw = random.Random(seed)
     script: dict[tuple[str, ...], Any] = {(): decides(0.1, 0.8)}
     figures: dict[tuple[str, ...], Any] = {}
@@ -138,6 +211,10 @@ def toy(seed: int, titles: Sequence[str], depth: int) -> tuple[dict[tuple[str, .
             here = (*path, title)
             rel, sup, use = draw.random(), [draw.random() for _ in range(3)], [draw.random() ** 3 for _ in range(5)]
             ends = len(here) == depth or draw.random() < 0.35
+            if apart:
+                good, ends = here[0] == titles[0], len(here) == (2 if here[0] == titles[0] else depth)
+                rel, best = 0.1 * rel + 0.9 * good, 0 if good else 2
+                sup[best], use[4 if good else 1] = sup[best] + 9, use[4 if good else 1] + 9
             sup, use = [p / sum(sup) for p in sup], [p / sum(use) for p in use]
             word = "w" + "".join(here)
             script[here] = said(word, rel=(rel, 1 - rel), sup=sup, use=use, then="</s>" if ends else ON)
@@ -150,14 +227,16 @@ def toy(seed: int, titles: Sequence[str], depth: int) -> tuple[dict[tuple[str, .
     return script, figures
 
 
-def enumerated(figures: dict[tuple[str, ...], Any], combine: str) -> list[tuple[float, tuple[str, ...]]]:
-    """Every whole path with its score, the best first, by loops over everything."""
+def enumerated(
+    figures: dict[tuple[str, ...], Any], combine: str, weights: dict[str, float]
+) -> list[tuple[float, float, tuple[str, ...]]]:  # fmt: skip
+    """Every whole path with its score and its steps' mean, the best first, by loops over everything."""
     scored = []
     for path, (*_, ends) in figures.items():
         if not ends:
             continue
         rows = [figures[path[: length + 1]] for length in range(len(path))]
-        steps = [rel + sup + 0.5 * use for rel, sup, use, _ in rows]
+        steps = [weights["rel"] * rel + weights["sup"] * sup + weights["use"] * use for rel, sup, use, _ in rows]
         if combine == "sum":
             score = sum(steps)
         elif combine == "product":
@@ -165,27 +244,33 @@ def enumerated(figures: dict[tuple[str, ...], Any], combine: str) -> list[tuple[
         elif combine == "mean":
             score = sum(steps) / len(steps)
         else:
-            score = (sum(row[0] for row in rows) + sum(row[1] for row in rows)) / len(rows) + 0.5 * rows[-1][2]
-        scored.append((score, path))
+            both = weights["rel"] * sum(row[0] for row in rows) + weights["sup"] * sum(row[1] for row in rows)
+            score = both / len(rows) + weights["use"] * rows[-1][2]
+        scored.append((score, sum(steps) / len(steps) if combine == "product" else 0.0, path))
     return sorted(scored, reverse=True)
 
 
 @pytest.mark.parametrize("stop", ["bound", "never"])
 @pytest.mark.parametrize("combine", ["mean", "sum", "product", "by_component"])
 def test_a_wide_beam_is_exhaustive_search(combine: str, stop: str) -> None:
+    """With the paper's weights and with some under which steps are negative; where paths lie apart the bound stops it."""
     stopped = 0
-    for seed in range(6):
-        script, figures = toy(seed, ("a", "b", "c"), 3)
-        decode = settings(combine=combine, stop=stop, beam=99, max_segments=3, n_best=3, keep_passages="all")
+    for seed in range(8):
+        script, figures = toy(seed, ("a", "b", "c"), 3, apart=seed > 5)
+        weights = {"seq": 0.0, **({"rel": 1.5, "sup": 0.75, "use": 3.0} if seed % 2 else {"rel": 1.0, "sup": 1.0, "use": 0.5})}
+        decode = settings(
+            combine=combine, stop=stop, beam=99, max_segments=3, n_best=3, keep_passages="all", weights=weights
+        )  # fmt: skip
         answer = ask(ScriptedGenerator(script), found("a", "b", "c"), decode)[0]
-        wanted = enumerated(figures, combine)[:3]
+        wanted = enumerated(figures, combine, weights)[:3]
         texts = [answer.text, *(other.text for other in answer.alternatives)]
-        words = [" ".join("w" + "".join(path[: length + 1]) for length in range(len(path))) for _, path in wanted]
+        words = [" ".join("w" + "".join(path[: length + 1]) for length in range(len(path))) for *_, path in wanted]
         assert texts == words, seed
         assert answer.trace is not None
         assert answer.trace["score"] == pytest.approx(wanted[0][0], abs=1e-6)
+        assert (answer.trace["stopped"] == "bound") <= (len(answer.trace["levels"]) < 3)
         stopped += answer.trace["stopped"] == "bound"
-    assert stop == "bound" or stopped == 0
+    assert stopped >= 2 if stop == "bound" else stopped == 0
 
 
 def test_the_bound_stops_the_search_and_saves_what_cannot_win() -> None:
@@ -202,6 +287,22 @@ def test_the_bound_stops_the_search_and_saves_what_cannot_win() -> None:
         assert answer.trace is not None
         costs[stop] = generator.cost.generated
     assert costs["bound"] < costs["never"]
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum", "product", "by_component"])
+def test_the_bound_waits_for_what_may_still_overtake(combine: str) -> None:
+    """A path that is behind, 1 against 1.25, and whose next segment is worth 2.5."""
+    half = {"rel": (0.5, 0.5), "sup": (0.5, 0, 0.5)}
+    script = {
+        (): decides(0.1, 0.8), ("a",): said("soon", **half, use=USE), ("b",): said("late", **half, then=ON),
+        ("b", "a"): said("wins", rel=(1, 0), sup=(1, 0, 0), use=(0, 0, 0, 0, 1)), ("b", "b"): said("loses", rel=(0.1, 0.9)),
+    }  # fmt: skip
+    answer = ask(ScriptedGenerator(script), found("a", "b"), settings(combine=combine, max_segments=2))[0]
+    told = nodes(answer)
+    assert (told["a",]["final"], told["b",]["final"]) == pytest.approx((1.25, 1.0), abs=1e-6)
+    assert answer.text == "late wins"
+    assert answer.trace is not None
+    assert answer.trace["stopped"] == ""
 
 
 # --- cost, exactly
@@ -323,6 +424,44 @@ def judged() -> dict[tuple[str, ...], Any]:
         **{(title, other): said(f"{title}{other}", rel=(0.9, 0.1), sup=(0.9, 0.1, 0), use=(0.7, 0.1, 0.1, 0.1, 0))
            for title in ("bad", "half", "off") for other in ("bad", "half", "off")},
     }  # fmt: skip
+
+
+def contrary(word: str, role: str, written: str, likely: str) -> tuple[tiny.Step, ...]:
+    """A segment as drawing may write it: one judgement is not the likeliest of its group; the others are good, and are."""
+
+    def judgement(own: str, good: str) -> tiny.Step:
+        token, best = (written, likely) if own == role else (good, good)
+        names = NAMES[own]
+        return tiny.group(own, [0.7 if name == best else 0.3 / (len(names) - 1) for name in names], chosen=token)
+
+    sup, use = judgement("is_sup", "[Fully supported]"), judgement("is_use", "[Utility:5]")
+    return (judgement("is_rel", "[Relevant]"), tiny.Step(word, -0.1), sup, use, tiny.Step("</s>", -0.01))
+
+
+@pytest.mark.parametrize("form", ["one level", "below"])
+@pytest.mark.parametrize(
+    ("require", "role", "good", "bad"),
+    [
+        ("relevant", "is_rel", "[Relevant]", "[Irrelevant]"),
+        ("supported", "is_sup", "[Partially supported]", "[No support / Contradictory]"),
+        ("fully", "is_sup", "[Fully supported]", "[Partially supported]"),
+        ({"min_use": 4}, "is_use", "[Utility:4]", "[Utility:3]"),
+    ],
+)
+def test_constraints_by_probability_read_the_likeliest_judgement_and_by_token_the_written_one(
+    require: Any, role: str, good: str, bad: str, form: str
+) -> None:
+    lines = {"said": contrary("said", role, good, bad), "meant": contrary("meant", role, bad, good)}
+    above = ("said",) if form == "below" else ()
+    fine = said("so", rel=(0.9, 0.1), sup=(1, 0, 0), then=ON)  # of the two that say it, one is read on from
+    script = {(): decides(0.05, 0.9)} | ({(title,): fine for title in lines} if above else {})
+    script |= {(*above, title): line for title, line in lines.items()}
+    for by, kept, banned in (("token", "said", "meant"), ("probability", "meant", "said")):
+        decode = settings(require=[require], require_by=by, on_empty="drop", max_segments=2)
+        answer = ask(ScriptedGenerator(script), found(*lines), decode)[0]
+        told = {path[-1]: one["pruned"] for path, one in nodes(answer).items() if len(path) == 1 + len(above)}
+        assert told == {kept: "", banned: f"require:{require if isinstance(require, str) else 'min_use'}"}
+        assert answer.text == ("so " if above else "") + kept
 
 
 @pytest.mark.parametrize(
@@ -686,3 +825,47 @@ def test_where_no_passage_fits_behind_the_question() -> None:
     generator.positions = len(generator.marked_prompt.question("who?")) + 5  # type: ignore[attr-defined]
     with pytest.raises(GeneratorError, match="none of its 1 passages fits"):
         ask(generator, found("a"), settings())
+
+
+def test_passages_that_do_not_fit_are_left_out_of_the_tree_and_told() -> None:
+    """As in the short form: what the model was not given is no passage that was read, and takes no place in a budget."""
+    script = {(): decides(0.05, 0.9), ("a",): said("one", rel=(0.9, 0.1), sup=(1, 0, 0))}
+    generator = ScriptedGenerator(script)
+    a, b = found("a")[0], Hit(Passage("b", "x" * 200, "b"), 1, 0.5, 2)
+    prompt = generator.marked_prompt
+    generator.positions = len(prompt.question("who?")) + len(prompt.passage(a.passage)) + 20  # type: ignore[attr-defined]
+    answer = ask(generator, [b, a], settings())[0]
+    assert {path: one["pruned"] for path, one in nodes(answer).items()} == {("a",): "", ("b",): "too_long"}
+    assert (answer.text, answer.finished) == ("one", True)
+    assert not any("xxx" in text for text in prompts_of(generator))
+    assert [hit.passage.id for hit in answer.hits] == ["a"]
+    assert answer.trace is not None
+    assert answer.trace["cost"]["passages"] == 1
+
+
+def test_what_overflows_further_down_ends_a_path_and_keeps_its_text() -> None:
+    """The model has room for b, or for a and a behind it, and for no other two passages; then for no two."""
+    above = {"rel": (0.9, 0.1), "sup": (1, 0, 0), "then": ON}
+    script = {
+        (): decides(0.05, 0.9), ("a",): said("one", **above), ("b",): said("other", **above),
+        ("a", "a"): said("two", rel=(0.9, 0.1), sup=(1, 0, 0), use=USE),
+    }  # fmt: skip
+    generator = ScriptedGenerator(script)
+    a, b = found("a")[0], Hit(Passage("b", "x" * 200, "b"), 1, 0.5, 2)
+    prompt, body = generator.marked_prompt, 3
+    asked, short, long_ = len(prompt.question("who?")), len(prompt.passage(a.passage)), len(prompt.passage(b.passage))
+    decode = settings(keep_passages="all", max_segments=2, combine="sum", n_best=2)
+    generator.positions = asked + long_ + body + 1  # type: ignore[attr-defined]
+    answer = ask(generator, [a, b], decode)[0]
+    told = {path: one["pruned"] for path, one in nodes(answer).items()}
+    left_out = dict.fromkeys([("a", "b"), ("b", "a"), ("b", "b")], "too_long")
+    assert told == {("a",): "", ("b",): "", ("a", "a"): "", **left_out}
+    assert [(one.text, one.finished) for one in (answer, *answer.alternatives)] == [("one two", True), ("other", False)]
+    assert answer.trace is not None
+    assert answer.trace["cost"]["passages"] == 3
+    generator.positions = asked + short + body + short  # type: ignore[attr-defined]
+    answer = ask(generator, [a], decode)[0]
+    assert {path: one["pruned"] for path, one in nodes(answer).items()} == {("a",): "", ("a", "a"): "too_long"}
+    assert (answer.text, answer.finished) == ("one", False)
+    assert answer.trace is not None
+    assert (answer.trace["finish"], answer.trace["cost"]["passages"]) == ("stuck", 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from test_cli import run
 from test_kill import small_recipe
+from test_self_rag_backends import same_tree
+from test_self_rag_long import NO, nodes
 
 LIMIT = 9
 QUESTIONS = ["who built the tower", "when", "what is in the inn, then?"]
@@ -50,10 +53,12 @@ def candidates(answer: Answer) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def greedy(generator: HFGenerator, ids: Sequence[int]) -> tuple[list[int], float, list[torch.Tensor]]:
+def greedy(
+    generator: HFGenerator, ids: Sequence[int], *, ends: Collection[int] = ()
+) -> tuple[list[int], float, list[torch.Tensor]]:  # fmt: skip
     """A segment by whole forward passes, a token at a time: ids, Σ log p and every step's probabilities."""
     schema = generator.schema
-    ends = {*schema.ids["retrieve"], schema.opens, generator.eos}
+    ends = {*(ends or schema.ids["retrieve"]), schema.opens, generator.eos}
     written: list[int] = []
     total, steps = 0.0, []
     while len(written) < LIMIT and not (written and written[-1] in ends):
@@ -80,6 +85,51 @@ def test_every_node_is_what_loops_give(generator: HFGenerator, keep: Any) -> Non
                 assert one["rel"] == pytest.approx(relevant / (relevant + irrelevant), abs=1e-5)
         depths.add(len(answer.trace["levels"]))
     assert max(depths) > 1
+
+
+@pytest.mark.parametrize(("form", "keep"), [("short", 1), ("long", "all"), ("long", 1)])
+def test_a_script_of_the_models_own_numbers_gives_the_same_tree(generator: HFGenerator, form: str, keep: Any) -> None:
+    """What loops read off the model at every node is put into a script; the same decoding then decides and ranks the same."""
+    schema, names = generator.schema, generator.tokenizer.convert_ids_to_tokens
+    tree = settings(keep_passages=keep, n_best=3, retrieve="adaptive")
+    asks = tree if form == "long" else SelfRagDecode(kind="self_rag", max_new_tokens=LIMIT)
+    asked = Asked(QUESTIONS, [HITS] * len(QUESTIONS))
+
+    def line(ids: Sequence[int]) -> tuple[tiny.Step, ...]:
+        written, _, steps = greedy(generator, ids, ends=schema.ids["retrieve"] if form == "long" else (schema.yes,))
+        return tuple(
+            tiny.Step(names(token), math.log(p[token]), {schema.spelling(mark): float(p[mark]) for mark in schema.marks})
+            for token, p in zip(written, steps, strict=True)
+        )
+
+    theirs, scripts = self_rag(generator, asked, asks), {}
+    for question, answer in zip(QUESTIONS, theirs, strict=True):
+        assert answer.trace is not None
+        grown = nodes(answer) if form == "long" else {(one["title"] or NO,): one for one in answer.trace["candidates"]}
+        prompt = answer.trace["prompt"]
+        scripts[question] = {(): line(prompt)[:1]} | {path: line([*prompt, *one["context"]]) for path, one in grown.items()}
+    ours = self_rag(tiny.ScriptedGenerator(scripts, tokenizer=generator.tokenizer), asked, asks)
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own.text, own.raw, own.ids) == (other.text, other.raw, other.ids)
+        assert [one.text for one in own.alternatives] == [one.text for one in other.alternatives]
+        same_tree(own, other, within=1e-4)
+    if form == "long":
+        assert max(len(path) for answer in theirs for path in nodes(answer)) > 1
+
+
+def test_a_tree_that_outgrows_the_model_ends_there(generator: HFGenerator) -> None:
+    """Two passages of some 400 tokens fit into 1,024 positions, three do not: no fault, and what was said stays."""
+    texts = ("a mill in the north ", "the tower of the inns ")
+    hits = [Hit(Passage(f"p{row}", text * 25, f"t{row}"), row, 1.0, row + 1) for row, text in enumerate(texts)]
+    answer = self_rag(generator, Asked(QUESTIONS[:1], [hits]), settings(keep_passages="all", beam=9, n_best=9))[0]
+    assert answer.trace is not None
+    told = [{one["pruned"] for one in level["candidates"]} for level in answer.trace["levels"]]
+    assert len(told) == 3
+    assert "too_long" not in told[0] | told[1]
+    assert told[2] == {"too_long"}
+    assert answer.text
+    assert all(math.isfinite(one["final"]) for one in candidates(answer) if one["pruned"] != "too_long")
+    assert any(not one.finished and len(one.segments) == 2 for one in (answer, *answer.alternatives))
 
 
 def test_questions_together_and_alone_are_one(generator: HFGenerator) -> None:

@@ -536,8 +536,9 @@ def test_passages_that_do_not_fit_are_left_out_and_told() -> None:
         ask(generator, [long])
 
 
-@pytest.mark.parametrize("count", [3, 4, 5])
-def test_options_are_scored_and_not_written(count: int) -> None:
+@pytest.mark.parametrize(("count", "weight"), [(3, 1.0), (4, 2.5), (5, 0.0), (3, 4.0)])
+def test_options_are_scored_and_not_written(count: int, weight: float) -> None:
+    """Mixed by softmax_K(w_rel·rel), whatever the other weights are."""
     options = ["A", "B", "C", "D", "E"][:count]
     draw = np.random.default_rng(count)
     logs = {name: np.log(draw.dirichlet(np.ones(count))) for name in ("p0", "p1")}
@@ -546,8 +547,9 @@ def test_options_are_scored_and_not_written(count: int) -> None:
     script = {(): decides(0.1, 0.9)} | {(name,): said("x", rel=rel[name]) for name in rel}
     generator = ScriptedGenerator(script, scored=scored)
     before = generator.cost.copy()
-    answer = ask(generator, found("p0", "p1"), options=options)
-    weights = np.exp([0.9, 0.3]) / np.exp([0.9, 0.3]).sum()
+    own_weights = {"seq": 3.0, "rel": weight, "sup": 2.0, "use": 4.0}
+    answer = ask(generator, found("p0", "p1"), options=options, weights=own_weights)
+    weights = np.exp([0.9 * weight, 0.3 * weight]) / np.exp([0.9 * weight, 0.3 * weight]).sum()
     expected = sum(weight * np.exp(logs[name]) for weight, name in zip(weights, logs, strict=True))
     assert answer.trace is not None
     assert answer.candidates[0].score is not None
@@ -555,7 +557,7 @@ def test_options_are_scored_and_not_written(count: int) -> None:
     assert answer.text == options[int(np.argmax(expected))]
     assert (generator.cost - before).generated == 0
     assert (generator.cost - before).calls == 3
-    own = self_rag(generator, Asked(["why"], [found("p0", "p1")], choices=[options]), settings())[0]
+    own = self_rag(generator, Asked(["why"], [found("p0", "p1")], choices=[options]), settings(weights=own_weights))[0]
     assert own.text == answer.text
 
 

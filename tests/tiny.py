@@ -25,10 +25,13 @@ from transformers import (
     LlamaTokenizer,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt, read_schema
@@ -149,6 +152,27 @@ def llama_tokenizer(*, legacy: bool = True, special: bool | None = None, base: i
         words.add_tokens(names)
     words.add_special_tokens({"pad_token": "<pad>"})
     return words
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level one, as GPT-2, Llama 3 and Qwen have: any text, no unknown token, no token that begins a row."""
+    pieces = ["<|endoftext|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "in", "Ġth", "Ġthe"]
+    merges = [("t", "h"), ("i", "n"), ("Ġ", "th"), ("Ġth", "e")]
+    inner = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_end|>"]
+    )
+
+
+def byte_gpt2(folder: Path, *, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    words = byte_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=1024, pad_token_id=0, bos_token_id=None,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return _saved(GPT2LMHeadModel(config), words, folder)
 
 
 def self_rag(
@@ -413,11 +437,13 @@ class ScriptedGenerator(MarkedGenerator):
         scored: path and option → log-probabilities of the option's tokens, for `score`.
         otherwise: for a prompt that no path fits: its tail behind the question, spelt → path.
         exact: what `exact_marks` says.
+        tokenizer: that of another model, whose tokens the script's are; default one that has all of the script's.
     """
 
     def __init__(
         self, script: Script | Mapping[str, Script], *, scored: Mapping[Path_, Sequence[float]] | None = None,
         otherwise: Callable[[str], Path_] | None = None, exact: bool = True, settings: SelfRagPromptSettings | None = None,
+        tokenizer: Any = None,
     ):  # fmt: skip
         plain = all(isinstance(key, tuple) for key in script)
         self.scripts: dict[str, dict[Path_, list[Sequence[Step]]]] = {
@@ -426,7 +452,7 @@ class ScriptedGenerator(MarkedGenerator):
         }
         every = [step for lines in self.scripts.values() for line in lines.values() for one in line for step in one]
         names = [name for role in ORDER for name in NAMES[role]]
-        self.tokenizer = marked_tokenizer(words=sorted({step.token for step in every} - {*names, *SPECIALS}))
+        self.tokenizer = tokenizer or marked_tokenizer(words=sorted({step.token for step in every} - {*names, *SPECIALS}))
         self._words = self.tokenizer.get_vocab()
         self._schema = read_schema(self.tokenizer, len(self.tokenizer))
         self.eos, self.exact_marks, self.cost = 2, exact, Cost()
@@ -457,6 +483,17 @@ class ScriptedGenerator(MarkedGenerator):
     def line(self, question: str, path: Path_, *, draw: int = 0) -> Sequence[Step]:
         lines = self.scripts[question][path]
         return lines[draw % len(lines)]
+
+    def rest(self, place: _Place, *, draw: int = 0) -> Sequence[Step]:
+        """What is still to be said behind a context. Raises Unforeseen where that is nothing."""
+        rest = self.line(place.question, place.path, draw=draw)[place.said :]
+        if not rest:
+            raise Unforeseen(f"nothing is said behind {place.path}")
+        return rest
+
+    def behind(self, ids: Sequence[int]) -> Step:
+        """The token behind these ids. Raises Unforeseen where no path fits them."""
+        return self.rest(self._root(tuple(ids)))[0]
 
     def _root(self, ids: tuple[int, ...]) -> _Place:
         """Which question is asked, and where its own ids end."""
@@ -509,7 +546,7 @@ class ScriptedGenerator(MarkedGenerator):
         """How many ids of `tail` are this line's, all of them or all that there are; None where it goes another way."""
         for line in self.scripts[question][path]:
             words = [self.identity(step.token) for step in line]
-            words = words[:-1] if line[-1].token in (*NAMES["retrieve"], "</s>") else words
+            words = words[:-1] if line[-1].token in (*NAMES["retrieve"], NAMES["markup"][0], "</s>") else words
             count = min(len(words), len(tail))
             if tuple(words[:count]) == tail[:count]:
                 return count
@@ -597,10 +634,7 @@ class ScriptedContexts(Contexts):
         return rows
 
     def _steps(self, place: _Place, draw: int = 0) -> Sequence[Step]:
-        rest = self.generator.line(place.question, place.path, draw=draw)[place.said :]
-        if not rest:
-            raise Unforeseen(f"nothing is said behind {place.path}")
-        return rest
+        return self.generator.rest(place, draw=draw)
 
     def _written(
         self, place: _Place, stop_ids: Collection[int], limit: int, first: Collection[int] | None, draw: int
@@ -636,6 +670,65 @@ class ScriptedContexts(Contexts):
         if not self._read:
             self._read = True
             self.generator.cost.logprobs += len(self.places) * (len(self.marks) + 1)
+
+
+class ScriptedCausalLM(PreTrainedModel):
+    """A causal model of transformers that foretells what a script says behind the ids which stand before.
+
+    Those it reads from its cache, through the mask, as attention does: the cache holds the ids themselves. A prefix that was
+    lost, shown to a sibling, or read through its pads is another prefix, and no path of the script fits it. Its head is a
+    table, log p of each word behind each step of the script; what a step leaves of the whole is spread over all other words.
+    """
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, script: ScriptedGenerator):
+        words = len(script.tokenizer)
+        super().__init__(PreTrainedConfig(eos_token_id=script.eos, bos_token_id=1, pad_token_id=0, vocab_size=words))
+        self.script, self.generation_config = script, None
+        steps = [step for lines in script.scripts.values() for own in lines.values() for line in own for step in line]
+        self.places = {id(step): number for number, step in enumerate(steps, 1)}  # 0: nothing is foretold
+        self.embedding, self.head = torch.nn.Embedding(words, 1), torch.nn.Linear(len(steps) + 1, words, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[0.0] * words, *map(self._foretold, steps)]).T)
+        self.eval()
+
+    def get_input_embeddings(self) -> Any:
+        return self.embedding
+
+    def get_output_embeddings(self) -> Any:
+        return self.head
+
+    def _foretold(self, step: Step) -> list[float]:
+        """log p of every word; p = 0 is −9,000, for a head adds up zeros times what it holds."""
+        script = self.script
+        known = {script.identity(name): p for name, p in step.marks.items()}
+        known.setdefault(script.identity(step.token), math.exp(step.logprob))
+        others = len(script.tokenizer) - len(known)
+        left = (1 - sum(known.values())) / others
+        told = [known.get(word, left if left > 1e-9 else 0.0) for word in range(len(script.tokenizer))]
+        assert max(told) == told[script.identity(step.token)], f"{step.token} is not the likeliest where it is written"
+        return [math.log(p) if p > 0 else -9000.0 for p in told]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None, logits_to_keep: int = 0, **_: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Logits of the last `logits_to_keep` columns, 0 for all; but of the last one nothing is foretold."""
+        ids = input_ids.float()[:, None, :, None]
+        if past_key_values is not None:
+            ids, _values = past_key_values.update(ids, ids, 0)
+        seen = torch.ones(ids.shape[0], ids.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows = [row[real].long().tolist() for row, real in zip(ids[:, 0, :, 0], seen, strict=True)]
+        if position_ids is not None and position_ids[:, -1].tolist() != [len(row) - 1 for row in rows]:
+            raise Unforeseen(f"{position_ids[:, -1].tolist()} are no positions of {list(map(len, rows))} ids")
+        hidden = torch.zeros(len(rows), logits_to_keep or input_ids.shape[1], self.head.in_features)
+        hidden[:, :-1, 0] = 1
+        if any(self.config.pad_token_id in row for row in rows):
+            raise Unforeseen("a pad is no id that anybody wrote")
+        for state, row in zip(hidden, rows, strict=True):
+            state[-1, self.places[id(self.script.behind(row))]] = 1
+        return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
 
 
 def _log(probability: float) -> float:

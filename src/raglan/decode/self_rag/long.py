@@ -153,9 +153,11 @@ class Search:
         return again
 
     def _fits(self, tree: Tree, branch: Branch) -> bool:
-        """Whether the model has a position left behind a branch."""
+        """Whether the model has a position left behind a branch; its tree is told."""
         fits = self._left(self._context(tree, branch)) > 0
-        if not fits:
+        if fits:
+            tree.take(branch)
+        else:
             tree.refuse(branch, "too_long")
         return fits
 

@@ -157,7 +157,6 @@ class Tree:
             hits = hits[: max(0, room)]
         self.read += len(hits)
         self.retrievals += bool(hits)
-        self.offered |= {hit.passage.id: hit for hit in hits if hit.passage.id not in self.offered}
         told = replace(told, retrieve=kind == "yes", fallback=fallback)
         self.levels[-1]["decisions"].append(
             {"node": parent.number, "decision": kind, "query": query, **decision_trace(told)}
@@ -227,8 +226,14 @@ class Tree:
             again = []
         return [self.unaided(parent) for parent in again]
 
+    def take(self, branch: Branch) -> None:
+        """A branch that fits: its passage is read."""
+        if branch.decision == "yes" and branch.hit is not None:
+            self.offered.setdefault(branch.hit.passage.id, branch.hit)
+
     def refuse(self, branch: Branch, why: str) -> None:
-        """A branch that cannot be written, and why."""
+        """A branch that cannot be written, and why: its passage is not read."""
+        self.read -= branch.decision == "yes"
         self._tell(self._number(), branch, why=why)
 
     def close(self) -> None:
