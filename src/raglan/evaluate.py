@@ -51,13 +51,23 @@ from raglan.metrics import (
     regex_match,
     regex_recall,
     rouge_l,
+    substring,
 )
 from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Example, Hit
 from raglan.reflection import normalise_label
 from raglan.refusals import abstained
-from raglan.robustness import char_3gram_recall, citation_figures, constant, macro_f1, marks, quote_figures, str_em
+from raglan.robustness import (
+    char_3gram_recall,
+    citation_figures,
+    constant,
+    macro_f1,
+    marks,
+    outside_figures,
+    quote_figures,
+    str_em,
+)
 from raglan.text import fold_numbers
 from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 
@@ -82,7 +92,7 @@ KIND = "evaluation"
 Measures = dict[str, Callable[[str, Example], float]]
 OF_A_QUESTION = {
     "em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l, "q_bleu1": q_bleu1,
-    "char_3gram": char_3gram_recall,
+    "char_3gram": char_3gram_recall, "substring": substring,
     "match": lambda text, answers: answer_recall([text], answers),
     "declined": lambda text, answers: float(abstained(text, answers)),
 }  # fmt: skip
@@ -386,6 +396,9 @@ def _add_reading(
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
     if answer.trace is not None:  # Self-RAG says itself what it read
         row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
+        read = [f"{hit.passage.title}\n{hit.passage.text}" for hit in answer.hits]
+        answers = () if settings.answers_are == "regex" else example.answers
+        figures |= outside_figures(answer.text, answers, read) if read else {}
         figures |= {"retrieval_rate": float(answer.trace["retrieved"])} if given else {}
         if given and answer.trace["form"] == "long":
             decided = [float(told["retrieve"]) for told in answer.trace["decisions"]]

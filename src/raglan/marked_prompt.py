@@ -88,9 +88,14 @@ class MarkedPrompt:
     def question(
         self, query: str, *, instruction: str = "", history: Sequence[str] = (), given: str = ""
     ) -> list[int]:  # fmt: skip
-        """The prompt up to where the answer begins. `given` is the template's input field, which most rows leave empty."""
+        """The prompt up to where the answer begins. `given` is the template's input field, which most rows leave empty.
+
+        The question stands behind the instruction and `settings.separator`, or where the instruction says {question}.
+        """
         asked = "\n".join([*history, query])
-        parts = {"{instruction}": f"{instruction}{self.settings.separator}{asked}" if instruction else asked, "{input}": given}
+        between = self.settings.separator if instruction else ""
+        whole = instruction if "{question}" in instruction else instruction + between + "{question}"
+        parts = {"{instruction}": whole.replace("{question}", asked), "{input}": given}
         template = self.settings.with_input if given else self.settings.template
         text = re.sub(r"\{instruction\}|\{input\}", lambda found: parts[found.group()], template)
         ids = self._ids(self.tokenizer, text, special=True)

@@ -57,6 +57,7 @@ __all__ = [
     "regex_match",
     "regex_recall",
     "rouge_l",
+    "substring",
     "wilson",
 ]
 
@@ -209,6 +210,11 @@ def perplexity(logprobs: Sequence[float], tokens: Sequence[int]) -> float:
 def answer_recall(texts: Sequence[str], answers: Sequence[str]) -> float:
     """1.0 if a gold answer occurs, as whole words, in any of the texts."""
     return float(bool(found_answers(texts, answers)))
+
+
+def substring(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if a gold answer occurs in the prediction letter by letter, Self-RAG's "match": "no" is in "north"; case counts."""
+    return float(any(answer and answer in prediction for answer in answers))
 
 
 def found_answers(texts: Sequence[str], answers: Sequence[str]) -> list[str]:

@@ -42,7 +42,8 @@ PRIOR = "prior"
 class RAG:
     """Asks the retriever, then the generator. `k` passages a query unless a call says otherwise.
 
-    A call's `history` is, of each question, the dialogue's earlier turns, oldest first.
+    A call's `history` is, of each question, the dialogue's earlier turns, oldest first. `query`, of a program, makes what
+    Self-RAG's long form asks further of the question and the last segment, in place of `decode.query`.
 
     Threads may share it: questions wait for each other, since tokenizers and the models' hooks serve one at a time.
     """
@@ -52,6 +53,7 @@ class RAG:
     decode: DecodeSettings
     k: int
     again: RetrieveAgain | None = None
+    query: Callable[[str, str], str] | None = None
     _turn: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
@@ -185,7 +187,8 @@ class RAG:
         if isinstance(decode, RagTokenDecode) and turns is not None and turns.kind == "doc_only":
             answers = rag_turn(self.generator, asked, decode)
         elif isinstance(decode, SelfRagDecode):
-            answers = self_rag(self.generator, asked, decode, retrieve=_finder(retriever) if asked.k else None)
+            finder = _finder(retriever) if asked.k else None
+            answers = self_rag(self.generator, asked, decode, retrieve=finder, query=self.query)
         else:  # doc-then-turn is a mixture like any other; over whole answers doc-only is the same
             answers = KINDS[decode.kind](self.generator, asked, decode)
         return [replace(answer, knowledge=retriever.base.version) for answer in answers]

@@ -31,6 +31,7 @@ NAMES = {
     "declined": "answers that decline", "citation_validity": "valid citations", "citation_precision": "citation precision",
     "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
     "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
+    "outside": "answers in no passage", "right_outside": "right answers in no passage", "substring": "holds its letters",
     "truncated": "prompts cut", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip

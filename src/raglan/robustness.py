@@ -20,8 +20,9 @@ from itertools import combinations
 
 import numpy as np
 
-from raglan.metrics import Whole, found_answers
-from raglan.text import normalise_answer
+from raglan.metrics import Whole, answer_recall, found_answers
+from raglan.refusals import abstained
+from raglan.text import answer_words, normalise_answer
 
 __all__ = [
     "abstention",
@@ -34,6 +35,7 @@ __all__ = [
     "follows",
     "macro_f1",
     "marks",
+    "outside_figures",
     "quote_figures",
     "quotes",
     "str_em",
@@ -78,6 +80,20 @@ def citation_figures(cited: Sequence[int], shown: int, *, good: Collection[int],
         "citation_validity": _share(sum(1 <= mark <= shown for mark in cited), len(cited)),
         "citation_precision": _share(sum(mark in good for mark in cited), len(cited)),
         "citation_recall": _share(len(set(needed) & set(cited)), len(set(needed))),
+    }
+
+
+def outside_figures(text: str, answers: Sequence[str], read: Sequence[str]) -> dict[str, float]:
+    """Whether an answer stands in none of the passages read, and whether what makes it right stands in none; 1, 0 or NaN.
+
+    The second is what Self-RAG's authors count (Asai et al. 2023, appendix C), of answers that hold a gold one. The first does
+    not apply to an answer without words, or that declines.
+    """
+    says = answer_words(text) and not abstained(text, answers)
+    right = found_answers([text], answers)
+    return {
+        "outside": 1 - answer_recall(read, [text]) if says else math.nan,
+        "right_outside": 1 - answer_recall(read, right) if right else math.nan,
     }
 
 

@@ -9,6 +9,9 @@ matrices stay tied. New rows start from
     random   draws, as in the authors' code
 
 With LoRA exactly the new rows of both matrices learn beside the adapter; the authors' LoRA leaves them as they were drawn.
+
+Published checkpoints of 2023 come with `tokenizer.model` and `added_tokens.json` and were trained with a blank behind every
+control token, which transformers 5 leaves out unless the folder says `legacy`. `open_tokenizer` puts it back.
 """
 
 from __future__ import annotations
@@ -18,15 +21,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from raglan.errors import GeneratorError
+from raglan.errors import GeneratorError, require
 from raglan.marked_prompt import marked, read_schema
 from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings
 from raglan.reflection import PAD, Schema
 
-__all__ = ["extend_vocabulary", "new_rows", "prepare_vocabulary", "save_tokenizer"]
+__all__ = ["extend_vocabulary", "new_rows", "open_tokenizer", "prepare_vocabulary", "save_tokenizer"]
 
+SENTENCES = "tokenizer.model"  # SentencePiece's own file
 Init = Literal["mean", "words", "random"]
 PHRASES = {  # in the order of a schema's ids
     "retrieve": ("answer without a search", "search for evidence", "go on with the same evidence"),
@@ -130,6 +136,40 @@ def _drawn(matrix: Tensor, spread: float, which: tuple[int, int, int]) -> Tensor
     seed, number, row = which
     chance = torch.Generator().manual_seed(seed * 1_000_003 + number * 500_009 + row)
     return (torch.randn(matrix.shape[1], generator=chance) * spread).to(matrix)
+
+
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name, with the blanks that the model was trained with.
+
+    A Llama's `tokenizer.model` was written by a tokenizer that put a blank behind control tokens unless its config said
+    otherwise (`legacy`). Where nothing is said, transformers 4 kept to that and transformers 5 does not: ids would differ.
+
+    Raises:
+        MissingExtra: there is a `tokenizer.model` alone, and the libraries that read it are not installed.
+        OSError, ValueError, KeyError, TypeError: of transformers, for what is no tokenizer.
+    """
+    _check_readable(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (ImportError, ValueError) as fault:
+        if SENTENCES in str(fault) or "tiktoken" in str(fault):  # of a hub name; transformers tries another reader
+            _require_sentencepiece(name)
+        raise
+    of_sentencepiece = str(tokenizer.init_kwargs.get("vocab_file")).endswith(".model")
+    if isinstance(tokenizer, LlamaTokenizer) and of_sentencepiece and get_tokenizer_config(name).get("legacy") is None:
+        tokenizer = AutoTokenizer.from_pretrained(name, legacy=True)
+    return tokenizer
+
+
+def _check_readable(name: str) -> None:
+    """Told before weights are read, which may take minutes."""
+    if (Path(name) / SENTENCES).is_file() and not (Path(name) / "tokenizer.json").is_file():
+        _require_sentencepiece(name)
+
+
+def _require_sentencepiece(name: str) -> None:
+    for library in ("sentencepiece", "google.protobuf"):
+        require(library, f"to read the {SENTENCES} of {name!r}")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

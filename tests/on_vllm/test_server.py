@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_engine
+from test_engine import judged, judging, same
 
-import tiny
+from raglan.decode import Asked, self_rag
 from raglan.generator import EndpointScorer, HFGenerator, open_any
-from raglan.recipe import GeneratorSettings, PromptSettings, ScorerSettings
-from raglan.records import Passage
+from raglan.recipe import GeneratorSettings, PromptSettings, ScorerSettings, SelfRagDecode
+from raglan.records import Hit, Passage
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
@@ -36,7 +38,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.marked_llama(tmp_path_factory.mktemp("served"), width=64)
+    return judging(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,19 @@ def test_marks(folder: Path, local: HFGenerator, server: str) -> None:
         found.append((behind.mark_logprobs, [row.ids for row in behind.write(stop_ids=(), max_new_tokens=6)]))
     np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-3)
     assert found[1][1] == found[0][1]
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_answers(form: str, folder: Path, local: HFGenerator, server: str) -> None:
+    """Decisions, trees, components and answers of both forms, over HTTP."""
+    settings = GeneratorSettings(kind="endpoint", model="tiny", endpoint=server, tokenizer=str(folder))
+    more = {"passages": "static", "max_segments": 2, "n_best": 2} if form == "long" else {}
+    decode = SelfRagDecode(kind="self_rag", form=form, retrieve="always", max_new_tokens=12, **more)
+    hits = [Hit(passage, row, 1.0, row + 1) for row, passage in enumerate(test_engine.PASSAGES)]
+    asked = Asked(test_engine.QUESTIONS, [hits] * len(test_engine.QUESTIONS))
+    ours, theirs = (self_rag(generator, asked, decode) for generator in (open_any(settings, PROMPT), local))
+    for own, other in zip(ours, theirs, strict=True):
+        same(own, other)
+    levels = [level for answer in ours for level in (answer.trace["levels"] if form == "long" else [answer.trace])]
+    assert judged(one for level in levels for one in level["candidates"]) == {"sup", "use"}
+    assert len(levels) > len(ours) or form == "short"

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -53,7 +53,7 @@ from raglan.recipe import AdapterSettings, GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
-from raglan.vocabulary import new_rows, prepare_vocabulary, rows_of, save_tokenizer
+from raglan.vocabulary import new_rows, open_tokenizer, prepare_vocabulary, rows_of, save_tokenizer
 from raglan.weights import read_json
 
 __all__ = ["HFGenerator", "learned", "open_generator", "open_merged", "padded", "scored"]
@@ -61,6 +61,7 @@ __all__ = ["HFGenerator", "learned", "open_generator", "open_merged", "padded", 
 log = logging.getLogger(__name__)
 EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
 UNSCORED = -100
+UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
@@ -591,11 +592,11 @@ def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with quietly():
+            tokenizer = open_tokenizer(name)
             attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
             loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True, **attention)
             model, found = loaded
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as fault:
+    except UNREADABLE as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
             hint="give `embedded`, `embedded_causal`, a folder of config, weights and tokenizer, or a hub name and a network",

@@ -12,11 +12,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
-
 from raglan.errors import CheckpointError, GeneratorError, require
 from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings, ScorerSettings
+from raglan.vocabulary import open_tokenizer
 
 __all__ = ["Server", "local_tokenizer"]
 
@@ -110,7 +109,7 @@ def local_tokenizer(name: str, *, field: str) -> Any:
     """The served model's tokenizer. Raises CheckpointError."""
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(name)
+            return open_tokenizer(name)
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise CheckpointError(
             f"tokenizer {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",

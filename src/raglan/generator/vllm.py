@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from raglan.artifact import directory_fingerprint
 from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
@@ -25,6 +25,7 @@ from raglan.generator.asked import AskedGenerator, Request
 from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Marked
+from raglan.vocabulary import open_tokenizer
 
 __all__ = ["VLLMGenerator"]
 
@@ -131,7 +132,7 @@ def _opened(name: str) -> tuple[Any, int]:
         )
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(name), int(AutoConfig.from_pretrained(name).vocab_size)
+            return open_tokenizer(name), int(AutoConfig.from_pretrained(name).vocab_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {_first_line(fault)}",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from raglan.recipe.base import Settings, number
@@ -15,6 +19,7 @@ __all__ = [
     "RequireSettings",
     "SelfRagDecode",
     "WeightSettings",
+    "task_prompts",
 ]
 
 Released = Literal["decision", "use", "path", "siblings", "missing", "stop", "ignore_cont"]
@@ -26,6 +31,21 @@ ONLY_LONG = {
     "passages", "query", "dedup", "beam", "max_segments", "combine", "keep_passages", "require", "require_by", "on_empty",
     "on_length", "slots", "n_best", "absent_step", "max_total_tokens", "max_passages", "max_calls", "stop",
 }  # fmt: skip
+
+
+@cache
+def task_prompts() -> dict[str, str]:
+    """Name (`released/pubhealth`) → what Self-RAG's authors say before a task's questions, with {question} in its place."""
+    told = yaml.safe_load(Path(__file__).with_name("self_rag_tasks.yaml").read_text(encoding="utf-8"))
+    return {f"{source}/{task}": text for source, tasks in told.items() for task, text in tasks.items()}
+
+
+def _instruction(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"(released|paper)/\S*", value):
+        return value
+    if value not in task_prompts():
+        raise ValueError(f"{value!r} is none of {', '.join(task_prompts())}")
+    return task_prompts()[value]
 
 
 class WeightSettings(Settings):
@@ -150,7 +170,11 @@ class SelfRagDecode(Settings):
         description="The rel and sup of a segment without its own passage: its parent's, 0, or a constant for the step.",
     )
     # generation
-    instruction: str = Field("", description="Stands before the question, with `prompt.self_rag.separator` between them.")
+    instruction: Annotated[str, BeforeValidator(_instruction)] = Field(
+        "",
+        description="Stands before the question, with `prompt.self_rag.separator` between them, or holds {question}. Or one of "
+        "the authors' own, by name: `released/` or `paper/` and pubhealth, arc, asqa, eli5 (released), bio (paper).",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

@@ -60,7 +60,7 @@ class StageSettings(Settings):
 
 Metric = Literal[
     "em", "f1", "kf1", "rare_f1", "accuracy", "rouge_l", "bleu1", "q_bleu1", "distinct_1", "distinct_2", "distinct_3",
-    "match", "str_em", "char_3gram", "macro_f1", "declined", "citations", "quotes",
+    "match", "substring", "str_em", "char_3gram", "macro_f1", "declined", "citations", "quotes",
 ]  # fmt: skip
 
 

@@ -21,27 +21,36 @@ from raglan.generator.base import MarkedGenerator
 from raglan.recipe import SelfRagDecode
 from raglan.records import Answer, Hit
 
-__all__ = ["Retrieve", "check_marked", "cited_text", "self_rag", "tree_lines"]
+__all__ = ["Query", "Retrieve", "check_marked", "cited_text", "self_rag", "tree_lines"]
 
 log = logging.getLogger(__name__)
 Retrieve = Callable[[str, int], list[Hit]]
+Query = Callable[[str, str], str]
 
 
-def self_rag(generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve: Retrieve | None = None) -> list[Answer]:
+def self_rag(
+    generator: Any, asked: Asked, settings: SelfRagDecode, *, retrieve: Retrieve | None = None, query: Query | None = None
+) -> list[Answer]:  # fmt: skip
     """One answer a query, from its hits, and in the long form from what `retrieve(query, asked.k)` finds further.
 
     Args:
         generator: a `MarkedGenerator`: its vocabulary holds the reflection tokens.
+        query: question and last segment → what a further retrieval asks, in place of `settings.query`.
 
     Raises:
-        RecipeError: it is none. CheckpointError: its vocabulary lacks them.
+        RecipeError: it is none; a `query` where nothing further is retrieved. CheckpointError: its vocabulary lacks them.
     """
     check_marked(generator)
+    if query is not None and (settings.form == "short" or settings.passages == "static"):
+        raise RecipeError(
+            "a callable makes what further retrievals ask, and this decoding reads the given passages alone",
+            hint="decode.form: long with decode.passages: dynamic or hybrid",
+        )
     for name in settings.released:
         log.warning("decode.released: %s repeats a fault of the authors' code; for parity runs only", name)
     asked, wordings = reworded(generator, asked, settings, retrieve)
     if settings.form == "long":
-        answers = long(generator, asked, settings, retrieve=retrieve)
+        answers = long(generator, asked, settings, retrieve=retrieve, query=query)
     else:
         answers = short(generator, asked, settings)
     return [_disarmed(generator, _worded(answer, tried)) for answer, tried in zip(answers, wordings, strict=True)]

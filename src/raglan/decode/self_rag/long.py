@@ -235,8 +235,11 @@ def cited_text(answer: Answer) -> str:
 
 
 def _cites(step: Step, schema: Schema, settings: SelfRagDecode) -> list[Hit]:
-    """The passage that a segment rests on: its own where it is relevant and supports it, or the one it reads on in."""
-    if step.hit is None or step.decision == "no":
+    """The passage that a segment rests on: its own where it is relevant and supports it, or the one it reads on in.
+
+    A segment without words rests on none: it is not in the text.
+    """
+    if step.hit is None or step.decision == "no" or not step.text.strip():
         return []
     if step.decision == "continue" or settings.cite == "retrieved":
         return [step.hit]
