@@ -39,7 +39,7 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
 from raglan.quiet import quietly
-from raglan.recipe import PruneSettings, SelfRagDecode, SelfRagPromptSettings
+from raglan.recipe import PruneSettings, RequireSettings, SelfRagDecode, SelfRagPromptSettings
 from raglan.records import Answer, Marked
 from raglan.reflection import Schema
 from raglan.vocabulary import save_tokenizer
@@ -366,11 +366,15 @@ def record(
     *,
     cache: CandidateCache,
     retrieve: Retrieve | None = None,
+    wide: SelfRagDecode | None = None,
 ) -> list[Answer]:
     """Decode live, and keep in `cache` what later settings may need.
 
     The short form reads every passage to its end and also answers without any, so that every threshold and every smaller K
     can be decided later; the long form keeps the tree that it grew, to its last level.
+
+    Args:
+        wide: how the long form's tree is grown, in place of `settings`, whose own tree is kept, too.
 
     Returns:
         The answers of `settings` themselves, read from what was kept.
@@ -384,9 +388,10 @@ def record(
     cache.of(generator)
     keeps = Recording(generator, cache)
     if settings.form == "long":
-        self_rag(keeps, asked, settings.model_copy(update={"stop": "never"}), retrieve=retrieve)
+        self_rag(keeps, asked, (wide or settings).model_copy(update={"stop": "never"}), retrieve=retrieve)
         return self_rag(Replay(cache, generator, fill=True), asked, settings, retrieve=retrieve)
-    thorough = {"retrieve": "always", "prune": PruneSettings(), "all_irrelevant": "best", "target_rate": None}
+    thorough = {"retrieve": "always", "prune": PruneSettings(), "all_irrelevant": "best", "target_rate": None,
+                "require": RequireSettings()}  # fmt: skip
     every = self_rag(keeps, asked, settings.model_copy(update=thorough))
     none = self_rag(keeps, asked, settings.model_copy(update={**thorough, "retrieve": "never"}))
     cache.questions += [cache.row(*row) for row in zip(asked.queries, every, none, strict=True)]
