@@ -285,7 +285,7 @@ def settings_of(how: SweepSettings, decode: SelfRagDecode, *, k: int, seed: int)
 def _axes(how: SweepSettings, decode: SelfRagDecode) -> dict[str, tuple[Any, ...]]:
     """Name → values to try; (None,) is as in decode. In the long form only what the recipe says is tried."""
     said, other = how.model_fields_set, ONLY_LONG if decode.form == "short" else ONLY_SHORT
-    if wrong := sorted(said & set(other)):
+    if wrong := sorted(name for name in other if getattr(how, name)):
         raise RecipeError(f"sweep has {', '.join(wrong)}, and decode.form is {decode.form}", hint="leave out what it has not")
     grid = {name: getattr(how, name) or (None,) for name in TRIED}
     if decode.form == "long":
