@@ -244,6 +244,17 @@ def test_a_sweep_is_what_live_decoding_answers(recorded: Path, labels: tuple[str
         _is_live(table, SelfRagDecode.model_validate({**base.model_dump(exclude_unset=True), **said}), k)
 
 
+@pytest.mark.parametrize("how", [{}, {"absent": "neutral"}, {"seq_tokens": "text", "seq": "prob"}], ids=str)
+def test_the_figures_in_arrays_are_the_live_ones_bit_for_bit(recorded: Path, how: dict[str, Any]) -> None:
+    decode = SelfRagDecode(kind="self_rag", threshold=0.0, **how)
+    parts = Table.of(CandidateCache.open(recorded), decode, _quality).parts
+    for place, answer in enumerate(self_rag(_generator(), ASKED, decode)):
+        assert answer.trace is not None
+        for one in answer.trace["candidates"]:
+            for name in ("seq", "rel", "sup", "use"):
+                assert getattr(parts, name)[place, one["rank"] - 1] == one[name]
+
+
 def _is_live(table: Table, decode: SelfRagDecode, k: int) -> list[Answer]:
     """The answers of live decoding, to which the arrays are equal."""
     assert decode.threshold is not None

@@ -158,7 +158,8 @@ sweep: {metric: f1, threshold: [0.0, 0.5, 1.0], beam: [1, 2], require: [[], [sup
 def drawn(page: Path) -> list[dict[str, Any]]:
     """The traces of a page's plots of quality against retrieval rate."""
     figures = [json.loads(html.unescape(one)) for one in re.findall(r'data-figure="([^"]+)"', page.read_text())]
-    return [trace for one in figures if one["layout"]["xaxis"]["title"]["text"].startswith("questions") for trace in one["data"]]
+    ours = [one for one in figures if one["layout"]["xaxis"]["title"]["text"].startswith("questions")]
+    return [trace for one in ours for trace in one["data"]]
 
 
 def rewritten(path: Path, content: bytes) -> bytes:

@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,7 @@ class CandidateCache:
         questions: of the short form, one JSON object a question.
         schema, eos, exact: the vocabulary, its end token, and whether every mark came back.
         found: of each question, rows and scores of its `k` passages. `searches`: the same of further searches, by their text.
-        tokenizer, positions: of the model that wrote.
+        tokenizer, positions: of the model that wrote; the tokenizer's folder until it is opened.
         continued: of a context, the continuation that was last written behind it; not kept on disk.
     """
 
@@ -96,8 +97,8 @@ class CandidateCache:
         with open(working / "questions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.questions)
         write_json(working / "found.json", {"k": self.k, "questions": self.found, "searches": self.searches})
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, working / "tokenizer")
+        if (tokenizer := self.opened_tokenizer()) is not None:
+            save_tokenizer(tokenizer, working / "tokenizer")
         counts = {"contexts": len(self.states), "continuations": len(self.written), "questions": len(self.questions)}
         assert self.schema is not None
         about = {
@@ -137,9 +138,15 @@ class CandidateCache:
             told["questions"], told["k"], told["searches"], manifest["positions"]
         )
         if (folder / "tokenizer").is_dir():
-            with quietly():
-                cache.tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+            cache.tokenizer = folder / "tokenizer"
         return cache
+
+    def opened_tokenizer(self) -> Any:
+        """The tokenizer of the model that wrote; opened when a prompt is made, which arrays never do."""
+        if isinstance(self.tokenizer, Path):
+            with quietly():
+                self.tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+        return self.tokenizer
 
     def of(self, generator: MarkedGenerator) -> None:
         """Keep what a replay needs of the generator that writes."""
@@ -182,16 +189,17 @@ class Absent(MarkedGenerator):
 
     def __init__(self, cache: CandidateCache, settings: SelfRagPromptSettings):
         assert cache.schema is not None
-        self._prompt = MarkedPrompt(cache.schema, cache.tokenizer, settings, eos=cache.eos)
+        self._cache, self._settings = cache, settings
         self.eos, self.exact_marks, self.positions, self.cost = cache.eos, cache.exact, cache.positions, Cost()
 
     @property
     def schema(self) -> Schema:
-        return self._prompt.schema
+        assert self._cache.schema is not None
+        return self._cache.schema
 
-    @property
+    @cached_property
     def marked_prompt(self) -> MarkedPrompt:
-        return self._prompt
+        return MarkedPrompt(self.schema, self._cache.opened_tokenizer(), self._settings, eos=self.eos)
 
     def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> Contexts:
         raise Uncached(f"{len(prompts)} contexts were never recorded, and no model is open", hint=FILL)

@@ -27,7 +27,7 @@ from raglan.reflection import (
     Aggregate,
     Components,
     Weights,
-    components,
+    components_of,
     label_scores,
     normalise_label,
     retrieves,
@@ -100,18 +100,24 @@ class Table:
         figures, said = np.zeros((4, n, k)), np.full((3, n, k), -1)
         present, lengths = np.zeros((n, k), bool), np.zeros((n, k), np.int64)
         good, texts = np.zeros((n, k)), [[""] * k for _ in range(n)]
+        cells: list[tuple[int, int]] = []
+        every: list[Marked] = []
         for place, row in enumerate(told):
             for at, candidate in enumerate(sorted(row, key=lambda c: c["rank"])):
                 if candidate["key"] is None:
                     continue
                 marked = cache.written[bytes.fromhex(candidate["key"])]
-                parts = components(
-                    marked.ids, marked.logprobs, marked.mark_logprobs, cache.schema, retrieved=True, settings=how, eos=cache.eos
-                )
-                figures[:, place, at] = parts.seq, parts.rel, parts.sup, parts.use
+                cells.append((place, at))
+                every.append(marked)
                 said[:, place, at] = _said(marked, cache, settings, retrieved=True)
                 present[place, at], lengths[place, at] = True, len(marked.ids)
                 texts[place][at], good[place, at] = candidate["text"], quality(candidate["text"], place)
+        if cells:
+            parts = components_of(
+                [m.ids for m in every], [m.logprobs for m in every], [m.mark_logprobs for m in every], cache.schema,
+                settings=how, eos=cache.eos,
+            )  # fmt: skip
+            figures[(slice(None), *np.array(cells).T)] = parts.seq, parts.rel, parts.sup, parts.use
         marks = np.stack([cache.states[bytes.fromhex(row["state"])][0] for row in cache.questions])
         places, labelled = _labels(texts, present, settings.labels, quality)
         verdicts = [elect([c["text"]], [0.0], [0], settings).text for c in none]
