@@ -273,7 +273,8 @@ def components_of(
             rows = np.stack([np.asarray(mark_logprobs[row][own_places[row]], np.float64) for row in there])
             found[there] = _valued(rows, role, settings.missing)
         figures[COMPONENT[role]] = found
-    return Components(np.asarray(seq(logs, mode=settings.seq, present=present)), **figures)
+    total = np.asarray(seq(logs, mode=settings.seq, present=present))
+    return Components(total, figures["rel"], figures["sup"], figures["use"])
 
 
 def step(parts: Components, weights: Weights) -> Any:

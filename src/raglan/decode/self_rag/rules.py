@@ -83,7 +83,8 @@ def said_of(one: Marked, schema: Schema, *, retrieved: bool, by: str = "token") 
     Args:
         by: `probability` gives the likeliest token of a role in place of the one that stands there; IsRel need not stand.
     """
-    places = {role: first(one.ids, schema.ids[role]) for role in ("is_rel", "is_sup", "is_use")}
+    roles: tuple[Role, ...] = ("is_rel", "is_sup", "is_use")
+    places = {role: first(one.ids, schema.ids[role]) for role in roles}
     if by == "probability":
         places["is_rel"] = 0 if len(one.ids) else None
         return Said(*(_likeliest(one, schema, role, at) for role, at in places.items()))
