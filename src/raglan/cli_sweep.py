@@ -72,7 +72,7 @@ def swept(recipe: Recipe, *, fill: bool, confirm: bool, as_json: bool) -> None:
     wide.print(_table("no setting beats these in quality, retrieval rate and ids at once", found.front, found.metric, names))
     if found.needs_generation:
         wide.print(_lacking(found.needs_generation, found.questions, names))
-        console.print("add --fill, which writes what these lack and keeps it; --cache with a wider sweep.beam records more at once")
+        console.print("add --fill, which writes what these lack and keeps it; --cache with a wider sweep.beam records more")
     console.print(
         f"{len(found.settings)} settings × {found.questions} questions in {found.seconds:.2f} s, {found.calls} model calls: "
         f"{recipe.run / 'sweep.json'}, {page.name}", soft_wrap=True,
