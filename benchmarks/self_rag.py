@@ -1,7 +1,8 @@
 """Time, forward passes, positions and kept numbers of Self-RAG decoding, raglan against a loop over passages, in one run.
 
     make bench-self-rag                                    (about 20 minutes of CPU on one core; needs no data)
-    python benchmarks/self_rag.py --repeats 1 --rows A     (a quick look)
+    python benchmarks/self_rag.py --quick                  (once each, and fewer questions)
+    python benchmarks/self_rag.py --repeats 1 --rows A     (one row)
 
 Both sides have the same random model (2 layers, 128 wide, V = 32,016, float32), one thread, and take turns; time is process
 time, the median of the repeats. The model's positions are set so that it writes rows of the right grammar and length: prompt
@@ -16,7 +17,9 @@ two most relevant passages of a path; the straightforward side writes all and th
 if scores and answers of both sides are equal; counts are asserted. In B passages leave the context, and a segment's [Retrieval]
 stays: 24 ids of history each, without the boundary. Bound: A with two passages of rel ≥ .9 and eight of ≤ .3, with and without
 `prune: bound`. Options: A's question and passages with five options, scored and not written. Sweep: a thousand settings on a
-thousand questions of ten candidates.
+thousand questions of ten candidates. Rescore: questions of A and of B answered live once, against opening what was kept of
+them and a hundred settings. A's are arrays and none needs generation (asserted: < 1 % of the time); B's are replayed setting by
+setting, and those that come to what was never written stop there.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,11 +44,22 @@ from transformers.cache_utils import DynamicCache
 
 from raglan.decode import Asked
 from raglan.decode.self_rag import self_rag
+from raglan.decode.self_rag.cache import CandidateCache, record, replay
 from raglan.decode.self_rag.table import Table
 from raglan.generator import HFGenerator
-from raglan.recipe import GeneratorSettings, PromptSettings, PruneSettings, SelfRagDecode, SelfRagPromptSettings
+from raglan.metrics import exact_match
+from raglan.recipe import (
+    GeneratorSettings,
+    PromptSettings,
+    PruneSettings,
+    SelfRagDecode,
+    SelfRagPromptSettings,
+    SweepSettings,
+)
 from raglan.records import Answer, Hit, Marked, Passage
 from raglan.reflection import Components, Schema, Weights, components, retrieve_probability, retrieves, step
+from raglan.sweep import Setting, Sweep, Trials, settings_of
+from raglan.sweep import sweep as swept
 
 WORDS, WIDTH, EOS = 32000, 128, 2
 PROMPT, PASSAGE, SEGMENT = 96, 128, 24
@@ -148,8 +164,8 @@ def _roles(row: Row) -> dict[int, str]:
     return found | dict.fromkeys(range(far + 1, 1024), "word")
 
 
-def asked(row: Row, passages: int | None = None) -> Asked:
-    drawn = np.random.default_rng(5)
+def asked(row: Row, passages: int | None = None, *, seed: int = 5) -> Asked:
+    drawn = np.random.default_rng(seed)
 
     def text(length: int) -> str:
         return " ".join(f"w{number}" for number in drawn.integers(4, WORDS, length))
@@ -352,11 +368,70 @@ def sweep(repeats: int) -> None:
     print(f"| sweep, 1,000 × 1,000 × 10 | {middle:.3f} s | model calls 0 | target ≤ 1 s {verdict} |\n")
 
 
+SETTINGS = {
+    "A": {"threshold": (0.0, 0.2, 0.5, 0.8, 1.0), "seq": (0.0, 1.0), "rel": (0.5, 1.0), "sup": (1.0,), "use": (0.5,),
+          "require": ([], ["supported"], ["fully"], ["relevant"], [{"min_use": 3}])},
+    "B": {"rel": (0.5, 1.0, 2.0, 4.0, 8.0), "beam": (1, 2), "combine": ("mean", "sum"),
+          "require": ([], ["supported"], ["fully"], ["relevant"], [{"min_use": 3}])},
+}  # fmt: skip
+MOST = 0.01  # of the time of generating once
+
+
+def rescore(repeats: int, questions: int) -> None:
+    """A hundred settings on candidates, their opening included, against answering the questions once, live."""
+    for row, count in zip(rows()[:2], (questions, max(1, questions // 10)), strict=True):
+        _rescored(row, repeats, count)
+
+
+def _rescored(row: Row, repeats: int, questions: int) -> None:
+    generator, settings = made(row), _hundred(row)
+    every = [asked(row, seed=seed) for seed in range(questions)]
+    many = Asked([one.queries[0] for one in every], [one.hits[0] for one in every], k=row.passages)
+
+    def tried(cache: CandidateCache) -> Sweep:
+        trials = Trials(
+            cache, row.settings, lambda text, place: exact_match(text, [f"w{place}"]),
+            lambda own, _: replay(generator, many, own, cache=cache),
+        )  # fmt: skip
+        return swept(settings, trials, questions=questions)
+
+    self_rag(generator, asked(row), row.settings)  # not counted: the head is checked once
+    live, again = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        kept, cache = Path(folder) / "candidates", CandidateCache()
+        record(generator, many, row.settings, cache=cache)
+        cache.save(kept)
+        for _ in range(repeats):
+            seconds, answers = measured(lambda: self_rag(generator, many, row.settings))
+            live.append(seconds)
+            before = generator.cost.copy()
+            seconds, found = measured(lambda: tried(CandidateCache.open(kept)))
+            again.append(seconds)
+            assert (generator.cost - before).calls == 0
+        same = replay(generator, many, row.settings, cache=CandidateCache.open(kept))
+    assert [one and one.text for one in same] == [one.text for one in answers]
+    once, hundred = statistics.median(live), statistics.median(again)
+    told = f"| rescore, {row.name} × {questions} | generated once {once:.3f} s | 100 settings {hundred:.4f} s"
+    verdict = f"{len(found.needs_generation)} need generation | < 1 % {'OK' if hundred / once < MOST else 'FAIL'}"
+    print(f"{told} | {hundred / once:.2%} | {verdict} |", flush=True)
+    if row.levels == 1:
+        assert not found.needs_generation
+        assert hundred < MOST * once
+
+
+def _hundred(row: Row) -> list[Setting]:
+    settings = settings_of(SweepSettings.model_validate(SETTINGS[row.name]), row.settings, k=row.passages, seed=0)
+    assert len(settings) == 100
+    return settings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", default="A,B,B2,bound,options,sweep", help="some of these")
+    parser.add_argument("--rows", default="A,B,B2,bound,options,sweep,rescore", help="some of these")
+    parser.add_argument("--quick", action="store_true", help="once each, and 20 questions in place of 50 to rescore")
     given = parser.parse_args()
+    given.repeats = 1 if given.quick else given.repeats
     torch.set_num_threads(1)
     wanted = given.rows.split(",")
     libraries = f"torch {version('torch')}, transformers {version('transformers')}"
@@ -364,6 +439,8 @@ def main() -> None:
     for work in (sweep, bound, options):
         if work.__name__ in wanted:
             work(given.repeats)
+    if "rescore" in wanted:
+        rescore(given.repeats, 20 if given.quick else 50)
     for row in rows():
         if row.name in wanted:
             compare(row, given.repeats)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from raglan.critique.judgements import LABELS, TOKENS, Judgement, Reject, Templa
 from raglan.critique.rules import Rules
 from raglan.critique.sources import Row, drawn
 from raglan.critique.teacher import PIECE, Book, CriticLabels, Labelled, Teacher
+from raglan.critique_tables import critique_tables
 from raglan.data import answer_rows
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
@@ -496,6 +498,10 @@ def test_rejects_are_kept_with_their_reasons_and_never_become_rows(work: Critiqu
     account = other.annotate()["rows"]
     assert account["out"] == 0
     assert account["dropped"] == {"is_use rejected: refused": account["in"]}
+    tables = {table.title.partition(",")[0]: table.rows for table in critique_tables(tmp_path)}
+    asked = str(made["is_use"]["asked"])
+    assert ["is_use", "refused: content filter", asked, asked] in tables["Judgements without a label"]
+    assert ["dropped, is_use rejected: refused", str(account["in"])] in tables["Rows annotated by “told”"]
 
 
 # Annotation
@@ -879,6 +885,31 @@ def test_a_second_pass_that_differs_is_told_with_its_kappa(work: Critique, tmp_p
         assert second["agreement"] == sum(a == b for a, b in pairs) / len(pairs)
         assert second["kappa"] == kappa([a for a, _ in pairs], [b for _, b in pairs])
         assert abs(second["kappa"]) < 0.7
+        agreed = next(table for table in critique_tables(tmp_path) if table.title.startswith("Agreement"))
+        shown = [kind, "second pass", str(len(pairs)), f"{100 * second['agreement']:.1f}", f"{second['kappa']:.2f}"]
+        assert shown in agreed.rows
+
+
+def test_the_report_shows_what_was_labelled(work: Critique, folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    made, done = work.critic_data(), work.annotate()
+    page = tmp_path / "report.html"
+    pytest.importorskip("plotly")
+    code, _, _ = run("report", str(folder / "recipe.yaml"), "-o", str(page), capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0
+    text = page.read_text()
+    assert "Labels for Self-RAG" in text
+    cells = [re.findall(r'<td class="">([^<]*)</td>', row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)]
+    for kind, own in made["judgements"].items():
+        for label, count in own["labels"].items():
+            row = next(row for row in cells if row[:2] == [kind, label])
+            assert (row[2], row[4]) == (str(count), str(own["kept"].get(label, 0)))
+        assert [kind, "second pass", str(own["second_pass"]["rows"]), "100.0"] in [row[:4] for row in cells]
+    assert ["out", str(done["rows"]["out"])] in cells
+    for source, what in done["labels"].items():
+        assert all(
+            [source, "is_use", label, str(count)] in [row[:4] for row in cells] for label, count in what["is_use"].items()
+        )
+    assert critique_tables(tmp_path) == []
 
 
 def test_a_priced_teacher_without_a_cap_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

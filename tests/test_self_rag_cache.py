@@ -13,6 +13,7 @@ import pytest
 from raglan.decode.base import Asked
 from raglan.decode.self_rag import self_rag
 from raglan.decode.self_rag.cache import CandidateCache, Replay, record, replay
+from raglan.decode.self_rag.rules import weights
 from raglan.decode.self_rag.table import Table
 from raglan.errors import CheckpointError, RecipeError
 from raglan.recipe import SelfRagDecode
@@ -81,6 +82,7 @@ SETTINGS = [
     {"threshold": 0.1, "max_new_tokens": 100, "labels": ["true", "false", "Paris"], "aggregate": "logsumexp"},
     {"target_rate": 0.5},
     {"threshold": 0.0, "all_irrelevant": "no_retrieval", "rule": "three_way"},
+    {"threshold": 0.0, "require": ["fully", {"min_use": 3}], "on_empty": "no_retrieval"},
 ]
 
 
@@ -237,19 +239,66 @@ def test_a_sweep_is_what_live_decoding_answers(recorded: Path, labels: tuple[str
     for _ in range(12):
         w, delta, k = rng.uniform(0, 2, 4), float(rng.random()), int(rng.integers(1, K + 1))
         how = str(rng.choice(["sum", "max", "mean", "logsumexp"])) if labels else "sum"
-        found = table.outcome(delta, Weights(*w), k=k, how=how)  # type: ignore[arg-type]
-        weights = dict(zip(("seq", "rel", "sup", "use"), w.tolist(), strict=True))
-        said = {"threshold": delta, "weights": weights} | ({"aggregate": how} if labels else {})
-        live = self_rag(_generator(), _asked(k), SelfRagDecode.model_validate({**base.model_dump(exclude_unset=True), **said}))
-        traces = [answer.trace or {} for answer in live]
-        assert found.retrieved.tolist() == [trace["retrieved"] for trace in traces]
-        assert found.quality.tolist() == [_quality(answer.text, place) for place, answer in enumerate(live)]
-        assert found.generated.tolist() == [trace["cost"]["generated"] for trace in traces]
+        own = dict(zip(("seq", "rel", "sup", "use"), w.tolist(), strict=True))
+        said = {"threshold": delta, "weights": own} | ({"aggregate": how} if labels else {})
+        _is_live(table, SelfRagDecode.model_validate({**base.model_dump(exclude_unset=True), **said}), k)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"retrieve": "always"}, {"prune": {"kind": "tau", "tau": 0.5}}, {"form": "long"}, {"abstain_margin": 0.1}]
+@pytest.mark.parametrize("how", [{}, {"absent": "neutral"}, {"seq_tokens": "text", "seq": "prob"}], ids=str)
+def test_the_figures_in_arrays_are_the_live_ones_bit_for_bit(recorded: Path, how: dict[str, Any]) -> None:
+    decode = SelfRagDecode(kind="self_rag", threshold=0.0, **how)
+    parts = Table.of(CandidateCache.open(recorded), decode, _quality).parts
+    for place, answer in enumerate(self_rag(_generator(), ASKED, decode)):
+        assert answer.trace is not None
+        for one in answer.trace["candidates"]:
+            for name in ("seq", "rel", "sup", "use"):
+                assert getattr(parts, name)[place, one["rank"] - 1] == one[name]
+
+
+def _is_live(table: Table, decode: SelfRagDecode, k: int) -> list[Answer]:
+    """The answers of live decoding, to which the arrays are equal."""
+    assert decode.threshold is not None
+    found = table.outcome(
+        decode.threshold, weights(decode), k=k, how=decode.aggregate, require=decode.require, on_empty=decode.on_empty,
+        all_irrelevant=decode.all_irrelevant, abstain_margin=decode.abstain_margin,
+    )  # fmt: skip
+    live = self_rag(_generator(), _asked(k), decode)
+    traces = [answer.trace or {} for answer in live]
+    assert found.retrieved.tolist() == [trace["retrieved"] for trace in traces]
+    assert found.quality.tolist() == [_quality(answer.text, place) for place, answer in enumerate(live)]
+    assert found.generated.tolist() == [trace["cost"]["generated"] for trace in traces]
+    return live
+
+
+REQUIRED: tuple[list[Any], ...] = (
+    [],
+    ["relevant"],
+    ["supported"],
+    ["fully", "relevant"],
+    ["fully", {"min_use": 4}],
+    [{"min_use": 5}],
 )
+
+
+@pytest.mark.parametrize("by", ["token", "probability"])
+@pytest.mark.parametrize("labels", [(), ("true", "false", "Paris")], ids=["open", "closed"])
+@pytest.mark.parametrize("on_empty", ["relax", "no_retrieval", "drop"])
+def test_hard_constraints_as_arrays_are_those_of_live_decoding(
+    recorded: Path, labels: tuple[str, ...], on_empty: str, by: str
+) -> None:
+    said = {"on_empty": on_empty, "require_by": by, "max_new_tokens": 100, **({"labels": labels} if labels else {})}
+    base = SelfRagDecode(kind="self_rag", **said)
+    table = Table.of(CandidateCache.open(recorded), base, _quality)
+    texts = set()
+    irrelevant = (("best", 0.0), ("no_retrieval", 0.3), ("abstain", 0.0)) * 2
+    for require, (poor, delta) in zip(REQUIRED, irrelevant, strict=True):
+        more = {"threshold": delta, "all_irrelevant": poor} | ({"abstain_margin": 0.4} if labels else {})
+        live = _is_live(table, SelfRagDecode(kind="self_rag", **{**said, **more, "require": require}), K)
+        texts.add(tuple(answer.text for answer in live))
+    assert len(texts) > 2
+
+
+@pytest.mark.parametrize("settings", [{"retrieve": "always"}, {"prune": {"kind": "tau", "tau": 0.5}}, {"form": "long"}])
 def test_a_sweep_refuses_what_is_no_array(recorded: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="--rescore"):
         Table.of(CandidateCache.open(recorded), SelfRagDecode(**{"kind": "self_rag", "form": "short", **settings}), _quality)

@@ -225,8 +225,34 @@ def test_an_abstention_where_two_labels_are_close(letters: ScriptedGenerator) ->
 
 
 @pytest.mark.parametrize(
+    ("on_empty", "text", "flags"),
+    [("relax", "good", ["relaxed:fully"]), ("no_retrieval", "plain", []), ("drop", "I don't know", ["abstained"])],
+)
+def test_answers_that_break_a_hard_constraint_are_not_elected(on_empty: str, text: str, flags: list[str]) -> None:
+    half = {
+        (): decides(0.05, 0.9),
+        ("p0",): said("good", rel=(0.9, 0.1), sup=(0.4, 0.5, 0.1)),
+        ("p1",): said("poor", rel=(0.8, 0.2), sup=(0.5, 0.3, 0.2)),
+        ("[No Retrieval]",): said("plain"),
+    }
+    hits, asked = found("p0", "p1"), {"require": ["fully"], "weights": {"sup": 0.0}, "on_empty": on_empty}
+    assert ask(ScriptedGenerator(half), hits, weights={"sup": 0.0}).text == "good"
+    answer = ask(ScriptedGenerator(half), hits, **asked)
+    assert answer.trace is not None
+    assert answer.text == "poor"
+    assert ["require:fully" in one["flags"] for one in answer.trace["candidates"]] == [True, False]
+    neither = {**half, ("p1",): said("poor", rel=(0.8, 0.2), sup=(0.2, 0.6, 0.2))}
+    answer = ask(ScriptedGenerator(neither), hits, **asked)
+    assert answer.trace is not None
+    assert (answer.text, answer.trace["flags"]) == (text, flags)
+    bound = ask(ScriptedGenerator(half), hits, **asked, prune={"kind": "bound", "wave": 1})
+    assert bound.text == "poor"  # what is refused bounds nothing
+
+
+@pytest.mark.parametrize(
     ("given", "fault"),
     [
+        ({"options": ["A", "B"], "require": ["fully"]}, "options are scored"),
         ({"beam": 3}, "beam belongs to form long"),
         ({"form": "long", "options": ["A", "B"]}, "options belongs to form short"),
         ({"released": ["use"]}, "released: use is none of form short"),

@@ -217,8 +217,8 @@ def evaluate(
     ] = None,
     cache: Annotated[bool, typer.Option("--cache", help="Self-RAG: write candidates for --rescore and --sweep.")] = False,
     rescore: Annotated[bool, typer.Option("--rescore", help="Self-RAG: measure from candidates, no model call.")] = False,
-    fill: Annotated[bool, typer.Option("--fill", help="With --rescore: write what the candidates lack.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: try thresholds, weights, K on candidates.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="With --rescore or --sweep: write what they lack.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Self-RAG: --rescore a grid of settings, and draw it.")] = False,
     confirm: Annotated[bool, typer.Option("--confirm", help="With --sweep: answer live with the best settings.")] = False,
     calibrate: Annotated[
         str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
@@ -417,17 +417,17 @@ def _candidates(
 ) -> None:  # fmt: skip
     from raglan import cli_sweep
 
-    if cache + rescore + sweep != 1 or (fill and not rescore) or (confirm and not sweep):
+    if cache == (rescore or sweep) or (fill and cache) or (confirm and not sweep):
         raise RecipeError(
-            "--cache, --rescore and --sweep are three things to do",
-            hint="one at a time; --fill goes with --rescore, --confirm with --sweep",
+            "--cache writes candidates; --rescore measures one setting of them, and --sweep a grid",
+            hint="--cache by itself; --fill goes with --rescore or --sweep, --confirm with --sweep",
         )
     if cache:
         cli_sweep.cached(recipe, as_json=as_json)
-    elif rescore:
-        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
+    elif sweep:
+        cli_sweep.swept(recipe, fill=fill, confirm=confirm, as_json=as_json)
     else:
-        cli_sweep.swept(recipe, confirm=confirm, as_json=as_json)
+        cli_sweep.rescored(recipe, fill=fill, as_json=as_json)
 
 
 def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from raglan.errors import MissingExtra
 from raglan.progress import console
 from raglan.recipe import Recipe
+from raglan.sweep_tables import value_text, varied
 
 __all__ = ["cached", "rescored", "swept"]
 
@@ -49,31 +52,52 @@ def rescored(recipe: Recipe, *, fill: bool, as_json: bool) -> None:
     )
 
 
-def swept(recipe: Recipe, *, confirm: bool, as_json: bool) -> None:
-    """Try settings on candidates."""
+def swept(recipe: Recipe, *, fill: bool, confirm: bool, as_json: bool) -> None:
+    """Try settings on candidates, and draw what they come to."""
+    from raglan.report import write_sweep
     from raglan.sweep import swept as sweep
 
-    found = sweep(recipe, confirm=confirm)
+    found = sweep(recipe, fill=fill, confirm=confirm)
+    page = recipe.run / "sweep.html"
+    try:
+        write_sweep(recipe, found.told(), page)
+    except MissingExtra as fault:
+        console.print(f"[dim]not drawn: {fault.message}; {fault.hint}[/dim]")
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps(found.told(), indent=2))
         return
+    names = varied([*found.settings, *found.needs_generation])
     wide = Console(width=110, highlight=False)
-    wide.print(_table(f"the best of {len(found.settings)} settings", found.settings[:SHOWN], found.metric))
-    wide.print(_table("no setting beats these in quality, retrieval rate and ids at once", found.front, found.metric))
+    wide.print(_table(f"the best of {len(found.settings)} settings", found.settings[:SHOWN], found.metric, names))
+    wide.print(_table("no setting beats these in quality, retrieval rate and ids at once", found.front, found.metric, names))
+    if found.needs_generation:
+        wide.print(_lacking(found.needs_generation, found.questions, names))
+        console.print("add --fill, which writes what these lack and keeps it; --cache with a wider sweep.beam records more")
     console.print(
-        f"{len(found.settings)} settings × {found.questions} questions in {found.seconds:.2f} s, 0 model calls: "
-        f"{recipe.run / 'sweep.json'}", soft_wrap=True,
+        f"{len(found.settings)} settings × {found.questions} questions in {found.seconds:.2f} s, {found.calls} model calls: "
+        f"{recipe.run / 'sweep.json'}, {page.name}", soft_wrap=True,
     )  # fmt: skip
 
 
-def _table(title: str, settings: list[Any], metric: str) -> Table:
+def _table(title: str, settings: list[Any], metric: str, names: Sequence[str]) -> Table:
     live = any(one.confirmed is not None for one in settings)
-    head = [metric, *(["live"] if live else []), "retrieval", "ids", "threshold", "seq", "rel", "sup", "use", "k", "aggregate"]
+    head = [metric, *(["live"] if live else []), "retrieval", "ids", *names]
     table = Table(*head, box=None, title=title, title_justify="left")
     for one in settings:
         confirmed = [f"{100 * one.confirmed:.1f}" if one.confirmed is not None else ""] if live else []
         figures = [f"{100 * one.quality:.1f}", *confirmed, f"{100 * one.rate:.1f}", f"{one.generated:.1f}"]
-        table.add_row(
-            *figures, *(f"{value:g}" for value in (one.threshold, one.seq, one.rel, one.sup, one.use, one.k)), one.aggregate
-        )
+        table.add_row(*figures, *_values(one, names))
     return table
+
+
+def _lacking(settings: list[Any], questions: int, names: Sequence[str]) -> Table:
+    title = f"{len(settings)} settings need generation: they come to segments that were never written"
+    table = Table("lacking", *names, box=None, title=title, title_justify="left")
+    for one in settings[:SHOWN]:
+        table.add_row(f"{one.incomplete} of {questions}", *_values(one, names))
+    return table
+
+
+def _values(one: Any, names: Sequence[str]) -> list[str]:
+    told = one.told()
+    return [value_text(told.get(name)) for name in names]

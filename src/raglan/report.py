@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST
+from raglan.critique_tables import critique_tables
 from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
@@ -18,10 +19,12 @@ from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.stress import Robustness, open_robustness, robustness_folder
 from raglan.stress_tables import judge_tables, noise_points, robustness_tables
+from raglan.sweep import open_sweep
+from raglan.sweep_tables import setting_text, sweep_front, sweep_tables, varied
 from raglan.synthesis_tables import synthesis_tables
 from raglan.train import finished_parts, learning_curves
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_sweep"]
 
 NAMES = {
     "em": "exact match", "f1": "F1", "kf1": "Knowledge-F1", "rare_f1": "Rare-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L",
@@ -47,8 +50,25 @@ def write_report(recipes: Sequence[Recipe], output: Path) -> None:
     Raises:
         CheckpointError: a recipe that has not been evaluated. MissingExtra: plotly or jinja2 is not installed.
     """
+    _write_page([_section(recipe) for recipe in recipes], output)
+
+
+def write_sweep(recipe: Recipe, told: Mapping[str, Any], output: Path) -> None:
+    """Render one sweep into a page: quality against retrieval rate, and the front.
+
+    Args:
+        told: what `sweep.json` says.
+
+    Raises:
+        MissingExtra: plotly or jinja2 is not installed.
+    """
+    summary = f"{len(told['settings'])} settings of Self-RAG on {told['questions']} questions, from what was written once."
+    section = {"name": recipe.name, "summary": summary, "sweep": _sweep(told), "settings": {"metric": told["metric"]}}
+    _write_page([section], output)
+
+
+def _write_page(sections: Sequence[dict[str, Any]], output: Path) -> None:
     jinja2 = require("jinja2", "for `raglan report`")
-    sections = [_section(recipe) for recipe in recipes]
     template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     plotly = require("plotly.offline", "for `raglan report`")
@@ -60,7 +80,10 @@ def write_report(recipes: Sequence[Recipe], output: Path) -> None:
 def _section(recipe: Recipe) -> dict[str, Any]:
     if recipe.grid is not None:
         return _grid_section(recipe, open_grid(recipe))
-    evaluations = _evaluations(recipe)
+    judged = critique_tables(recipe.critique.path) if recipe.critique is not None else []
+    evaluations = _evaluations(recipe, needed=not judged)
+    if not evaluations:
+        return {"name": recipe.name, "summary": "Not evaluated yet.", "critique": judged, "settings": {}}
     before, after = evaluations[0], evaluations[-1]
     differences = compare(before, after) if len(evaluations) > 1 else {}
     manifest = json.loads((after.folder / "manifest.json").read_text(encoding="utf-8"))
@@ -73,6 +96,8 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "further": _further(recipe, evaluations),
         "noise": _noise(recipe),
         "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
+        "critique": judged,
+        "sweep": _sweep(told) if (told := open_sweep(recipe)) is not None else None,
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
         "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),
@@ -95,6 +120,29 @@ def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
         "curves": _curves(learning_curves(recipe)),
         "settings": {"passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed},
     }
+
+
+def _sweep(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's settings as points, quality against retrieval rate, with the front; and its tables."""
+    names = varied([*told["settings"], *told["needs_generation"]])
+    kinds = (
+        ("settings", told["settings"], {"mode": "markers", "marker": {"color": COLOURS[0], "size": 6, "opacity": 0.45}}),
+        ("none beats it, ids counted, too", told["front"],
+         {"mode": "markers", "marker": {"color": COLOURS[2], "size": 9, "symbol": "diamond"}}),
+        ("front of quality and retrieval", sweep_front(told),
+         {"mode": "lines+markers", "line": {"color": COLOURS[1], "width": 2, "shape": "hv"}, "marker": {"size": 7}}),
+    )  # fmt: skip
+    traces = [
+        {
+            "name": name, "type": "scatter", "x": [100 * one["rate"] for one in points],
+            "y": [100 * one["quality"] for one in points], "text": [setting_text(one, names) for one in points],
+            "hovertemplate": "%{y:.1f} at %{x:.1f}<br>%{text}<extra></extra>", **look,
+        }
+        for name, points, look in kinds if points
+    ]  # fmt: skip
+    quality = NAMES.get(told["metric"], told["metric"])
+    figure = _figure(traces, "questions that retrieved, %", f"{quality}, %") if traces else None
+    return {"figure": figure, "tables": sweep_tables(told)}
 
 
 def _robust(recipe: Recipe) -> list[Robustness]:
@@ -130,13 +178,13 @@ def _noise(recipe: Recipe) -> list[dict[str, str]]:
     return plots
 
 
-def _evaluations(recipe: Recipe) -> list[Evaluation]:
-    """The evaluations of the recipe as it is now, in the order of training."""
+def _evaluations(recipe: Recipe, *, needed: bool) -> list[Evaluation]:
+    """The evaluations of the recipe as it is now, in the order of training. `needed`: whether none is a fault."""
     settings = recipe.evaluate
     systems = finished_parts(recipe) if settings is not None else []
     folders = [evaluation_folder(recipe, settings, *system) for system in systems if settings is not None]
     found = [open_evaluation(folder) for folder in folders if (folder / MANIFEST).is_file()]
-    if not found:
+    if not found and needed:
         raise CheckpointError(f"recipe {recipe.name!r} has not been evaluated", hint="raglan evaluate recipe.yaml")
     return found
 

@@ -211,5 +211,6 @@ def _resolve(value: Any, base: Path) -> Any:
                 continue
             text = _expanded(text)
             changes[name] = str(base / text) if (base / text).is_dir() else text
-        return value.model_copy(update=changes)
+        changed = {name: new for name, new in changes.items() if new != getattr(value, name)}
+        return value.model_copy(update=changed)  # what was not said stays unsaid
     return value

@@ -17,6 +17,7 @@ __all__ = [
     "CalibrationSettings",
     "PruneSettings",
     "RequireSettings",
+    "Required",
     "SelfRagDecode",
     "WeightSettings",
     "task_prompts",
@@ -28,8 +29,8 @@ Number = Annotated[float, BeforeValidator(number)]
 LIMITS = {"short": 100, "closed": 50, "long": 200}  # new tokens, of a segment in the long form
 ONLY_SHORT = {"all_irrelevant", "options", "labels", "aggregate", "abstain_margin", "samples"}
 ONLY_LONG = {
-    "passages", "query", "dedup", "beam", "max_segments", "combine", "keep_passages", "require", "require_by", "on_empty",
-    "on_length", "slots", "n_best", "absent_step", "max_total_tokens", "max_passages", "max_calls", "stop",
+    "passages", "query", "dedup", "beam", "max_segments", "combine", "keep_passages", "on_length", "slots", "n_best",
+    "absent_step", "max_total_tokens", "max_passages", "max_calls", "stop",
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ class CalibrationSettings(Settings):
 
 
 class RequireSettings(Settings):
-    """What a segment must be during the search. A child that breaks it is dropped with all that would have followed."""
+    """What an answer, or a segment during the search, must be. One that breaks it is dropped with all that would follow."""
 
     relevant: bool = Field(False, description="IsRel is Relevant.")
     supported: bool = Field(False, description="IsSup is fully or partially.")
@@ -123,6 +124,9 @@ def _required(value: Any) -> Any:
     for item in value:
         found.update(item if isinstance(item, dict) else {str(item): True})
     return found
+
+
+Required = Annotated[RequireSettings, BeforeValidator(_required)]
 
 
 def _texts(value: Any) -> Any:
@@ -184,6 +188,11 @@ class SelfRagDecode(Settings):
     temperature: float = Field(0.0, ge=0, description="0 is greedy. Scores always read the raw probabilities.")
     seed: int = 0
     prune: PruneSettings = PruneSettings()
+    require: Required = Field(RequireSettings(), description="Hard constraints, as in [relevant, supported, min_use: 3].")
+    require_by: Literal["token", "probability"] = Field("token", description="Judged by the token written, or the likeliest.")
+    on_empty: Literal["relax", "no_retrieval", "drop"] = Field(
+        "relax", description="Where no answer, or no child, satisfies `require`: keep the best, go without passages, or none."
+    )
     # short form
     samples: int = Field(1, ge=1, description="Answers a passage, drawn.")
     all_irrelevant: Literal["best", "no_retrieval", "abstain"] = Field(
@@ -208,11 +217,6 @@ class SelfRagDecode(Settings):
     max_segments: int = Field(6, ge=1)
     combine: Literal["mean", "sum", "product", "by_component"] = Field("mean", description="A path's score from its steps'.")
     keep_passages: Annotated[int, Field(ge=0)] | Literal["all"] = Field(1, description="Earlier passages that stay in sight.")
-    require: Annotated[RequireSettings, BeforeValidator(_required)] = Field(
-        RequireSettings(), description="Hard constraints, as in [relevant, supported, min_use: 3]."
-    )
-    require_by: Literal["token", "probability"] = Field("token", description="Judged by the token written, or the likeliest.")
-    on_empty: Literal["relax", "no_retrieval", "drop"] = Field("relax", description="Where no child satisfies `require`.")
     on_length: Literal["finish", "drop"] = Field("finish", description="A segment that was cut by the limit.")
     slots: Literal["live", "all"] = Field("live", description="Which hypotheses take a place in the beam.")
     n_best: int = Field(1, ge=1, description="Answers kept, the best first.")
@@ -236,6 +240,12 @@ class SelfRagDecode(Settings):
     def _a_step_is_one_thing(self) -> SelfRagDecode:
         if self.combine == "by_component" and not isinstance(self.absent_step, str):
             raise ValueError("absent_step is a number for a whole step, and combine by_component reads a step's figures")
+        return self
+
+    @model_validator(mode="after")
+    def _constraints_are_on_what_is_written(self) -> SelfRagDecode:
+        if self.options and self.require.any:
+            raise ValueError("require looks at what was written, and options are scored")
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ __all__ = [
     "SeqMode",
     "Weights",
     "components",
+    "components_of",
     "continues",
     "first",
     "largest_step",
@@ -241,6 +242,39 @@ def components(
         figures["sup"] = _read(marks, first(ids[:end], schema.ids["is_sup"]), "is_sup", settings, flags)
     figures["use"] = _read(marks, first(ids, schema.ids["is_use"]), "is_use", settings, flags)
     return Components(float(seq(logprobs, mode=settings.seq, present=present)), **figures, flags=tuple(flags))
+
+
+def components_of(
+    ids: Sequence[Sequence[int]],
+    logprobs: Sequence[ArrayLike],
+    mark_logprobs: Sequence[NDArray[Any]],
+    schema: Schema,
+    *,
+    settings: ScoreSettings,
+    eos: int | None = None,
+) -> Components:
+    """`components` of many continuations behind passages, (n,) each and equal to the last bit; without flags."""
+    hidden = schema.controls | ({eos} if eos is not None else set())
+    shape = (len(ids), max(map(len, ids), default=0))
+    logs, present = np.zeros(shape), np.zeros(shape, bool)
+    for row, (own, values) in enumerate(zip(ids, logprobs, strict=True)):
+        logs[row, : len(own)] = values
+        present[row, : len(own)] = settings.seq_tokens == "all" or [identity not in hidden for identity in own]
+    places = {
+        "is_rel": [0 if len(own) else None for own in ids],
+        "is_sup": [first(own[: segment_end(own, schema)], schema.ids["is_sup"]) for own in ids],
+        "is_use": [first(own, schema.ids["is_use"]) for own in ids],
+    }
+    figures = {}
+    for role, own_places in places.items():
+        found = np.full(len(ids), NEUTRAL[role] if settings.absent == "neutral" else 0.0)
+        there = [row for row, at in enumerate(own_places) if at is not None]
+        if there:
+            rows = np.stack([np.asarray(mark_logprobs[row][own_places[row]], np.float64) for row in there])
+            found[there] = _valued(rows, role, settings.missing)
+        figures[COMPONENT[role]] = found
+    total = np.asarray(seq(logs, mode=settings.seq, present=present))
+    return Components(total, figures["rel"], figures["sup"], figures["use"])
 
 
 def step(parts: Components, weights: Weights) -> Any:

@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator.base import Contexts, Cost, MarkedGenerator
 from raglan.marked_prompt import MarkedPrompt
 from raglan.quiet import quietly
-from raglan.recipe import PruneSettings, SelfRagDecode, SelfRagPromptSettings
+from raglan.recipe import PruneSettings, RequireSettings, SelfRagDecode, SelfRagPromptSettings
 from raglan.records import Answer, Marked
 from raglan.reflection import Schema
 from raglan.vocabulary import save_tokenizer
@@ -68,7 +69,7 @@ class CandidateCache:
         questions: of the short form, one JSON object a question.
         schema, eos, exact: the vocabulary, its end token, and whether every mark came back.
         found: of each question, rows and scores of its `k` passages. `searches`: the same of further searches, by their text.
-        tokenizer, positions: of the model that wrote.
+        tokenizer, positions: of the model that wrote; the tokenizer's folder until it is opened.
         continued: of a context, the continuation that was last written behind it; not kept on disk.
     """
 
@@ -96,8 +97,8 @@ class CandidateCache:
         with open(working / "questions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.questions)
         write_json(working / "found.json", {"k": self.k, "questions": self.found, "searches": self.searches})
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, working / "tokenizer")
+        if (tokenizer := self.opened_tokenizer()) is not None:
+            save_tokenizer(tokenizer, working / "tokenizer")
         counts = {"contexts": len(self.states), "continuations": len(self.written), "questions": len(self.questions)}
         assert self.schema is not None
         about = {
@@ -137,9 +138,15 @@ class CandidateCache:
             told["questions"], told["k"], told["searches"], manifest["positions"]
         )
         if (folder / "tokenizer").is_dir():
-            with quietly():
-                cache.tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+            cache.tokenizer = folder / "tokenizer"
         return cache
+
+    def opened_tokenizer(self) -> Any:
+        """The tokenizer of the model that wrote; opened when a prompt is made, which arrays never do."""
+        if isinstance(self.tokenizer, Path):
+            with quietly():
+                self.tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+        return self.tokenizer
 
     def of(self, generator: MarkedGenerator) -> None:
         """Keep what a replay needs of the generator that writes."""
@@ -182,16 +189,17 @@ class Absent(MarkedGenerator):
 
     def __init__(self, cache: CandidateCache, settings: SelfRagPromptSettings):
         assert cache.schema is not None
-        self._prompt = MarkedPrompt(cache.schema, cache.tokenizer, settings, eos=cache.eos)
+        self._cache, self._settings = cache, settings
         self.eos, self.exact_marks, self.positions, self.cost = cache.eos, cache.exact, cache.positions, Cost()
 
     @property
     def schema(self) -> Schema:
-        return self._prompt.schema
+        assert self._cache.schema is not None
+        return self._cache.schema
 
-    @property
+    @cached_property
     def marked_prompt(self) -> MarkedPrompt:
-        return self._prompt
+        return MarkedPrompt(self.schema, self._cache.opened_tokenizer(), self._settings, eos=self.eos)
 
     def contexts(self, prompts: Sequence[Sequence[int]], *, marks: Sequence[int]) -> Contexts:
         raise Uncached(f"{len(prompts)} contexts were never recorded, and no model is open", hint=FILL)
@@ -366,11 +374,15 @@ def record(
     *,
     cache: CandidateCache,
     retrieve: Retrieve | None = None,
+    wide: SelfRagDecode | None = None,
 ) -> list[Answer]:
     """Decode live, and keep in `cache` what later settings may need.
 
     The short form reads every passage to its end and also answers without any, so that every threshold and every smaller K
     can be decided later; the long form keeps the tree that it grew, to its last level.
+
+    Args:
+        wide: how the long form's tree is grown, in place of `settings`, whose own tree is kept, too.
 
     Returns:
         The answers of `settings` themselves, read from what was kept.
@@ -384,9 +396,10 @@ def record(
     cache.of(generator)
     keeps = Recording(generator, cache)
     if settings.form == "long":
-        self_rag(keeps, asked, settings.model_copy(update={"stop": "never"}), retrieve=retrieve)
+        self_rag(keeps, asked, (wide or settings).model_copy(update={"stop": "never"}), retrieve=retrieve)
         return self_rag(Replay(cache, generator, fill=True), asked, settings, retrieve=retrieve)
-    thorough = {"retrieve": "always", "prune": PruneSettings(), "all_irrelevant": "best", "target_rate": None}
+    thorough = {"retrieve": "always", "prune": PruneSettings(), "all_irrelevant": "best", "target_rate": None,
+                "require": RequireSettings()}  # fmt: skip
     every = self_rag(keeps, asked, settings.model_copy(update=thorough))
     none = self_rag(keeps, asked, settings.model_copy(update={**thorough, "retrieve": "never"}))
     cache.questions += [cache.row(*row) for row in zip(asked.queries, every, none, strict=True)]

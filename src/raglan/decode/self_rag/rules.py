@@ -13,21 +13,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raglan.recipe import CalibrationSettings, SelfRagDecode
+from raglan.recipe import CalibrationSettings, RequireSettings, SelfRagDecode
+from raglan.records import Marked
 from raglan.reflection import (
     Missing,
+    Role,
+    Schema,
     Scoring,
     Weights,
     aggregate,
+    first,
     missing_flags,
     normalise_label,
     released_decision,
     retrieve_probability,
     retrieves,
+    segment_end,
 )
 
-__all__ = ["Decision", "Verdict", "calibrated", "decide", "elect", "figure", "open_order", "relevance_order",
-    "scoring", "weights", "withheld"]  # fmt: skip
+__all__ = ["Decision", "Said", "Verdict", "calibrated", "decide", "elect", "figure", "open_order", "refusals",
+    "relevance_order", "said_of", "scoring", "weights", "withheld"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,57 @@ class Verdict:
     text: str | None = None
     standings: tuple[tuple[str, float], ...] = ()
     flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """Which token of its role a segment says of itself, as its place in the schema, −1 for none; numbers or arrays."""
+
+    is_rel: Any
+    is_sup: Any
+    is_use: Any
+
+
+def said_of(one: Marked, schema: Schema, *, retrieved: bool, by: str = "token") -> Said:
+    """What a continuation says of itself: IsRel right behind its passage, the first IsSup of its segment, the first IsUse.
+
+    Args:
+        by: `probability` gives the likeliest token of a role in place of the one that stands there; IsRel need not stand.
+    """
+    roles: tuple[Role, ...] = ("is_rel", "is_sup", "is_use")
+    places = {role: first(one.ids, schema.ids[role]) for role in roles}
+    if by == "probability":
+        places["is_rel"] = 0 if len(one.ids) else None
+        return Said(*(_likeliest(one, schema, role, at) for role, at in places.items()))
+    if places["is_rel"] != 0 or not retrieved:
+        places["is_rel"] = None
+    if places["is_sup"] is not None and places["is_sup"] >= segment_end(one.ids, schema):
+        places["is_sup"] = None
+    return Said(*(-1 if at is None else schema.ids[role].index(one.ids[at]) for role, at in places.items()))
+
+
+def _likeliest(one: Marked, schema: Schema, role: Role, at: int | None) -> int:
+    if at is None:
+        return -1
+    row = np.asarray(one.mark_logprobs[at], np.float64)[schema.place(role)]
+    return -1 if np.isnan(row).all() else int(np.nanargmax(row))
+
+
+def refusals(asks: RequireSettings, said: Said, *, retrieved: Any = True) -> dict[str, Any]:
+    """Hard constraint → whether it is broken. Those on passages hold for what retrieved one, IsUse where it was written.
+
+    Numbers or arrays of one shape; what is not asked for is not named.
+    """
+    found: dict[str, Any] = {}
+    if asks.relevant:
+        found["relevant"] = retrieved & (said.is_rel != 1)
+    if asks.supported:
+        found["supported"] = retrieved & ((said.is_sup < 0) | (said.is_sup > 1))
+    if asks.fully:
+        found["fully"] = retrieved & (said.is_sup != 0)
+    if asks.min_use is not None:
+        found["min_use"] = (said.is_use >= 0) & (said.is_use + 1 < asks.min_use)
+    return found
 
 
 def scoring(settings: SelfRagDecode, *, exact: bool) -> Scoring:

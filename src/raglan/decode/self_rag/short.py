@@ -9,7 +9,8 @@ Questions share the batches: rows are questions × passages. Each candidate's co
 passages do not see each other, and their order decides ties only. Source: Asai et al. 2023, arXiv 2310.11511, §3.3.
 
 Deviations: `prune.kind: bound` writes the most relevant passages first and leaves out those that cannot win any more, which
-gives the same answer; `options` are scored and not written (p over the options by passage, mixed with softmax_K(w_rel·rel)).
+gives the same answer; `options` are scored and not written (p over the options by passage, mixed with softmax_K(w_rel·rel));
+`require` takes written answers out of the election as the long form takes children out of the search.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from raglan.decode.base import Asked
 from raglan.decode.self_rag.rate import BATCH_TOKENS, prompts_of, threshold_of
-from raglan.decode.self_rag.rules import decide, elect, open_order, relevance_order, scoring, weights, withheld
+from raglan.decode.self_rag.rules import (
+    decide,
+    elect,
+    open_order,
+    refusals,
+    relevance_order,
+    said_of,
+    scoring,
+    weights,
+    withheld,
+)
 from raglan.decode.self_rag.trace import raw_text, short_trace
 from raglan.decode.self_rag.work import Branch, Question, Written, nothing_fits
 from raglan.generator.base import Contexts, MarkedGenerator
@@ -139,7 +150,7 @@ class _Short:
         if dropped == len(question.branches):
             raise nothing_fits(question.query, dropped, asked=len(question.prompt), positions=self.positions)
         question.flags += [f"too_long:{dropped}"] if dropped else []
-        if self.settings.all_irrelevant == "no_retrieval":
+        if "no_retrieval" in (self.settings.all_irrelevant, self.settings.require.any and self.settings.on_empty):
             question.spare = self._branch(question, None)
 
     def _branch(self, question: Question, hit: Hit | None, *, needs: int = 1) -> Branch:
@@ -174,30 +185,44 @@ class _Short:
         question.flags.append("all_irrelevant")
         for branch in question.alive:
             branch.pruned = "all_irrelevant"
-        question.abstains = question.spare is None
-        question.branches += [question.spare] if question.spare is not None else []
+        question.abstains = self.settings.all_irrelevant == "abstain"
+        question.branches += [question.spare] if question.spare is not None and not question.abstains else []
 
     def _write(self, group: Sequence[Question], branches: Contexts) -> None:
         """Waves of all questions' next branches, in lockstep, until none is left that could win."""
-        waves = [(question, self._wave(question)) for question in group]
-        while rows := [(question, branch) for question, wave in waves for branch in wave for _ in range(self.settings.samples)]:
-            for (_, branch), marked in zip(rows, self._continued([branch for _, branch in rows], branches), strict=True):
-                branch.written.append(self._scored(branch, marked))
-            for question, wave in waves:
-                question.spent.wrote([len(one.marked.ids) for branch in wave for one in branch.written])
-            waves = [(question, self._wave(question)) for question in group]
+        while any(waves := [self._wave(question) for question in group]):
+            self._extend(group, waves, branches)
+        if any(waves := [self._unaided(question) for question in group]):
+            self._extend(group, waves, branches)
+
+    def _extend(self, group: Sequence[Question], waves: Sequence[Sequence[Branch]], branches: Contexts) -> None:
+        rows = [branch for wave in waves for branch in wave for _ in range(self.settings.samples)]
+        for branch, marked in zip(rows, self._continued(rows, branches), strict=True):
+            branch.written.append(self._scored(branch, marked))
+        for question, wave in zip(group, waves, strict=True):
+            question.spent.wrote([len(one.marked.ids) for branch in wave for one in branch.written])
 
     def _wave(self, question: Question) -> list[Branch]:
         """The branches that are written next: all, or with `bound` the most relevant of those that can still win."""
         waiting = [branch for branch in question.alive if not branch.written]
         if self.settings.prune.kind != "bound":
             return waiting
-        best = max((one.final for one in question.written), default=-np.inf)
+        best = max((one.final for one in question.written if not one.refused), default=-np.inf)
         for branch in waiting:
             branch.pruned = "bound" if branch.bound < best else ""
         waiting = [branch for branch in waiting if not branch.pruned]
         order = relevance_order([branch.rel for branch in waiting], [branch.rank for branch in waiting])
         return [waiting[place] for place in order[: self.settings.prune.wave]]
+
+    def _unaided(self, question: Question) -> list[Branch]:
+        """The branch without a passage, where every answer breaks a hard constraint and it is to stand in for them."""
+        spare = question.spare
+        if self.settings.on_empty != "no_retrieval" or spare is None or spare in question.branches or not question.written:
+            return []
+        if any(not one.refused for one in question.written):
+            return []
+        question.branches.append(spare)
+        return [spare]
 
     def _continued(self, rows: Sequence[Branch], branches: Contexts) -> list[Marked]:
         """What the model writes behind each branch. An IsRel token may be forced behind a passage, and nowhere else."""
@@ -226,8 +251,18 @@ class _Short:
         flags |= dict.fromkeys(["length"] if marked.finish == "length" else [])
         flags |= dict.fromkeys(["off_grammar"] if self.schema.opens in marked.ids else [])  # it invents its evidence
         flags |= dict.fromkeys([] if text else ["no_text"])
+        refused = self._refused(branch, marked)
+        flags |= dict.fromkeys(f"require:{name}" for name in refused)
         final = float(step(parts, self.weights))
-        return Written(branch, marked, text, raw_text(self.prompt, marked.ids), parts, final, tuple(flags))
+        return Written(branch, marked, text, raw_text(self.prompt, marked.ids), parts, final, tuple(flags), refused)
+
+    def _refused(self, branch: Branch, marked: Marked) -> tuple[str, ...]:
+        """The hard constraints that it breaks."""
+        if not self.settings.require.any:
+            return ()
+        said = said_of(marked, self.schema, retrieved=branch.hit is not None, by=self.settings.require_by)
+        broken = refusals(self.settings.require, said, retrieved=branch.hit is not None)
+        return tuple(name for name, on in broken.items() if on)
 
     def _choose(self, group: Sequence[Question], branches: Contexts) -> None:
         """p of every option: nothing is written, one pass scores all options of all questions behind all passages."""
@@ -264,15 +299,26 @@ class _Short:
             return self._made(question, self.settings.abstention, flags=["abstained"])
         if question.options:
             return self._option(question)
-        found = question.written
+        found, relaxed = self._standing(question)
+        if not found:
+            return self._made(question, self.settings.abstention, flags=["abstained"])
         texts, finals, ranks = zip(*((one.text, one.final, one.branch.rank) for one in found), strict=True)
         verdict = elect(texts, finals, ranks, self.settings)
         best = found[verdict.place]
         ranked = [best, *(found[place] for place in open_order(finals, ranks) if place != verdict.place)]
         text = best.text if verdict.text is None else verdict.text
         candidates = tuple(Candidate(o.text, o.marked.ids, o.logprob, o.finished, score=o.final) for o in ranked)
-        answer = self._made(question, text, best, flags=verdict.flags, standings=verdict.standings)
+        answer = self._made(question, text, best, flags=[*relaxed, *verdict.flags], standings=verdict.standings)
         return replace(answer, candidates=candidates)
+
+    def _standing(self, question: Question) -> tuple[list[Written], list[str]]:
+        """What satisfies `require`; where nothing does, the best one with `relax`, and the flags that say so."""
+        written = question.written
+        found = [one for one in written if not one.refused]
+        if found or not written or self.settings.on_empty != "relax":
+            return found, []
+        best = written[open_order([one.final for one in written], [one.branch.rank for one in written])[0]]
+        return [best], [f"relaxed:{name}" for name in best.refused]
 
     def _option(self, question: Question) -> Answer:
         """The likeliest option; ties keep the options' order."""

@@ -296,29 +296,10 @@ class Tree:
     # --- selection
 
     def unmet(self, child: Hypothesis, one: Marked) -> list[str]:
-        """Which hard constraints a child's last segment breaks; those on passages hold for segments that retrieved one."""
-        asks, made = self.settings.require, child.steps[-1]
-        is_rel, is_sup, is_use = made.is_rel, made.is_sup, made.is_use
-        if self.settings.require_by == "probability":
-            is_rel, is_sup, is_use = (self._likeliest(role, one) for role in ("is_rel", "is_sup", "is_use"))
-        broken = []
-        if made.decision == "yes":
-            fully, partially, _ = self.schema.ids["is_sup"]
-            broken += ["relevant"] if asks.relevant and is_rel != self.schema.ids["is_rel"][1] else []
-            broken += ["supported"] if asks.supported and is_sup not in (fully, partially) else []
-            broken += ["fully"] if asks.fully and is_sup != fully else []
-        if asks.min_use is not None and is_use is not None and self.schema.ids["is_use"].index(is_use) + 1 < asks.min_use:
-            broken.append("min_use")
-        return broken
-
-    def _likeliest(self, role: Any, one: Marked) -> int | None:
-        """The likeliest id of a role where one of them was generated; of IsRel, right behind the passage."""
-        ids = self.schema.ids[role]
-        at = (0 if len(one.ids) else None) if role == "is_rel" else first(one.ids, ids)
-        if at is None:
-            return None
-        row = np.asarray(one.mark_logprobs[at], np.float64)[self.schema.place(role)]
-        return None if np.isnan(row).all() else ids[int(np.nanargmax(row))]
+        """Which hard constraints a child's last segment breaks."""
+        retrieved = child.steps[-1].decision == "yes"
+        said = rules.said_of(one, self.schema, retrieved=retrieved, by=self.settings.require_by)
+        return [name for name, on in rules.refusals(self.settings.require, said, retrieved=retrieved).items() if on]
 
     def _constrain(self, grown: Sequence[Hypothesis], written: Sequence[Marked]) -> list[Hypothesis]:
         """Drop children that break a hard constraint. Gives the parents that lost all of them and are to go on unaided.

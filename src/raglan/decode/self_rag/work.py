@@ -70,7 +70,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Written:
-    """One continuation with what it comes to. `raw` is its text with the reflection tokens."""
+    """One continuation with what it comes to. `raw`: its text with the reflection tokens. `refused`: constraints it breaks."""
 
     branch: Branch
     marked: Marked
@@ -79,6 +79,7 @@ class Written:
     parts: Components
     final: float
     flags: tuple[str, ...]
+    refused: tuple[str, ...] = ()
 
     @property
     def logprob(self) -> float:
