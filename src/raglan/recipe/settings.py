@@ -53,7 +53,7 @@ class StageSettings(Settings):
         if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
             raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
         for name in ("off_grammar", "repeats"):
-            if self.data.kind != "self_rag" and getattr(self.objective, name, 0.0):
+            if self.data.kind != "self_rag" and getattr(self.objective, name, False):
                 raise ValueError(f"objective.{name} needs data of kind self_rag: other rows have no grammar")
         return self
 
