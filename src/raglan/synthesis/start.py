@@ -44,7 +44,7 @@ class Opened:
 
     Attributes:
         evidence, answers: of other questions, for noise and false values.
-        ignores: factors that it does not heed.
+        ignores: factors that it does not heed. ignores_in_corpus: nor in cells over a corpus.
         inputs: names of what else its texts follow from. sources: of its questions.
         cost: what its calls have cost so far.
     """
@@ -57,6 +57,7 @@ class Opened:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     cost: Callable[[], Mapping[str, Any]] | None = None
+    ignores_in_corpus: Sequence[str] = ()
 
 
 def run(recipe: Recipe, *, yes: bool = False) -> Done:
@@ -85,8 +86,8 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         near = recipe.decontaminate.encoder if recipe.decontaminate is not None else None
         return synthesize(
             recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
-            embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores, cost=opened.cost,
-            inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
+            embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores,
+            ignores_in_corpus=opened.ignores_in_corpus, cost=opened.cost, inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
         )  # fmt: skip
 
 
@@ -101,12 +102,13 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     if asked is None or not isinstance(asked.teacher, EndpointSettings):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
     base, verifier = KnowledgeBase.open(recipe.knowledge.path), Verifier(may_be_missing=asked.verify.may_be_missing)
-    plan, assembler = make_plan(recipe), Assembler.open(recipe)
+    plan = make_plan(recipe)
 
     def accepts(made: Made) -> bool:
         return verifier.verify(written_of(made)).accepted
 
     with open_endpoint(recipe, plan, base.corpus) as teacher:
+        assembler = Assembler.open(recipe, evidence=teacher.evidence, answers=teacher.answers)  # as in `run`: equal prompts
         jobs = (Job(cell) for cell in plan.cells)
         return teacher.estimate(jobs, assembler.show, accepts=accepts, sample=sample, seed=recipe.seed)
 
@@ -130,7 +132,10 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack) -> Opene
     if isinstance(asked.teacher, EndpointSettings):
         plan = make_plan(recipe)
         model = stack.enter_context(open_endpoint(recipe, plan, base.corpus))
-        return Opened(model, plan, inputs={"writing": model.fingerprint}, cost=lambda: cost(model.engine))
+        return Opened(
+            model, plan, model.evidence, model.answers, inputs={"writing": model.fingerprint}, cost=lambda: cost(model.engine),
+            ignores_in_corpus=model.ignores_in_corpus,
+        )  # fmt: skip
     raise RecipeError("synthesis names no teacher, so there is only a plan", hint="synthesis.teacher.kind=offline, or --plan")
 
 
