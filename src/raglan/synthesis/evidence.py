@@ -352,6 +352,8 @@ def _rendering(draft: Draft) -> Rendering:
     own = [*draft.gold, *draft.beside]
     if head == "title_url" and not all(passage.document for passage in own):
         head = "title"
+    if head == "title_date" and not all(passage.date for passage in own):
+        head = "title"
     if head != "none" and not all(passage.title for passage in own):
         head = "none"
     return Rendering(cell.template, cell.passage_form, head, language_of(draft))
@@ -364,9 +366,9 @@ def _ranked(slot: Slot, found: Sequence[Found]) -> Slot:
 
 
 def _dated(slot: Slot, year: int, draft: Draft) -> Slot:
-    """The slot with a year before its text, as a passage of its own."""
+    """The slot with a year before its text, and for its date, as a passage of its own."""
     text = str(instructions()["dated"][language_of(draft)]).format(year=year, text=slot.passage.text)
-    passage = replace(slot.passage, id=f"{slot.passage.id}~dated-{year}", text=text)
+    passage = replace(slot.passage, id=f"{slot.passage.id}~dated-{year}", text=text, date=str(year))
     parents = slot.parents or (slot.passage.id,)
     return replace(slot, passage=passage, origin="made", operator="dated", parents=parents)
 
