@@ -395,7 +395,43 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
         desk.write(plan, asked)
 
 
+def test_what_is_noise_for_others_follows_from_plan_and_corpus(desk: Desk, corpus: Corpus) -> None:
+    asked = recipe(24, from_scratch=0.5, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
+        read = {teacher._library.visited(teacher._places.of(Job(cell)).visit).id for cell in plan.cells
+                if cell.source == "knowledge"}  # fmt: skip
+        told = [passage.id for passage in teacher.evidence], list(teacher.answers)
+        assert set(told[0]) == read
+        assert len(told[0]) == len(read) > 5
+        titles = {passage.title for passage in teacher.evidence}
+        assert titles <= set(told[1])
+        assert any(value.startswith("Marrow") for value in told[1]), "a name that stands in a text"
+        list(teacher.write([Job(cell) for cell in plan.cells], show))
+        assert ([passage.id for passage in teacher.evidence], list(teacher.answers)) == told
+        fresh = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
+        assert ([passage.id for passage in fresh.evidence], list(fresh.answers)) == told, "before any reply it is the same"
+    bare = recipe(24, weights={"answer_format": "fit", "query_format": "fit"})
+    with desk.engine() as engine:
+        scratch = EndpointTeacher(engine, make_plan(bare), factors_of(bare)[0], corpus=corpus)
+        assert (list(scratch.evidence), list(scratch.answers)) == ([], []), "all from scratch: nothing is known beforehand"
+
+
+def test_what_speaks_against_a_corpus_is_about_what_the_corpus_is_about(desk: Desk, corpus: Corpus) -> None:
+    asked = recipe(24, from_scratch=0, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    cells = tuple(cell for cell in plan.cells if cell.relation in ("R6", "R7"))
+    assert cells
+    desk.write(plan, asked, corpus=corpus, jobs=[Job(cell) for cell in cells])
+    written = [request.content for request in desk.asked if "PassagesReply" in json.dumps(request.body)]
+    assert written
+    assert all(re.search(r"Kind of document: \(none\)\nTopic: Harbour \d", text) for text in written)
+
+
 # faults and money
+
+TORN = {"query": "Who \ud83d?", "subject": "", "facts": ["a"], "answers": ["A"], "history": [], "labels": [], "fields": []}
 
 
 @pytest.mark.parametrize(
@@ -403,11 +439,12 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
     [
         (Fault(text='{"query": "What', finish="length"), "truncated"),
         (Fault(text='{"query": 5}'), "malformed"),
+        (Fault(text=json.dumps(TORN)), "malformed"),
         (Fault(text="{}", finish="content_filter"), "refused"),
         (Fault(413), "permanent"),
         (Fault(503), "transient"),
     ],
-    ids=["truncated", "malformed", "refused", "permanent", "transient"],
+    ids=["truncated", "malformed", "half a character", "refused", "permanent", "transient"],
 )
 def test_a_reply_that_is_none_is_a_reject_with_its_text(
     desk: Desk, plan: Plan, asked: Recipe, fault: Fault, reason: str
@@ -606,6 +643,27 @@ def test_from_estimate_to_dataset_on_the_command_line(
         [out, err, caplog.text, *(path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file())]
     )
     assert KEY not in told  # T36
+
+
+def test_over_a_corpus_other_questions_evidence_is_noise_and_no_topic_is_claimed(
+    desk: Desk, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.folder = paid.parent / "data/calls"
+    assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    words = ["synthesis.from_scratch=0", "synthesis.weights.noise={other_gold: 1, random: 1}"]
+    code, out, err = run("synthesize", str(paid), *words, "--dry-run", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, out + err
+    code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, 3), out + err
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "the sample's sheets are the run's"
+    told = json.loads((paid.parent / "data/coverage.json").read_text(encoding="utf-8"))
+    assert told["ignored"] == ["topic", "genre", "tailness"]
+    assert not {"topic", "genre", "tailness"} & set(told["factors"])
+    assert told["kept"] > 20
+    assert told["noise"]["other_gold"]["kept"] > told["noise"]["other_gold"]["planned"] / 2
+    rows = [json.loads(line) for line in (paid.parent / "data/examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = Counter(one["kind"] for row in rows for one in row["synth"]["passages"] if one["role"] == "noise")
+    assert shown["other_gold"] == told["noise"]["other_gold"]["kept"]
 
 
 def test_an_estimate_of_rules_is_refused(

@@ -456,7 +456,8 @@ def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as
             wide.print(table)
         console.print(
             f"{grid.passes} retrieval passes, {grid.read} prompts read for {grid.asked}; percent and points, 95 % intervals by "
-            f"paired bootstrap over questions, seed {grid.seed}; one training seed\npredictions: {recipe.run / 'grid'}", soft_wrap=True,
+            f"paired bootstrap over questions, seed {grid.seed}; one training seed\npredictions: {recipe.run / 'grid'}",
+            soft_wrap=True,
         )  # fmt: skip
     regressions = grid.regressions()
     for task, cell, kind, change in regressions:

@@ -188,6 +188,6 @@ def _tell_coverage(told: dict[str, Any]) -> None:
     for name in ("topic_entropy", "type_token_ratio", "mean_cosine"):
         typer.echo(f"{name}: {'–' if told[name] is None else format(told[name], '.4f')}")
     if told["ignored_in_corpus"]:
-        typer.echo(f"counted from scratch alone, as cells over a corpus do not heed them: {', '.join(told['ignored_in_corpus'])}")
+        typer.echo(f"counted without cells over a corpus, which do not heed them: {', '.join(told['ignored_in_corpus'])}")
     for reason, count in told["funnel"].items():
         typer.echo(f"{'' if reason == 'attempts' else '  rejected: '}{reason}: {count}")

@@ -99,8 +99,10 @@ def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
         + ("; ".join(worse) + "." if worse else "No tuned cell is below the base on any task."),
         "grid": grid_tables(grid),
         "curves": _curves(learning_curves(recipe)),
-        "settings": {"passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed, "training seeds": "one"},
-    }
+        "settings": {
+            "passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed, "training seeds": "one",
+        },
+    }  # fmt: skip
 
 
 def _robust(recipe: Recipe) -> list[Robustness]:

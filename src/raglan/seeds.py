@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from raglan.artifact import MANIFEST, read_manifest
 from raglan.evaluate import KIND, compared_systems, evaluation_folder
 from raglan.recipe import Recipe
+from raglan.train import finished_parts
 
 __all__ = ["ENOUGH", "over_seeds", "seed_lines"]
 
@@ -42,7 +43,8 @@ def _differences(recipe: Recipe, tuned: str) -> Figures | None:
     """Of one seed; None where it is not finished."""
     settings = recipe.evaluate
     assert settings is not None
-    systems = compared_systems(recipe)
+    finished = finished_parts(recipe, warn=False)
+    systems = [finished[0], finished[-1]]
     folders = [evaluation_folder(recipe, settings, *system) for system in systems]
     if systems[-1][0] != tuned or not all((folder / MANIFEST).is_file() for folder in folders):
         return None

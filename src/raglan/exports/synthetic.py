@@ -44,7 +44,10 @@ class Synthetic:
     def passages(self) -> list[Passage]:
         return [
             Passage(
-                str(slot["id"]), str(slot["text"]), str(slot.get("title") or ""), str(slot.get("document") or ""),
+                str(slot["id"]),
+                str(slot["text"]),
+                str(slot.get("title") or ""),
+                str(slot.get("document") or ""),
                 date=str(slot.get("date") or ""),
             )
             for slot in self.slots

@@ -2,8 +2,8 @@
 
     kept      the lowest accepted ordinal of each cell, not the first to arrive; other accepted ones are surplus
     deficit   planned − kept of a value. A cell that failed stays a deficit: no other cell is made instead of it
-    noise     of each kind the slots planned, shown in kept examples, and shown but found to answer (relabelled): a kind that had
-              nothing left gave its slot to another, and the budget leaves passages out
+    noise     of each kind the slots planned, shown in kept examples, and shown but found to answer (relabelled): a kind that
+              had nothing left gave its slot to another, and the budget leaves passages out
     entropy   −Σ p ln p / ln(number of topics planned), p the kept share of a topic
     cosine    mean over pairs of queries of their word-count vectors' cosine: (|Σu|² − n) / (n(n−1)), u of length 1
 
@@ -78,7 +78,7 @@ def coverage(
 
     Args:
         shown: what `shown_noise` counted in the kept examples; without it noise is told as planned.
-        ignores: factors that the teacher does not heed; `ignores_in_corpus`: nor in cells that have their passages from a corpus.
+        ignores: factors that the teacher does not heed; `ignores_in_corpus`: nor in cells that have passages from a corpus.
     """
     tried = list(attempts)
     stayed, surplus = kept(plan, tried)
@@ -152,13 +152,11 @@ def _checked(plan: Plan, attempts: Iterable[Attempt]) -> list[Attempt]:
 
 def _by_value(plan: Plan, name: str, cells: list[Cell], worked: list[Cell], held: list[Cell]) -> dict[str, dict[str, int]]:
     planned, tried, stayed = (Counter(str(getattr(cell, name)) for cell in some) for some in (cells, worked, held))
-    values = [value for value in plan.margins[name] if planned[value]]
+    counts = {value: planned[value] for value in plan.margins[name] if planned[value]}
     return {
-        value: {
-            "planned": planned[value], "attempted": tried[value], "kept": stayed[value], "deficit": planned[value] - stayed[value]
-        }
-        for value in values
-    }  # fmt: skip
+        value: {"planned": count, "attempted": tried[value], "kept": stayed[value], "deficit": count - stayed[value]}
+        for value, count in counts.items()
+    }
 
 
 def _noise(plan: Plan, shown: Mapping[str, tuple[int, int]] | None) -> dict[str, dict[str, int]]:

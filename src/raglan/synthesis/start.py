@@ -87,7 +87,8 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         return synthesize(
             recipe, opened.teacher, assembler.show, plan=opened.plan, corpus=base.corpus, embed=_embed(asked.dedupe),
             embed_questions=_embed(near), corpus_at=_corpus_at, ignores=opened.ignores,
-            ignores_in_corpus=opened.ignores_in_corpus, cost=opened.cost, inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
+            ignores_in_corpus=opened.ignores_in_corpus, cost=opened.cost,
+            inputs={"knowledge": base.version, **opened.inputs}, sources=opened.sources,
         )  # fmt: skip
 
 
