@@ -426,7 +426,8 @@ def test_what_speaks_against_a_corpus_is_about_what_the_corpus_is_about(desk: De
     desk.write(plan, asked, corpus=corpus, jobs=[Job(cell) for cell in cells])
     written = [request.content for request in desk.asked if "PassagesReply" in json.dumps(request.body)]
     assert written
-    assert all(re.search(r"Kind of document: \(none\)\nTopic: Harbour \d", text) for text in written)
+    lost = [text for text in written if not re.search(r"Kind of document: \(none\)\nTopic: Harbour \d", text)]
+    assert not lost
 
 
 # faults and money
@@ -645,17 +646,34 @@ def test_from_estimate_to_dataset_on_the_command_line(
     assert KEY not in told  # T36
 
 
+def tower_author(body: dict[str, Any]) -> str:
+    """The author's replies, but drafts and answers are of what `paid`'s documents tell."""
+    asked, told = body["messages"][1]["content"], author(body)
+    name = body.get("response_format", {}).get("json_schema", {}).get("name", "")
+    if name == "DraftReply":
+        number, mark = re.findall(r"(?m)^\[1\] Tower (\d+)", asked)[0], hashlib.sha256(asked.encode()).hexdigest()[:6]
+        facts = [f"The tower {number} was built by miller Odo{number}.", "It is of grey stone."]
+        query = f"Who built tower {number} of Vessen, as asked in letter {mark}?"
+        return json.dumps(json.loads(told) | {"query": query, "facts": facts, "answers": [f"Odo{number}"]})
+    if found := re.findall(r"Who built tower (\d+)", asked) if not name else []:
+        number = found[-1]
+        return f"Miller Odo{number} built it." if f"miller Odo{number} ." in asked else "The passages do not tell the miller."
+    return told
+
+
 def test_over_a_corpus_other_questions_evidence_is_noise_and_no_topic_is_claimed(
     desk: Desk, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk.folder = paid.parent / "data/calls"
+    desk.folder, desk.server.reply = paid.parent / "data/calls", tower_author
     assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     words = ["synthesis.from_scratch=0", "synthesis.weights.noise={other_gold: 1, random: 1}"]
     code, out, err = run("synthesize", str(paid), *words, "--dry-run", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0, out + err
     code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
     assert code in (0, 3), out + err
-    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "the sample's sheets are the run's"
+    answered = Counter(found[-1] for request in desk.asked if "response_format" not in request.body
+                       for found in [re.findall(r"in letter (\w+)", request.content)])  # fmt: skip
+    assert set(answered.values()) == {1}, "the sample's sheets are the run's: no question is answered anew"
     told = json.loads((paid.parent / "data/coverage.json").read_text(encoding="utf-8"))
     assert told["ignored"] == ["topic", "genre", "tailness"]
     assert not {"topic", "genre", "tailness"} & set(told["factors"])
