@@ -426,7 +426,7 @@ def test_what_speaks_against_a_corpus_is_about_what_the_corpus_is_about(desk: De
     desk.write(plan, asked, corpus=corpus, jobs=[Job(cell) for cell in cells])
     written = [request.content for request in desk.asked if "PassagesReply" in json.dumps(request.body)]
     assert written
-    lost = [text for text in written if not re.search(r"Kind of document: \(none\)\nTopic: Harbour \d", text)]
+    lost = [text for text in written if not re.search(r"Kind of document: \(none\)\\nTopic: Harbour \d", text)]
     assert not lost
 
 
