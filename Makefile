@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe bench-decontaminate bench-rag-tuning bench-synthesis-faults bench-drcd clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe bench-decontaminate bench-rag-tuning bench-synthesis bench-synthesis-faults bench-drcd clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-self-rag-learns  train and measure a small Self-RAG on the example corpus and on SQuAD (an hour on 2 cores)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms; its memory; a large journal (7 minutes on 2 cores, 3 GB)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms (a minute on 2 cores)"
+	@echo "make bench-synthesis  examples a second of the offline teacher over 10,000 passages (two minutes of one core)"
 	@echo "make bench-synthesis-faults  2,000 cells synthesized while everything fails, with 20 x kill -9 (ten minutes)"
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
 	@echo "make bench-decontaminate  a million training questions against 200,000 evaluation questions (some minutes of one core)"
@@ -145,6 +146,9 @@ bench-calls: env
 	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/calls.py --many 100000
 	$(BIN)/python benchmarks/calls.py --journal 1000000
+
+bench-synthesis: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/synthesis.py
 
 bench-synthesis-faults: env
 	$(BIN)/python benchmarks/synthesis_faults.py

@@ -59,11 +59,13 @@ def test_the_whole_job(call, recipe: str, folder: Path) -> None:
     assert call("train", recipe, *short)[0] == 0
     code, out, _ = call("evaluate", recipe, *short, "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"untuned", "find"}
+    assert set(json.loads(out)) == {"untuned", "find", "training_seeds"}
+    assert json.loads(out)["training_seeds"] == [1]
     code, out, _ = call("evaluate", recipe, *short)
     assert "gold/em" in out
     assert "difference" in out
     assert re.search(r"^retrieved/em is (better|worse|unchanged|not clearly changed): ", out, re.M)
+    assert "one training seed (1): " in out
     code, out, _ = call("answer", recipe, "who built the tower?", *short)
     assert code == 0
     assert out.startswith("Q: who built the tower?\nA: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 import tiny
 from conftest import json_lines
 from raglan.chunk import Chunker
-from raglan.documents import read_documents, read_examples
+from raglan.corpus import Corpus, write_corpus
+from raglan.documents import DocumentStream, read_documents, read_examples
 from raglan.errors import CorpusError
 from raglan.records import Document
 from raglan.text import sentence_spans
@@ -140,6 +142,21 @@ def test_tables_and_their_columns(tmp_path: Path) -> None:
     assert [(d.id, d.text) for d in reading.documents] == [("1", "one"), ("2", "two"), ("3", "three\nlines"), ("4", "four")]
     with pytest.raises(CorpusError, match=r"a\.jsonl, row 1 has no column 'text'; it has key, body"):
         read_documents([tmp_path])
+
+
+def test_a_date_goes_from_a_tables_row_into_every_passage(tmp_path: Path) -> None:
+    rows = [{"id": "1", "text": "one. two.", "date": "2019-05-01"}, {"id": "2", "text": "three"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    days = [{"id": "3", "text": "four", "date": datetime(2020, 2, 3)}, {"id": "4", "text": "five", "date": None}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(days), tmp_path / "c.parquet")
+    read = read_documents([tmp_path]).documents
+    assert [one.date for one in read] == ["2019-05-01", "", "2020-02-03", ""]
+    write_corpus(tmp_path / "corpus", (passage for one in read for passage in chunker(20).passages(one)))
+    assert [passage.date for passage in Corpus(tmp_path / "corpus")] == ["2019-05-01", "", "2020-02-03", ""]
+    (tmp_path / "c.parquet").unlink()
+    plain, other = (DocumentStream([tmp_path], columns={"date": name}) for name in ("none", "date"))
+    assert len(list(plain)) == len(list(other)) == 2
+    assert plain.digest != other.digest, "another date is another version"
 
 
 def test_beir_folder(tmp_path: Path) -> None:

@@ -457,6 +457,43 @@ def test_json_is_json() -> None:
     ]
 
 
+def test_a_date_is_shown_where_all_evidence_has_one(assembler: Assembler) -> None:
+    dated = Passage("d", f"The mill of Elmholt was built by {BUILDERS[3]}.", "Elmholt (1)", "log", date="2019-05-01")
+    bare = replace(dated, id="b", date="")
+    one = cell(passage_head="title_date", k=1, positions=(1,), noise=())
+    sheet = shown(assembler.show(draft(assembler, one, gold=(dated,))))
+    assert "[1] Elmholt (1) (2019-05-01)\n" in sheet.prompt
+    assert "[1] Elmholt (1)\n" in shown(assembler.show(draft(assembler, one, gold=(bare,)))).prompt
+    kept = example_of(Made(sheet, BUILDERS[3]), teacher="t").metadata["synth"]
+    again = Passage("d", kept["passages"][0]["text"], kept["passages"][0]["title"], date=kept["passages"][0]["date"])
+    rendering = read_rendering(kept["rendering"], where="x")
+    text = render(assembler.prompt, rendering, "Q?", [again], instruction=kept["instruction"]).text
+    assert "Elmholt (1) (2019-05-01)" in text
+    mixed = Rendering("brief", "titled", "title_date").set([dated, bare, replace(dated, title="")])
+    assert [one.text.splitlines()[0] for one in mixed] == ["Elmholt (1) (2019-05-01)", "Elmholt (1)", "(2019-05-01)"]
+    undocumented = Rendering("brief", "titled", "title_url").set([replace(bare, document="", title="print()")])
+    assert undocumented[0].text.startswith("print()\n"), "only what is empty is left out"
+
+
+def test_a_date_stands_neither_for_nothing_nor_against_what_is_dated_here(assembler: Assembler) -> None:
+    gold = replace(assembler.corpus[assembler.corpus.row("mill-3")], date="2001-02-03")  # type: ignore[index, type-var]
+    one = cell(relation="R7", task="temporal", evidence=2, positions=(1, 2), noise=("random",), passage_head="title_date")
+    sheet = shown(assembler.show(draft(assembler, one, gold=(gold,))))
+    years = {slot.passage.date for slot in sheet.slots if slot.kind in ("gold", "outdated")}
+    assert len(years) == 2
+    assert "2001-02-03" not in sheet.prompt
+    assert all(f"({year})" in sheet.prompt for year in years)
+    conflict = cell(relation="R6", task="conflict_resolution", evidence=2, positions=(1, 3), noise=("hard",))
+    twins = shown(assembler.show(draft(assembler, conflict, gold=(gold,)))).slots
+    assert {slot.passage.date for slot in twins if slot.kind in ("gold", "counterfactual")} == {"2001-02-03"}
+
+
+def test_half_a_character_cannot_be_shown(assembler: Assembler) -> None:
+    refused = assembler.show(draft(assembler, cell(), facts=("a \ud83d",)))
+    assert isinstance(refused, Reject)
+    assert (refused.step, refused.reason) == ("show", "half_character")
+
+
 def test_chinese_cells_are_put_in_chinese(assembler: Assembler) -> None:
     gold = assembler.corpus[assembler.corpus.row("qiao-0")]  # type: ignore[index]
     one = draft(assembler, cell(language="zh", **ABSENT), query="青浦大桥哪一年通车？", answers=("1990年",), gold=(gold,))

@@ -48,7 +48,7 @@ from raglan.perturb import (
 )
 from raglan.perturb.guard import numeric
 from raglan.perturb.values import replaced
-from raglan.pooled import check_varied, pool, retrieve_pooled
+from raglan.pooled import check_varied, pool, retrieve_each, retrieve_pooled
 from raglan.prompt import fit
 from raglan.recipe import KnowledgeSettings
 from raglan.records import Example, Hit, Passage
@@ -649,7 +649,7 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
     settings = {
         "path": folder / "kb", "documents": [folder / "rows.jsonl"], "chunk": None,
         "encoder": {"model": str(folder / "encoder"), "dtype": "float32"},
-        "indexes": {"dense": {"kind": "dense"}, "bm25": {"kind": "bm25"}},
+        "indexes": {"dense": {"kind": "dense"}, "bm25": {"kind": "bm25"}, "hybrid": {"kind": "hybrid"}},
     }  # fmt: skip
     base = build_knowledge(KnowledgeSettings.model_validate(settings))
     return Retriever(base, Encoder.open(base.settings.encoder), index="dense")
@@ -673,6 +673,18 @@ def test_noise_among_hits_of_real_retrievers(retriever: Retriever) -> None:
         (places,) = deal_positions([(7, 1)], seed=n)
         arranged = arrange(slots, seed=str(n), positions=places)
         assert arranged[places[0] - 1].role == "gold"
+
+
+def test_indexes_of_one_encoder_embed_a_query_once_and_find_the_same(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = {"dense": retriever, "bm25": retriever.by("bm25"), "hybrid": retriever.by("hybrid")}
+    queries = [f"when was tower {n}x built" for n in range(3)]
+    alone = {name: one.retrieve(queries, 8) for name, one in each.items()}
+    embed, asked = retriever.encoder.embed_queries, []
+    monkeypatch.setattr(retriever.encoder, "embed_queries", lambda texts, **more: asked.append(texts) or embed(texts, **more))
+    assert retrieve_each(each, queries, 8) == alone
+    assert asked == [queries]
 
 
 def test_a_retriever_of_another_language_finds_nothing_and_is_refused(retriever: Retriever) -> None:

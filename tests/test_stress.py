@@ -23,8 +23,9 @@ from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate
 from raglan.judge import judge, messages, open_judged
 from raglan.metrics import answer_recall
 from raglan.rag import RAG
-from raglan.recipe import ConcatDecode, EvaluateSettings, RobustnessSettings, load_recipe
+from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSettings, load_recipe
 from raglan.records import Answer, Example, Hit, Passage
+from raglan.seeds import over_seeds, seed_lines
 from raglan.stress import CLEAN, conditions, draw_prompts, evaluate_robustness, summarise_conditions
 from raglan.stress_tables import noise_points, robustness_tables
 from raglan.train import train
@@ -263,6 +264,40 @@ def test_in_domain_is_what_the_manifests_say(recipe: Path, tmp_path: Path) -> No
     train(trained)
     assert domain(trained) == "in-domain"
     assert domain(load_recipe(recipe.parent / "trained.yaml", [*changes, "evaluate.dataset=popqa"])) == "out of domain"
+
+
+def test_a_comparison_says_how_many_training_seeds_are_behind_it(recipe: Path) -> None:
+    stages = "{read: {data: {kind: questions, path: train.jsonl, passages: 2}, objective: {kind: answer}}}"
+    text = recipe.read_text().replace("limit: 6", "limit: 3")
+    (recipe.parent / "seeds.yaml").write_text(f"{text}stages: {stages}\n")
+    words = [str(recipe.parent / "seeds.yaml"), "name=seeds", "evaluate.robustness=null"]
+
+    def asked(*more: str) -> Recipe:
+        return load_recipe(Path(words[0]), [*words[1:], "train.max_steps=1", *more])
+
+    assert over_seeds(asked()) == {}, "nothing was trained"
+    train(asked("seed=1"))
+    assert over_seeds(asked("seed=1")) == {}, "nothing was measured"
+    evaluate_recipe(asked("seed=1"))
+    found = over_seeds(asked("seed=1"))
+    assert list(found) == [1]
+    assert seed_lines(found, "retrieved/em")[0].startswith("one training seed (1): ")
+    train(asked("seed=2"))
+    before, after = evaluate_recipe(asked("seed=2"))
+    found = over_seeds(asked("seed=1"))
+    assert list(found) == [1, 2]
+    assert found[2]["retrieved/match"] == after.figures["retrieved/match"].mean - before.figures["retrieved/match"].mean
+    assert list(over_seeds(asked("seed=1", "retriever.k=2"))) == [], "of other settings nothing was measured"
+    done = runner.invoke(app, ["evaluate", *words, "train.max_steps=1", "seed=2"])
+    assert "2 training seeds (1, 2); at least 3 are wanted" in done.stdout
+    assert "retrieved/em by seed: " in done.stdout
+
+
+def test_seeds_in_words() -> None:
+    figures = {seed: {"em": 0.01 * seed} for seed in (1, 2, 3)}
+    assert seed_lines(figures, "em") == ["3 training seeds (1, 2, 3)", "em by seed: +1.0, +2.0, +3.0; mean +2.0"]
+    assert seed_lines(figures, "") == ["3 training seeds (1, 2, 3)"]
+    assert seed_lines({}, "em") == []
 
 
 @pytest.mark.parametrize(("fold", "right"), [(False, 0), (True, 1)])

@@ -20,9 +20,9 @@ from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
 from raglan.perturb import Slot, content_hash, gold_slots, held
 from raglan.recipe import Recipe
-from raglan.records import Passage
+from raglan.records import Example, Passage
 from raglan.splits import read_split
-from raglan.synthesis import Plan, make_plan
+from raglan.synthesis import Plan, make_plan, shown_noise
 from raglan.synthesis.checked import written_of
 from raglan.synthesis.offline import CANNOT, IGNORES, Offline
 from raglan.synthesis.offline.gaps import overlap, window
@@ -31,7 +31,7 @@ from raglan.synthesis.run import Done, synthesize
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
 from raglan.synthesis_tables import synthesis_tables
 from raglan.text import content_terms
-from raglan.verification import Verifier
+from raglan.verification import Verified, Verifier, Written
 
 GIVEN, FAMILY = ["Abel", "Ines", "Casimir", "Dorcas", "Hester"], ["Norstrand", "Morrowick", "Thole", "Plimmery", "Vanbrook"]
 FIRST, SECOND = ["Port", "Great", "Upper", "Little"], ["Halloran", "Brough", "Marrowby", "Skerrow", "Pellworth"]
@@ -163,6 +163,14 @@ class Altered:
         return (self.change(made) if isinstance(made, Made) else made for made in self.teacher.write(jobs, show))
 
 
+class Lenient(Verifier):
+    """Only whether a text was cut off: where questions are made up, answers are not theirs."""
+
+    def verify(self, written: Written) -> Verified:
+        found = super().verify(written)
+        return found if found.reason == "truncated" else replace(found, verdicts=(), reason="")
+
+
 def run(asked: Recipe, teacher: Any = None, **more: Any) -> Done:
     own, plan = offline(asked)
     return synthesize(asked, teacher(own) if teacher is not None else own, show, plan=plan, ignores=IGNORES, **more)
@@ -275,6 +283,35 @@ def test_a_dataset_holds_what_it_says(straight: Done) -> None:
     assert not list(straight.folder.glob("*.part"))
 
 
+def test_coverage_counts_the_noise_that_was_shown(straight: Done) -> None:
+    examples = read_examples(straight.folder / "examples.jsonl")
+    shown = Counter(one["kind"] for example in examples for one in example.metadata["synth"]["passages"])
+    noise = json.loads((straight.folder / "coverage.json").read_text(encoding="utf-8"))["noise"]
+    assert noise["random"]["kept"] == shown["random"] > noise["random"]["planned"], "all noise of this `show` is random"
+    assert noise["hard"] | {"kept": 0, "deficit": noise["hard"]["planned"]} == noise["hard"]
+    before = (straight.folder / "coverage.json").read_bytes()
+    assert CliRunner().invoke(app, ["synthesize", "coverage", str(straight.folder)]).exit_code == 0
+    assert (straight.folder / "coverage.json").read_bytes() == before, "counted again from the files, it is the same"
+
+
+def test_noise_that_answers_is_no_noise_and_a_conflicts_twin_is_evidence() -> None:
+    def example(relation: str, evidence: int, *slots: tuple[str, str]) -> Example:
+        passages = [{"role": role, "kind": kind} for role, kind in slots]
+        return Example("x", "?", metadata={"synth": {"factors": {"relation": relation, "evidence": evidence},
+                                                      "passages": passages}})  # fmt: skip
+
+    told = shown_noise([
+        example("R1", 1, ("gold", "gold"), ("support", "hard"), ("redundant", "neighbour"), ("noise", "hard")),
+        example("R3", 2, ("gold", "gold"), ("gold", "gold"), ("redundant", "near_duplicate"), ("noise", "counterfactual")),
+        example("R6", 2, ("gold", "gold"), ("noise", "counterfactual"), ("redundant", "garbled")),
+        example("R6", 2, ("gold", "gold"), ("gold", "gold"), ("noise", "counterfactual")),
+    ])  # fmt: skip
+    assert told["hard"] == (1, 1)
+    assert told["neighbour"] == (0, 1)
+    assert (told["near_duplicate"], told["garbled"]) == ((1, 0), (1, 0)), "these are redundant by what they are"
+    assert told["counterfactual"] == (2, 0)
+
+
 def test_no_gold_document_stands_in_two_splits(straight: Done) -> None:
     owners: dict[str, set[str]] = {}
     for example in read_examples(straight.folder / "examples.jsonl"):
@@ -369,6 +406,75 @@ def test_duplicates_leave_before_the_number_is_made_exact(tmp_path: Path) -> Non
     assert len(set(queries)) == len(queries) == done.told["kept"]
     assert done.told["funnel"]["dedupe: exact_duplicate"] > 5
     assert done.told["kept"] >= 28
+
+
+def test_what_leaks_costs_no_other_cell_its_example(tmp_path: Path) -> None:
+    question = "Which bell of the old abbey tower rang for the drowned sailors?"
+    rows = [{"id": "q", "query": "Of the old abbey, which bell rang for sailors on that night?", "answers": ["Great Tom"]}]
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+
+    def alike(made: Made) -> Made:
+        draft = made.sheet.draft
+        if draft.job.ordinal or draft.job.cell.number not in (0, 1):
+            return made
+        answers = ("Great Tom",) if draft.job.cell.number == 0 else draft.answers
+        return replace(made, sheet=replace(made.sheet, draft=replace(draft, query=question, answers=answers)), target="Tom")
+
+    asked = recipe(tmp_path, n=20, languages={"en": 1}, decontaminate="registered", sets={"held": {"path": held_out}})
+    done = run(asked, lambda own: Altered(own, alike), verifier=Lenient())
+    attempts = [json.loads(line) for line in (done.folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
+    reasons = {(one["cell"], one["ordinal"]): one["reason"] for one in attempts}
+    assert reasons[0, 0] == "decontaminate: D3", "same answer, and words enough in common"
+    assert reasons[1, 0] is None, "its answer is another, so it does not leak, and what it repeats is no example"
+
+
+def test_what_is_no_example_any_more_costs_none(tmp_path: Path) -> None:
+    """Cell 5's first question goes when cell 1 asks it in round 1; in round 2 cell 6 may ask what only that one was near to."""
+    middle = "where does the red fox of the northern woods sleep when the long winter comes over the quiet land"
+    near, far = f"{middle} this year", f"and now {middle}"  # each nearly the middle one, and not each other
+    asks = {(5, 0): middle, (1, 1): near, (6, 2): far}
+
+    def change(made: Made) -> Made:
+        draft = made.sheet.draft
+        place = (draft.job.cell.number, draft.job.ordinal)
+        late = {1: 1, 6: 2}.get(place[0], 0)
+        query = asks.get(place, draft.query)
+        sheet = replace(made.sheet, draft=replace(draft, query=query))
+        return replace(made, sheet=sheet, finish="length" if place[1] < late else made.finish)
+
+    done = run(recipe(tmp_path, n=20, languages={"en": 1}), lambda own: Altered(own, change), verifier=Lenient())
+    attempts = [json.loads(line) for line in (done.folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
+    reasons = {(one["cell"], one["ordinal"]): one["reason"] for one in attempts}
+    assert reasons[5, 0] == "dedupe: near_duplicate"
+    assert reasons[1, 1] is reasons[5, 1] is reasons[6, 2] is None
+    assert done.told["kept"] == 20
+
+
+def test_half_a_character_is_a_reject(tmp_path: Path) -> None:
+    def torn(made: Made) -> Made:
+        draft = made.sheet.draft
+        number = draft.job.cell.number
+        if draft.job.ordinal or number > 2:
+            return made
+        query = draft.query + ("\ud83d" if number == 1 else "")
+        facts = ("a fact \ud83d",) if number == 2 else draft.facts
+        sheet = replace(made.sheet, draft=replace(draft, query=query, facts=facts))
+        return replace(made, sheet=sheet, target=made.target + ("\ud83d" if number == 0 else ""))
+
+    class Refusing(Altered):
+        def write(self, jobs: Iterable[Job], show: Show) -> Iterator[Made | Reject]:
+            for made in super().write(jobs, show):
+                job = made.sheet.draft.job if isinstance(made, Made) else made.job
+                yield Reject(job, "draft", "malformed", "d", "raw \ud83d") if job.id == "3-0" else made
+
+    done = run(recipe(tmp_path, n=20), lambda own: Refusing(own, torn))
+    rejects = [json.loads(line) for line in (done.folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = {one["cell"]: one for one in rejects if one["ordinal"] == 0 and one["cell"] <= 3}
+    assert [told[n]["reason"] for n in range(4)] == ["half_character"] * 3 + ["malformed"]
+    assert told[3]["raw"] == r"raw \ud83d"
+    assert told[0]["raw"].endswith(r"\ud83d")
+    assert done.told["kept"] == 20, "the next attempts are whole"
 
 
 def test_what_is_measured_is_kept_out_and_a_missing_set_stops_the_run(tmp_path: Path) -> None:

@@ -444,7 +444,44 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
         desk.write(plan, asked)
 
 
+def test_what_is_noise_for_others_follows_from_plan_and_corpus(desk: Desk, corpus: Corpus) -> None:
+    asked = recipe(24, from_scratch=0.5, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
+        read = {teacher._library.visited(teacher._places.of(Job(cell)).visit).id for cell in plan.cells
+                if cell.source == "knowledge"}  # fmt: skip
+        told = [passage.id for passage in teacher.evidence], list(teacher.answers)
+        assert set(told[0]) == read
+        assert len(told[0]) == len(read) > 5
+        titles = {passage.title for passage in teacher.evidence}
+        assert titles <= set(told[1])
+        assert any(value.startswith("Marrow") for value in told[1]), "a name that stands in a text"
+        list(teacher.write([Job(cell) for cell in plan.cells], show))
+        assert ([passage.id for passage in teacher.evidence], list(teacher.answers)) == told
+        fresh = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
+        assert ([passage.id for passage in fresh.evidence], list(fresh.answers)) == told, "before any reply it is the same"
+    bare = recipe(24, weights={"answer_format": "fit", "query_format": "fit"})
+    with desk.engine() as engine:
+        scratch = EndpointTeacher(engine, make_plan(bare), factors_of(bare)[0], corpus=corpus)
+        assert (list(scratch.evidence), list(scratch.answers)) == ([], []), "all from scratch: nothing is known beforehand"
+
+
+def test_what_speaks_against_a_corpus_is_about_what_the_corpus_is_about(desk: Desk, corpus: Corpus) -> None:
+    asked = recipe(24, from_scratch=0, weights={"answer_format": "fit", "query_format": "fit"})
+    plan = make_plan(asked)
+    cells = tuple(cell for cell in plan.cells if cell.relation in ("R6", "R7"))
+    assert cells
+    desk.write(plan, asked, corpus=corpus, jobs=[Job(cell) for cell in cells])
+    written = [request.content for request in desk.asked if "PassagesReply" in json.dumps(request.body)]
+    assert written
+    lost = [text for text in written if not re.search(r"Kind of document: \(none\)\\nTopic: Harbour \d", text)]
+    assert not lost
+
+
 # faults and money
+
+TORN = {"query": "Who \ud83d?", "subject": "", "facts": ["a"], "answers": ["A"], "history": [], "labels": [], "fields": []}
 
 
 @pytest.mark.parametrize(
@@ -452,11 +489,12 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
     [
         (Fault(text='{"query": "What', finish="length"), "truncated"),
         (Fault(text='{"query": 5}'), "malformed"),
+        (Fault(text=json.dumps(TORN)), "malformed"),
         (Fault(text="{}", finish="content_filter"), "refused"),
         (Fault(413), "permanent"),
         (Fault(503), "transient"),
     ],
-    ids=["truncated", "malformed", "refused", "permanent", "transient"],
+    ids=["truncated", "malformed", "half a character", "refused", "permanent", "transient"],
 )
 def test_a_reply_that_is_none_is_a_reject_with_its_text(
     desk: Desk, plan: Plan, asked: Recipe, fault: Fault, reason: str
@@ -679,6 +717,46 @@ def _report(recipe: Path, call: Any) -> str:
     code, _, err = call("evaluate", str(recipe), measured, "decode.max_new_tokens=4", "prompt.max_tokens=400", "--report")
     assert code == 0, err
     return (recipe.parent / "runs/paid/report.html").read_text()
+
+
+def tower_author(body: dict[str, Any]) -> str:
+    """The author's replies, but drafts and answers are of what `paid`'s documents tell."""
+    if len(body["messages"]) < 2:  # a trial of how schemas are taken
+        return author(body)
+    asked, told = body["messages"][1]["content"], author(body)
+    name = body.get("response_format", {}).get("json_schema", {}).get("name", "")
+    if name == "DraftReply":
+        number, mark = re.findall(r"(?m)^\[1\] Tower (\d+)", asked)[0], hashlib.sha256(asked.encode()).hexdigest()[:6]
+        facts = [f"The tower {number} was built by miller Odo{number}.", "It is of grey stone."]
+        query = f"Who built tower {number} of Vessen, as asked in letter {mark}?"
+        return json.dumps(json.loads(told) | {"query": query, "facts": facts, "answers": [f"Odo{number}"]})
+    if found := re.findall(r"Who built tower (\d+)", asked) if not name else []:
+        number = found[-1]
+        return f"Miller Odo{number} built it." if f"miller Odo{number} ." in asked else "The passages do not tell the miller."
+    return told
+
+
+def test_over_a_corpus_other_questions_evidence_is_noise_and_no_topic_is_claimed(
+    desk: Desk, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.folder, desk.server.reply = paid.parent / "data/calls", tower_author
+    assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    words = ["synthesis.from_scratch=0", "synthesis.weights.noise={other_gold: 1, random: 1}"]
+    code, out, err = run("synthesize", str(paid), *words, "--dry-run", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, out + err
+    code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, 3), out + err
+    answered = Counter(found[-1] for request in desk.asked if "response_format" not in request.body
+                       for found in [re.findall(r"in letter (\w+)", request.content)])  # fmt: skip
+    assert set(answered.values()) == {1}, "the sample's sheets are the run's: no question is answered anew"
+    told = json.loads((paid.parent / "data/coverage.json").read_text(encoding="utf-8"))
+    assert told["ignored"] == ["topic", "genre", "tailness"]
+    assert not {"topic", "genre", "tailness"} & set(told["factors"])
+    assert told["kept"] > 20
+    assert told["noise"]["other_gold"]["kept"] > told["noise"]["other_gold"]["planned"] / 2
+    rows = [json.loads(line) for line in (paid.parent / "data/examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = Counter(one["kind"] for row in rows for one in row["synth"]["passages"] if one["role"] == "noise")
+    assert shown["other_gold"] == told["noise"]["other_gold"]["kept"]
 
 
 def test_an_estimate_of_rules_is_refused(

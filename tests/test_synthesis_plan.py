@@ -507,6 +507,26 @@ def test_a_failing_cell_is_a_deficit_and_nothing_else_gains(plan: Plan) -> None:
     assert list(refills(plan, tried)) == []
 
 
+def test_what_cells_over_a_corpus_do_not_heed_is_counted_from_scratch_alone(plan: Plan) -> None:
+    tried = [Attempt(cell.number, 0) for cell in plan.cells if cell.number % 2]
+    told = coverage(plan, tried, ignores=("persona",), ignores_in_corpus=("topic", "genre"))
+    assert (told["ignored"], told["ignored_in_corpus"]) == (["persona"], ["topic", "genre"])
+    assert "persona" not in told["factors"]
+    scratch = [cell for cell in plan.cells if cell.source == "from_scratch"]
+    for name in ("topic", "genre"):
+        planned = Counter(getattr(cell, name) for cell in scratch)
+        held = Counter(getattr(cell, name) for cell in scratch if cell.number % 2)
+        found = {value: (row["planned"], row["kept"]) for value, row in told["factors"][name].items()}
+        assert found == {value: (count, held[value]) for value, count in planned.items()}
+    assert sum(row["planned"] for row in told["factors"]["task"].values()) == 999, "the others are counted everywhere"
+    assert told["pairs"]["task × relation"]["covered"] > 0
+    assert told["topic_entropy"] is not None
+    cells = tuple(replace(cell, source="knowledge") for cell in plan.cells)
+    alone = coverage(replace(plan, cells=cells), tried, ignores_in_corpus=("topic", "genre"))
+    assert (alone["ignored"], alone["ignored_in_corpus"], alone["topic_entropy"]) == (["topic", "genre"], [], None)
+    assert not {"topic", "genre"} & {*alone["factors"], *(name for pair in alone["pairs"] for name in pair.split(" × "))}
+
+
 def test_kept_are_the_lowest_ordinals_whatever_the_order_of_arrival(plan: Plan) -> None:
     tried = [Attempt(3, 2), Attempt(3, 1), Attempt(3, 0, "language"), Attempt(5, 0)]
     for order in (tried, tried[::-1]):

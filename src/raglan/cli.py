@@ -228,6 +228,7 @@ def evaluate(
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
     from raglan.cli_robustness import evaluate_further
     from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
+    from raglan.seeds import over_seeds, seed_lines
 
     loaded = load_recipe(recipe, overrides or [])
     if cache or rescore or sweep or fill or confirm:
@@ -246,6 +247,7 @@ def evaluate(
         _report([loaded], loaded.run / "report.html")
     if as_json:
         told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
+        told |= {"training_seeds": list(over_seeds(loaded))} if len(evaluations) > 1 else {}
         typer.echo(json.dumps(told | further.summary(), indent=2))
         return
     differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
@@ -257,10 +259,11 @@ def evaluate(
 
     Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
     console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by {interval_kinds(evaluations[-1].figures)}")
-    for name in (
-        name for name in ("retrieved/em", "retrieved/accuracy", "retrieved/rouge_l", "recall@1") if name in differences
-    ):
+    heads = [name for name in ("retrieved/em", "retrieved/accuracy", "retrieved/rouge_l", "recall@1") if name in differences]
+    for name in heads:
         typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
+    for line in seed_lines(over_seeds(loaded), next(iter(heads), "")):
+        typer.echo(line)
     for evaluation in evaluations:
         _tell_spent(evaluation.system, spent(evaluation.rows))
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
@@ -453,7 +456,8 @@ def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as
             wide.print(table)
         console.print(
             f"{grid.passes} retrieval passes, {grid.read} prompts read for {grid.asked}; percent and points, 95 % intervals by "
-            f"paired bootstrap over questions, seed {grid.seed}\npredictions: {recipe.run / 'grid'}", soft_wrap=True,
+            f"paired bootstrap over questions, seed {grid.seed}; one training seed\npredictions: {recipe.run / 'grid'}",
+            soft_wrap=True,
         )  # fmt: skip
     regressions = grid.regressions()
     for task, cell, kind, change in regressions:

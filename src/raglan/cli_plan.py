@@ -107,11 +107,18 @@ def coverage(
     as_json: AsJson = False,
 ) -> None:
     """Planned, attempted, kept and missing by factor value; writes coverage.json. Exits with 3 if examples are missing."""
-    from raglan.artifact import write_json
-    from raglan.synthesis import complete, read_plan
+    from raglan.artifact import MANIFEST, write_json
+    from raglan.documents import stream_examples
+    from raglan.synthesis import complete, read_plan, shown_noise
     from raglan.synthesis import coverage as covered
 
-    told = covered(read_plan(dataset / "plan"), _attempts(dataset / "attempts.jsonl"))
+    kept, manifest = dataset / "examples.jsonl", dataset / MANIFEST
+    said = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    told = covered(
+        read_plan(dataset / "plan"), _attempts(dataset / "attempts.jsonl"),
+        shown=shown_noise(stream_examples(kept)) if kept.is_file() else None,
+        ignores=said.get("ignored", ()), ignores_in_corpus=said.get("ignored_in_corpus", ()),
+    )  # fmt: skip
     write_json(dataset / "coverage.json", told)
     if as_json:
         typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
@@ -174,10 +181,15 @@ def _tell_coverage(told: dict[str, Any]) -> None:
         if factor != "topic":
             for place, (value, row) in enumerate(values.items()):
                 table.add_row(factor if place == 0 else "", value, *map(str, row.values()))
+    for place, (kind, row) in enumerate(told["noise"].items()):  # in slots; what was relabelled is in coverage.json
+        cells = (str(row.get(name, "")) for name in ("planned", "attempted", "kept", "deficit"))
+        table.add_row("noise" if place == 0 else "", kind, *cells)
     Console(width=100, highlight=False).print(table)
     for name, pairs in told["pairs"].items():
         typer.echo(f"{name}: {pairs['covered']} of {pairs['allowed']} pairs")
     for name in ("topic_entropy", "type_token_ratio", "mean_cosine"):
         typer.echo(f"{name}: {'–' if told[name] is None else format(told[name], '.4f')}")
+    if told["ignored_in_corpus"]:
+        typer.echo(f"counted without cells over a corpus, which do not heed them: {', '.join(told['ignored_in_corpus'])}")
     for reason, count in told["funnel"].items():
         typer.echo(f"{'' if reason == 'attempts' else '  rejected: '}{reason}: {count}")

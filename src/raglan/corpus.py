@@ -25,7 +25,7 @@ __all__ = ["Corpus", "id_hash", "write_corpus"]
 
 SCHEMA = pa.schema([
     ("id", pa.string()), ("title", pa.string()), ("text", pa.large_string()),
-    ("document", pa.string()), ("start", pa.int64()), ("end", pa.int64()),
+    ("document", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("date", pa.string()),
 ])  # fmt: skip
 
 

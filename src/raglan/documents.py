@@ -81,7 +81,7 @@ def read_documents(
 
     Args:
         paths: files and folders; a folder with `corpus.jsonl` is BEIR's and only that file is read.
-        columns: names of the id, title and text columns of tables.
+        columns: names of the id, title, text and date columns of tables.
         encoding: of text files.
         on_error: `stop` raises at the first file that cannot be read, `skip` notes it and goes on.
         whole: table rows are passages already (`Document.whole`).
@@ -106,7 +106,7 @@ class DocumentStream:
         on_error: str = "stop", whole: bool = False,
     ):  # fmt: skip
         self.paths = list(paths)
-        self.columns = {"id": "id", "title": "title", "text": "text", **(columns or {})}
+        self.columns = {"id": "id", "title": "title", "text": "text", "date": "date", **(columns or {})}
         self.encoding, self.on_error, self.whole = encoding, on_error, whole
         self.count, self.files = 0, 0
         self.skipped: list[tuple[str, str]] = []
@@ -121,7 +121,8 @@ class DocumentStream:
         for document in self._documents():
             self.count += 1
             hashes.append(id_hash(document.id))
-            digest.update("\0".join((document.id, document.title, document.text, "")).encode())
+            told = (document.id, document.title, document.text, *([document.date] if document.date else []), "")
+            digest.update("\0".join(told).encode())
             yield document
         self.digest = digest.hexdigest()
         self._check(hashes)
@@ -436,14 +437,15 @@ def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapp
     if columns["text"] not in row:
         raise CorpusError(
             f"{path}, row {number} has no column {columns['text']!r}; it has {', '.join(map(str, row))}",
-            hint="name the columns under knowledge.columns: {id: …, title: …, text: …}",
+            hint="name the columns under knowledge.columns: {id: …, title: …, text: …, date: …}",
         )
     given = row.get(columns["id"], row.get("_id"))
     identity = f"{path.stem}:{number}" if given is None else str(given)
     title, text = str(row.get(columns["title"]) or ""), str(row[columns["text"]] or "")
-    if (half := half_character(identity + title + text)) is not None:
+    date = " ".join(str(row.get(columns["date"]) or "").removesuffix(" 00:00:00").split())  # a day, from tables with times
+    if (half := half_character(identity + title + text + date)) is not None:
         raise CorpusError(f"{path}, row {number} holds {half!r}, half a character", hint="write the file as valid UTF-8")
-    return Document(identity, text, title, str(path), whole)
+    return Document(identity, text, title, str(path), whole, date)
 
 
 def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:

@@ -196,7 +196,8 @@ class _Build:
         chunker = Chunker(tokenizer, chunk.max_tokens, chunk.overlap) if chunk else Chunker(tokenizer)
         for document in self.documents:
             if whole and not document.whole:
-                yield Passage(document.id, document.text, document.title, document.id, 0, len(document.text))
+                text = document.text
+                yield Passage(document.id, text, document.title, document.id, 0, len(text), document.date)
             else:
                 yield from chunker.passages(document)
 

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from raglan.errors import IndexMismatch, RecipeError
 from raglan.perturb import content_hash
 from raglan.records import Hit
+from raglan.retriever import Retriever
 from raglan.text import question_key
 
-__all__ = ["Found", "Retrieves", "check_varied", "pool", "retrieve_pooled"]
+__all__ = ["Found", "Retrieves", "check_varied", "pool", "retrieve_each", "retrieve_pooled"]
 
 FEWEST = 4  # different questions, below which equal hits prove nothing
 
@@ -45,10 +48,25 @@ def retrieve_pooled(retrievers: Mapping[str, Retrieves], queries: Sequence[str],
     """
     if not retrievers:
         raise RecipeError("a pool of no retrievers", hint="name at least one")
-    lists = {name: retriever.retrieve(queries, k) for name, retriever in retrievers.items()}
+    lists = retrieve_each(retrievers, queries, k)
     for name, hits in lists.items():
         check_varied(queries, hits, name=name)
     return [pool({name: hits[number] for name, hits in lists.items()}, k) for number in range(len(queries))]
+
+
+def retrieve_each(retrievers: Mapping[str, Retrieves], queries: Sequence[str], k: int) -> dict[str, list[tuple[Hit, ...]]]:
+    """Each retriever's best k of each query. An encoder that several of them have embeds the queries once."""
+    vectors: dict[int, np.ndarray] = {}
+    found = {}
+    for name, retriever in retrievers.items():
+        if isinstance(retriever, Retriever) and retriever.index.needs_vectors:
+            encoder = id(retriever.encoder)
+            if encoder not in vectors:
+                vectors[encoder] = retriever.embed(queries)
+            found[name] = retriever.retrieve(queries, k, vectors=vectors[encoder])
+        else:
+            found[name] = retriever.retrieve(queries, k)
+    return found
 
 
 def pool(hits: Mapping[str, Sequence[Hit]], k: int) -> tuple[Found, ...]:

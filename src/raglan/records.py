@@ -31,18 +31,19 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A source text. `whole` says that it is a passage already and is not to be cut."""
+    """A source text. `whole` says that it is a passage already and is not to be cut; `date` is as its source writes it."""
 
     id: str
     text: str
     title: str = ""
     source: str = ""
     whole: bool = False
+    date: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A span [start, end) of a document's text, in characters. `title` is the heading path above it."""
+    """A span [start, end) of a document's text, in characters. `title` is the heading path above it, `date` the document's."""
 
     id: str
     text: str
@@ -50,6 +51,7 @@ class Passage:
     document: str = ""
     start: int = 0
     end: int = 0
+    date: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,10 @@ class Rendering:
         return [replace(passage, text=text, title="") for passage, text in zip(passages, texts, strict=True)]
 
     def _one(self, passage: Passage, number: int) -> str:
-        head = str(_words()["heads"][self.head]).format(title=passage.title, document=passage.document)
-        head = (head if passage.document else head.replace("()", "")).strip()
+        worded = str(_words()["heads"][self.head])
+        for name in ("document", "date"):
+            worded = worded if getattr(passage, name) else worded.replace(f"({{{name}}})", "")
+        head = worded.format(title=passage.title, document=passage.document, date=passage.date).strip()
         return self._form["with" if head else "without"].format(
             number=number, head=head, text=passage.text,
             head_json=json.dumps(head, ensure_ascii=False), text_json=json.dumps(passage.text, ensure_ascii=False),

@@ -17,6 +17,7 @@ from raglan.grid_tables import GridTable, grid_tables
 from raglan.judge import judgements_folder, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
+from raglan.seeds import over_seeds, seed_lines
 from raglan.stress import Robustness, open_robustness, robustness_folder
 from raglan.stress_tables import judge_tables, noise_points, robustness_tables
 from raglan.sweep import open_sweep
@@ -89,7 +90,7 @@ def _section(recipe: Recipe) -> dict[str, Any]:
     manifest = json.loads((after.folder / "manifest.json").read_text(encoding="utf-8"))
     return {
         "name": recipe.name,
-        "summary": _summary(manifest, before, after, differences),
+        "summary": " ".join([_summary(manifest, before, after, differences), *_seeds(recipe, differences)]),
         "systems": [evaluation.system for evaluation in evaluations],
         "tables": _tables(evaluations, differences),
         "curves": _curves(learning_curves(recipe)),
@@ -102,6 +103,12 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "examples": _examples(before, after),
         "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),
     }
+
+
+def _seeds(recipe: Recipe, differences: dict[str, Interval]) -> list[str]:
+    """Sentences on the training seeds behind the comparison, if there is one."""
+    name = next((f"retrieved/{metric}" for metric in HEADLINES if f"retrieved/{metric}" in differences), "")
+    return [f"{line[0].upper()}{line[1:]}." for line in seed_lines(over_seeds(recipe), name)] if differences else []
 
 
 def _domain(recipe: Recipe) -> dict[str, str]:
@@ -118,8 +125,10 @@ def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
         + ("; ".join(worse) + "." if worse else "No tuned cell is below the base on any task."),
         "grid": grid_tables(grid),
         "curves": _curves(learning_curves(recipe)),
-        "settings": {"passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed},
-    }
+        "settings": {
+            "passes": grid.passes, "prompts": grid.asked, "read": grid.read, "seed": grid.seed, "training seeds": "one",
+        },
+    }  # fmt: skip
 
 
 def _sweep(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from raglan.text import MAX_QUERY_CHARACTERS, check_query
 
 __all__ = ["Prior", "Retriever", "Rewrite"]
 
+BATCH = 512  # queries embedded and searched together
 Rewrite = Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]  # (questions, their histories) → questions
 
 
@@ -125,14 +126,17 @@ class Retriever:
             text = longer
         return text
 
-    def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
+    def retrieve(self, queries: Sequence[str], k: int, *, vectors: np.ndarray | None = None) -> list[tuple[Hit, ...]]:
         """The best k unique passages of each query, best first; fewer where fewer match.
+
+        Args:
+            vectors: (B,D) of the queries, where `embed` made them already; default they are made here.
 
         Raises:
             RecipeError: k larger than the corpus.
             CorpusError: an empty query, or one of more than 100,000 characters.
         """
-        scores, rows = self.search(queries, k)
+        scores, rows = self.search(queries, k, vectors=vectors)
         return [
             tuple(
                 Hit(self.base.corpus[row], row, score, rank)
@@ -142,21 +146,29 @@ class Retriever:
             for row_list, score_list in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
-    def search(self, queries: Sequence[str], k: int, *, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Sequence[str], k: int, *, batch: int = BATCH, vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B,K) float32 and rows (B,K) int64; row −1 where fewer than K passages match."""
         self.check_k(k)
         for query in queries:
             check_query(query)
         found, embedded = [], []
         for start in track(range(0, len(queries), batch), "retrieving"):
-            part = list(queries[start : start + batch])
-            vectors = self.encoder.embed_queries(part) if self.index.needs_vectors else None
-            embedded += [] if vectors is None else [vectors]
-            found.append(self.index.search(Queries(part, vectors), k))
+            part, known = list(queries[start : start + batch]), None
+            if self.index.needs_vectors:
+                known = self.encoder.embed_queries(part) if vectors is None else vectors[start : start + batch]
+                embedded.append(known)
+            found.append(self.index.search(Queries(part, known), k))
         self._asked = (tuple(queries), np.concatenate(embedded)) if embedded else None
         if not found:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    def embed(self, queries: Sequence[str]) -> np.ndarray:
+        """(B,) queries → (B,D), bit for bit as `search` makes them."""
+        parts = [self.encoder.embed_queries(list(queries[start : start + BATCH])) for start in range(0, len(queries), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.encoder.dimension), np.float32)
 
     def prior(self, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[Tensor]:
         """log p(z|x) over each query's own hits, in their order, float32 each. No gradient.

@@ -120,7 +120,8 @@ def _synth(example: Example, path: Path) -> Mapping[str, Any]:
 
 
 def _passage(one: Mapping[str, Any]) -> Passage:
-    return Passage(str(one["id"]), str(one["text"]), str(one.get("title") or ""), str(one.get("document") or ""))
+    title, document, date = (str(one.get(name) or "") for name in ("title", "document", "date"))
+    return Passage(str(one["id"]), str(one["text"]), title, document, date=date)
 
 
 def _check_one_policy(examples: Sequence[Example], path: Path) -> None:

@@ -38,5 +38,8 @@ def synthesis_tables(folder: Path) -> list[GridTable]:
             if row["deficit"]:
                 marks[len(rows), 5] = "worse"
             rows.append([factor, value, *(str(row[name]) for name in ("planned", "attempted", "kept", "deficit"))])
+    for kind, row in coverage["noise"].items():  # in slots; those that turned out to answer are not among the kept
+        if row.get("kept") is not None:
+            rows.append(["noise", kind, str(row["planned"]), "", str(row["kept"]), str(row["deficit"])])
     covered = GridTable("Coverage", ["factor", "value", "planned", "attempted", "kept", "deficit"], rows, marks)
     return [kept, covered]

@@ -184,15 +184,18 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
     return told
 
 
-def finished_parts(recipe: Recipe) -> list[tuple[str, Parts]]:
-    """("untuned", …), then each finished stage's name with the parts as they stand after it and all that come before."""
+def finished_parts(recipe: Recipe, *, warn: bool = True) -> list[tuple[str, Parts]]:
+    """("untuned", …), then each finished stage's name with the parts as they stand after it and all that come before.
+
+    `warn`: tell of a stage that was trained with other settings.
+    """
     version = _trained_on(recipe)
     found = _finished(recipe, version)
     if version is not None:
         log.info("the parts were trained on version %s of the knowledge base", version)
         return found
     missing = [name for name in recipe.trainings() if name not in dict(found)]
-    if missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
+    if warn and missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
         log.warning(
             "stage %s is trained, but with other settings, documents or questions than the recipe's now; it is not used",
             missing[0],

@@ -43,7 +43,13 @@ class Synthetic:
     @property
     def passages(self) -> list[Passage]:
         return [
-            Passage(str(slot["id"]), str(slot["text"]), str(slot.get("title") or ""), str(slot.get("document") or ""))
+            Passage(
+                str(slot["id"]),
+                str(slot["text"]),
+                str(slot.get("title") or ""),
+                str(slot.get("document") or ""),
+                date=str(slot.get("date") or ""),
+            )
             for slot in self.slots
         ]
 

@@ -92,6 +92,7 @@ class ColumnSettings(Settings):
     id: str = "id"
     title: str = "title"
     text: str = "text"
+    date: str = "date"
 
 
 def _default_indexes() -> dict[str, IndexSettings]:

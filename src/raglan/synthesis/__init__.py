@@ -5,7 +5,7 @@ published of RAG-Tuning is one model card: topics, formats, retrievers and noise
 weights and rules are therefore ours.
 """
 
-from raglan.synthesis.coverage import Attempt, complete, coverage, kept, refills
+from raglan.synthesis.coverage import Attempt, complete, coverage, kept, refills, shown_noise
 from raglan.synthesis.factors import Factor, Factors, Rule, Value, load_factors
 from raglan.synthesis.files import read_plan, write_plan
 from raglan.synthesis.plan import Cell, Plan, factors_of, make_plan, seed_of
@@ -29,5 +29,6 @@ __all__ = [
     "read_plan",
     "refills",
     "seed_of",
+    "shown_noise",
     "write_plan",
 ]

@@ -9,6 +9,7 @@ the budget. A draft that cannot be shown comes back as a `Reject`, with its reas
 
     too_little_evidence  fewer gold passages than the relation needs
     too_few_passages     not K different ones are there
+    half_character       a lone surrogate, which no tokenizer and no file takes
     over_budget          gold does not fit, or no passage at all
     answer_shown         R5, and an answer stands there all the same
     no_false_value       R6 or R7 of one passage, and nothing to exchange
@@ -53,7 +54,7 @@ from raglan.perturb import (
     shown_answers,
 )
 from raglan.perturb.guard import closed_label, held
-from raglan.pooled import Found, Retrieves, check_varied, pool
+from raglan.pooled import Found, Retrieves, check_varied, pool, retrieve_each
 from raglan.prompt import Prompt, Rendered, fit
 from raglan.quiet import quietly
 from raglan.recipe import PromptSettings, Recipe, SynthesisSettings
@@ -61,9 +62,9 @@ from raglan.records import Example, Hit, Passage
 from raglan.rendering import Rendering, render
 from raglan.retriever import Retriever
 from raglan.synthesis.factors import load_factors
-from raglan.synthesis.plan import ABSENT, PARTIAL, Cell
+from raglan.synthesis.plan import ABSENT, CONFLICT, PARTIAL, Cell
 from raglan.synthesis.writing import Draft, Reject, Sheet
-from raglan.text import SPACELESS, words
+from raglan.text import SPACELESS, half_character, words
 
 __all__ = ["Assembler", "instruction", "instructions", "language_of", "open_tokenizer"]
 
@@ -73,7 +74,7 @@ COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenl
 COMMON = 4  # words: longer answers are not counted, and so never taken for common ones
 POOL = 200  # answers of others that a false value is sought among
 LOOKED_AT = 64  # different questions, until which a retriever may prove not to be constant
-CONFLICT, OUTDATED = "R6", "R7"
+OUTDATED = "R7"
 CONTRADICTED = ("conflict_resolution", "temporal")  # tasks that are always told what to do about it
 _HAN = re.compile(f"[{SPACELESS}]")
 
@@ -160,6 +161,7 @@ class Assembler:
             return Reject(draft.job, "show", why.reason, why.detail)
 
     def _sheet(self, draft: Draft) -> Sheet:
+        _check_whole(draft)
         cell, seed = draft.job.cell, str(draft.job.seed("evidence"))
         found = self._found(draft)
         evidence = self._evidence(draft, found, seed)
@@ -178,7 +180,8 @@ class Assembler:
         text = "\n".join([*draft.history[-1:], draft.query])
         names = list(self.retrievers) if name == POOLED else [name]
         depth = min(DEPTH, len(self.corpus))
-        hits = {one: self.retrievers[one].retrieve([text], depth)[0] for one in names}
+        each = retrieve_each({one: self.retrievers[one] for one in names}, [text], depth)
+        hits = {one: own[0] for one, own in each.items()}
         for one, own in hits.items():
             self._look_at(one, text, own)
         return pool(hits, depth)
@@ -351,6 +354,8 @@ def _rendering(draft: Draft) -> Rendering:
     own = [*draft.gold, *draft.beside]
     if head == "title_url" and not all(passage.document for passage in own):
         head = "title"
+    if head == "title_date" and not all(passage.date for passage in own):
+        head = "title"
     if head != "none" and not all(passage.title for passage in own):
         head = "none"
     return Rendering(cell.template, cell.passage_form, head, language_of(draft))
@@ -363,9 +368,9 @@ def _ranked(slot: Slot, found: Sequence[Found]) -> Slot:
 
 
 def _dated(slot: Slot, year: int, draft: Draft) -> Slot:
-    """The slot with a year before its text, as a passage of its own."""
+    """The slot with a year before its text, and for its date, as a passage of its own."""
     text = str(instructions()["dated"][language_of(draft)]).format(year=year, text=slot.passage.text)
-    passage = replace(slot.passage, id=f"{slot.passage.id}~dated-{year}", text=text)
+    passage = replace(slot.passage, id=f"{slot.passage.id}~dated-{year}", text=text, date=str(year))
     parents = slot.parents or (slot.passage.id,)
     return replace(slot, passage=passage, origin="made", operator="dated", parents=parents)
 
@@ -382,6 +387,13 @@ def _arranged(slots: Sequence[Slot], evidence: Sequence[Slot], cell: Cell, seed:
     chance.shuffle(first)  # of two that contradict each other, none is always ahead
     others, mine = iter(rest), iter(first)
     return tuple(next(mine) if place in cell.positions else next(others) for place in range(1, len(slots) + 1))
+
+
+def _check_whole(draft: Draft) -> None:
+    own = (text for passage in (*draft.gold, *draft.beside) for text in (passage.title, passage.text))
+    told = "\n".join([draft.query, *draft.answers, *draft.history, *draft.facts, *draft.labels, *draft.fields, *own])
+    if (half := half_character(told)) is not None:
+        raise _Unfit("half_character", repr(half))
 
 
 def _check_absent(draft: Draft, slots: Sequence[Slot], rendering: Rendering) -> None:

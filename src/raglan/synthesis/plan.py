@@ -28,7 +28,7 @@ from raglan.synthesis.deal import deal_table
 from raglan.synthesis.factors import Factor, Factors, Rule, Value, load_factors
 from raglan.synthesis.quotas import Weight, exact, quotas
 
-__all__ = ["ABSENT", "DEALT", "Cell", "Plan", "deal_plan", "factors_of", "make_plan", "seed_of"]
+__all__ = ["ABSENT", "CONFLICT", "DEALT", "SCRATCH", "Cell", "Plan", "deal_plan", "factors_of", "make_plan", "seed_of"]
 
 DEALT = (
     "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source",
@@ -36,7 +36,8 @@ DEALT = (
 )  # fmt: skip
 CLAIMS = ("fact_verification", "claim_correction")
 FITTED = ("answer_format", "query_format", "genre")
-ABSENT, PARTIAL, UNKNOWN = "R5", "partial", "not_enough_information"
+ABSENT, CONFLICT, PARTIAL, UNKNOWN = "R5", "R6", "partial", "not_enough_information"
+SCRATCH = "from_scratch"  # the source of a cell without a corpus
 Codes = npt.NDArray[np.int64]
 
 
@@ -210,7 +211,7 @@ def _of_recipe(recipe: Recipe, asked: SynthesisSettings) -> list[Factor]:
         "retriever": retrievers,
         "k": dict(sorted(asked.passages.k.items())),
         "language": asked.languages,
-        "source": {"knowledge": 1 - scratch, "from_scratch": scratch},
+        "source": {"knowledge": 1 - scratch, SCRATCH: scratch},
     }
     return [
         Factor(name, tuple(Value(str(key), exact(weight), str(key), str(key)) for key, weight in weights.items()))

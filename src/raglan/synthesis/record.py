@@ -4,7 +4,7 @@
     factors, seen               the cell's values; what its writer wants kept
     instruction, rendering      how it is put: see `raglan.rendering`
     policy, withheld            where gold is absent: what the answer does; the passages that would have answered
-    passages                    as shown, in their order: id, document, title, text and the slot's record
+    passages                    as shown, in their order: id, document, title, text, date if there is one, and the slot's record
     target                      what is learned
     support, closed_book        who told that it is supported; how many draws without passages were right
     job                         the job of a reader that a from-scratch example was written for
@@ -64,4 +64,6 @@ def _factors(cell: Cell) -> dict[str, Any]:
 
 def _passage(slot: Slot) -> dict[str, Any]:
     passage = slot.passage
-    return {"id": passage.id, "document": passage.document, "title": passage.title, "text": passage.text, **slot.record()}
+    dated = {"date": passage.date} if passage.date else {}
+    told = {"id": passage.id, "document": passage.document, "title": passage.title, "text": passage.text}
+    return {**told, **dated, **slot.record()}

@@ -1,9 +1,11 @@
-"""From a plan to a dataset: jobs → teacher → verification → duplicates → leaks → exact N → splits.
+"""From a plan to a dataset: jobs → teacher → verification → leaks → duplicates → exact N → splits.
 
     round 0        one job a cell
     round 1, 2     the cells that have no accepted attempt yet, each with its next ordinal; no quota moves to another cell
-    a round        teacher.write(jobs, show), each result verified; then over all that was accepted so far: duplicates, leaks
+    a round        teacher.write(jobs, show), each result verified; then over all that was accepted so far: leaks, duplicates
     kept           of each cell the lowest accepted ordinal; other accepted ones are surplus
+
+What leaks is no example, and what was a duplicate in an earlier round is none any more: neither costs another cell its own.
 
 Results may come in any order: nothing below looks at it, so one call at a time, sixty-four, or a run that was killed and
 begun again give the same bytes. What was made lies in a file while the run lasts; in memory is where each of it stands.
@@ -36,13 +38,14 @@ from raglan.recipe import DecontaminateSettings, Recipe, SynthesisSettings
 from raglan.records import Example
 from raglan.splits import Split, split_examples, write_split_file
 from raglan.synthesis.checked import reject_row
-from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills
+from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills, shown_noise
 from raglan.synthesis.desk import PIECE, Desk, Ended
 from raglan.synthesis.files import write_plan
 from raglan.synthesis.plan import Plan, make_plan
 from raglan.synthesis.recall import ClosedBook
 from raglan.synthesis.record import example_of
-from raglan.synthesis.writing import Job, Reject, Show, Teacher
+from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
+from raglan.text import half_character
 from raglan.verification import Verifier
 
 __all__ = ["KIND", "Done", "synthesize"]
@@ -71,7 +74,8 @@ def synthesize(
     recall: ClosedBook | None = None, piece: int = PIECE, corpus: Corpus | None = None, embed: Embed | None = None,
     embed_questions: Embed | None = None,
     corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
-    ignores: Sequence[str] = (), inputs: Mapping[str, Any] | None = None, sources: Mapping[str, str] | None = None,
+    ignores: Sequence[str] = (), ignores_in_corpus: Sequence[str] = (), inputs: Mapping[str, Any] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> Done:  # fmt: skip
     """Write, check and keep the examples of `recipe.synthesis`.
 
@@ -85,7 +89,8 @@ def synthesize(
             `embed_questions` with those of evaluation sets.
         corpus_at: opens the knowledge base of an evaluation set.
         cost: what the run has cost so far; default nothing.
-        ignores: factors that the teacher does not heed, so that no coverage of them is claimed.
+        ignores: factors that the teacher does not heed, so that no coverage of them is claimed; `ignores_in_corpus`: nor in
+            cells that have their passages from a corpus.
         inputs: names of what else the dataset follows from, as the knowledge base's version.
         sources: names of what its questions are from: in-domain is what is of one of these.
 
@@ -111,13 +116,13 @@ def synthesize(
         desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
         run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near)
         stopped = run.write()
-        told = run.keep(folder, settings, recipe.seed, ignores)
+        told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
     (folder / "made.jsonl.part").unlink()
     write_json(folder / "cost.json", {"teacher": teacher.name, **(cost() if cost is not None else {"calls": 0})})
     head = {"requested": told["requested"], "kept": told["kept"], "complete": told["kept"] == told["requested"] and not stopped}
     content = {
         **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
-        "ignored": list(ignores), "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
+        "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
         **({"sources": dict(sources)} if sources else {}),
     }  # fmt: skip
     write_manifest(folder, KIND, content)
@@ -184,6 +189,7 @@ class _Run:
         self.settled: dict[Place, Attempt] = {}  # and after duplicates and leaks
         self.late: dict[Place, Reject] = {}  # of these
         self.told: dict[Place, dict[str, Any]] = {}  # of the accepted: by whom, and whether it is known without passages
+        self.twins: dict[Place, Reject] = {}  # and of these the duplicates, of all rounds
         self.leakage = Leakage()
 
     def write(self) -> str:
@@ -211,10 +217,12 @@ class _Run:
     def _take(self, ended: Ended) -> None:
         job, result = ended.job, ended.result
         if isinstance(result, Reject):
-            self._attempted(job, reason=f"{result.step}: {result.reason}")
-            self.rows.reject(_place(job), reject_row(result))
+            self._refused(result)
             return
         query = result.sheet.draft.query
+        if (half := _half_character(result)) is not None:
+            self._refused(Reject(job, "verify", "half_character", repr(half), result.target), query)
+            return
         if ended.accepted:
             self._attempted(job, query=query)
             self.told[_place(job)] = ended.told()
@@ -222,8 +230,12 @@ class _Run:
             self.rows.add(_place(job), example)
             return
         reason, detail = ended.why()
-        self._attempted(job, reason=f"verify: {reason}", query=query)
-        self.rows.reject(_place(job), reject_row(Reject(job, "verify", reason, detail, result.target), query))
+        self._refused(Reject(job, "verify", reason, detail, result.target), query)
+
+    def _refused(self, reject: Reject, query: str = "") -> None:
+        row = {name: _written(value) for name, value in reject_row(reject, query).items()}
+        self._attempted(reject.job, reason=f"{reject.step}: {reject.reason}", query=row["query"])
+        self.rows.reject(_place(reject.job), row)
 
     def _attempted(self, job: Job, *, reason: str | None = None, query: str = "") -> None:
         if _place(job) in self.attempts:
@@ -231,36 +243,47 @@ class _Run:
         self.attempts[_place(job)] = Attempt(*_place(job), reason, query)
 
     def _settle(self) -> None:
-        """Duplicates, then leaks, of all that passed the checks; decided anew each round, by (cell, ordinal) alone."""
-        self.late = {}
+        """Leaks, then duplicates, of all that passed the checks; by (cell, ordinal) and round alone."""
+        self.late = dict(self.twins)
         passed = sorted(place for place, attempt in self.attempts.items() if attempt.reason is None)
-        asked = ((example.query, example.history) for example in self.rows.read(passed))
-        found = dedupe(asked, embed=self.embed)
-        for row, how in found.how.items():
-            first = passed[int(found.keeps[row])]
-            self._out(passed[row], "dedupe", f"{how}_duplicate", f"synth-{first[0]}-{first[1]}")
-        stay = [place for place in passed if place not in self.late]
         if self.near is not None:
-            self.leakage = decontaminate(
-                self.rows.read(stay), self.sets, settings=self.near, corpus=self.corpus, embed=self.embed_questions,
-                missing=self.missing,
-            )  # fmt: skip
-            told = {one.train: one for one in reversed(self.leakage.found)}
-            for row in sorted(self.leakage.rows):
-                place = stay[row]
-                one = told[f"synth-{place[0]}-{place[1]}"]
-                self._out(place, "decontaminate", one.check, f"{one.set}: {one.held_out}")
+            self._leaks(passed)
+        self._duplicates([place for place in passed if place not in self.late])
         out = {p: replace(self.attempts[p], reason=f"{r.step}: {r.reason}") for p, r in self.late.items()}
         self.settled = {**self.attempts, **out}
 
-    def _out(self, place: Place, step: str, reason: str, detail: str) -> None:
-        self.late[place] = Reject(Job(self.plan.cells[place[0]], place[1]), step, reason, detail)
+    def _leaks(self, places: Sequence[Place]) -> None:
+        """What comes too near to an evaluation set; of duplicates, too, so that leakage.json tells of all that was found."""
+        self.leakage = decontaminate(
+            self.rows.read(places), self.sets, settings=self.near, corpus=self.corpus, embed=self.embed_questions,
+            missing=self.missing,
+        )  # fmt: skip
+        told = {one.train: one for one in reversed(self.leakage.found)}
+        for row in sorted(self.leakage.rows):
+            place = places[row]
+            one = told[f"synth-{place[0]}-{place[1]}"]
+            self.late[place] = self._out(place, "decontaminate", one.check, f"{one.set}: {one.held_out}")
 
-    def keep(self, folder: Path, settings: SynthesisSettings, seed: int, ignores: Sequence[str]) -> dict[str, Any]:
+    def _duplicates(self, places: Sequence[Place]) -> None:
+        """Of those that ask the same the lowest place stays. What goes does not come back, nor stand in another's way."""
+        asked = ((example.query, example.history) for example in self.rows.read(places))
+        found = dedupe(asked, embed=self.embed)
+        for row, how in found.how.items():
+            first = places[int(found.keeps[row])]
+            self.twins[places[row]] = self._out(places[row], "dedupe", f"{how}_duplicate", f"synth-{first[0]}-{first[1]}")
+        self.late |= self.twins
+
+    def _out(self, place: Place, step: str, reason: str, detail: str) -> Reject:
+        return Reject(Job(self.plan.cells[place[0]], place[1]), step, reason, detail)
+
+    def keep(
+        self, folder: Path, settings: SynthesisSettings, seed: int, *, ignores: Sequence[str], ignores_in_corpus: Sequence[str]
+    ) -> dict[str, Any]:
         """Write all but cost and manifest. Returns what the manifest says of it."""
         tried = [self.settled[place] for place in sorted(self.settled)]
         stayed, surplus = ([(attempt.cell, attempt.ordinal) for attempt in some] for some in kept(self.plan, tried))
-        told = _heeded(coverage(self.plan, tried), ignores)
+        noise = shown_noise(self.rows.read(stayed))
+        told = coverage(self.plan, tried, shown=noise, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
         split = self._split(stayed, settings.split, seed)
         self._examples(folder, stayed, split)
         _write(folder / "surplus.jsonl", map(example_row, self.rows.read(surplus)))
@@ -276,6 +299,7 @@ class _Run:
         return {
             "requested": told["requested"], "kept": told["kept"], "attempts": told["attempts"], "surplus": told["surplus"],
             "funnel": told["funnel"], **self._checked(stayed),
+            "ignored": told["ignored"], "ignored_in_corpus": told["ignored_in_corpus"],
             "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
             "largest_group": None if split is None else round(split.largest, 4),
         }  # fmt: skip
@@ -331,12 +355,18 @@ def _attempt_row(attempt: Attempt) -> dict[str, Any]:
     return {"cell": attempt.cell, "ordinal": attempt.ordinal, "reason": attempt.reason, "query": attempt.query}
 
 
-def _heeded(told: dict[str, Any], ignores: Sequence[str]) -> dict[str, Any]:
-    """A coverage without the factors that nobody heeded."""
-    factors = {name: values for name, values in told["factors"].items() if name not in ignores}
-    pairs = {name: pair for name, pair in told["pairs"].items() if not set(name.split(" × ")) & set(ignores)}
-    entropy = None if "topic" in ignores else told["topic_entropy"]
-    return {**told, "factors": factors, "pairs": pairs, "topic_entropy": entropy, "ignored": list(ignores)}
+def _half_character(made: Made) -> str | None:
+    """Half a character that a writer left somewhere: no file in UTF-8 can hold it."""
+    draft = made.sheet.draft
+    passages = (text for slot in made.sheet.slots for text in (slot.passage.title, slot.passage.text))
+    lists = (draft.answers, draft.history, draft.facts, draft.labels, draft.fields, passages)
+    told = json.dumps([dict(draft.seen), dict(made.seen)], ensure_ascii=False, default=str)
+    return half_character("\n".join((draft.query, draft.about, made.target, told, *(text for some in lists for text in some))))
+
+
+def _written(value: Any) -> Any:
+    """A text as a file in UTF-8 can hold it: half a character as its escape."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _slim(example: Example) -> Example:

@@ -46,7 +46,7 @@ class Opened:
 
     Attributes:
         evidence, answers: of other questions, for noise and false values.
-        ignores: factors that it does not heed.
+        ignores: factors that it does not heed. ignores_in_corpus: nor in cells over a corpus.
         inputs: names of what else its texts follow from. sources: of its questions.
     """
 
@@ -57,6 +57,7 @@ class Opened:
     ignores: Sequence[str] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    ignores_in_corpus: Sequence[str] = ()
 
 
 def run(recipe: Recipe, *, yes: bool = False) -> Done:
@@ -85,7 +86,8 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         return synthesize(
             recipe, opened.teacher, assembler.show, plan=opened.plan, verifier=checks.verifier, recall=checks.recall,
             piece=checks.piece, corpus=base.corpus, embed=_embed(asked.dedupe), embed_questions=_embed(near),
-            corpus_at=_corpus_at, ignores=opened.ignores, cost=None if journal is None else lambda: cost(journal),
+            corpus_at=_corpus_at, ignores=opened.ignores, ignores_in_corpus=opened.ignores_in_corpus,
+            cost=None if journal is None else lambda: cost(journal),
             inputs={"knowledge": base.version, **opened.inputs, **checks.inputs}, sources=opened.sources,
         )  # fmt: skip
 
@@ -142,7 +144,10 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack, *, journ
     if isinstance(asked.teacher, EndpointSettings):
         plan = make_plan(recipe)
         model = stack.enter_context(open_endpoint(recipe, plan, base.corpus, journal=journal))
-        return Opened(model, plan, inputs={"writing": model.fingerprint})
+        return Opened(
+            model, plan, model.evidence, model.answers, inputs={"writing": model.fingerprint},
+            ignores_in_corpus=model.ignores_in_corpus,
+        )  # fmt: skip
     raise RecipeError("synthesis names no teacher, so there is only a plan", hint="synthesis.teacher.kind=offline, or --plan")
 
 

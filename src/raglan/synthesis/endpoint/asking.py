@@ -73,7 +73,10 @@ class Asking:
         notes = [prompts.notes["hints"]] if cell.relation in ("R2", "R4") else []
         notes += [prompts.notes["dated"]] if cell.relation == "R7" else []
         listed = "\n\n".join(f"{number}.\n" + "\n".join(f"- {fact}" for fact in some) for number, some in enumerate(facts, 1))
-        return prompts.messages("passages", facts=listed, notes="\n".join(notes), **self._written(cell, prompts))
+        told = self._written(cell, prompts)
+        if source:  # what was dealt is not what the corpus is about
+            told |= {"genre": "", "topic": source[0].title}
+        return prompts.messages("passages", facts=listed, notes="\n".join(notes), **told)
 
     def beside(self, cell: Cell, draft: DraftReply, count: int) -> Messages:
         """Passages that look like evidence and hold none of the facts."""

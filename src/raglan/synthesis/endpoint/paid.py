@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -76,7 +77,7 @@ def estimate_lines(found: Estimate, *, cap_nano: int | None = None) -> list[str]
 
 
 def _line(name: str, calls: float, prompt: float, output: float, nano: float, low: float, high: float) -> str:
-    interval = f"{dollars(round(low))} to {dollars(round(high))}"
+    interval = f"{dollars(round(low))} to {'no end' if math.isinf(high) else dollars(round(high))}"
     return f"{name:12} {calls:9,.0f} {prompt:12,.0f} {output:12,.0f} {dollars(round(nano)):>14}   {interval}"
 
 

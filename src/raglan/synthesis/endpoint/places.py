@@ -20,14 +20,13 @@ from functools import cached_property
 from raglan.corpus import Corpus
 from raglan.errors import RecipeError
 from raglan.records import Passage
-from raglan.synthesis.plan import Cell
+from raglan.synthesis.plan import SCRATCH, Cell
 from raglan.synthesis.writing import Job
 from raglan.text import content_terms
 
 __all__ = ["Library", "Place", "Places"]
 
 RARE = 12  # passages that a linking word may stand in, at most
-SCRATCH = "from_scratch"
 
 
 @dataclass(frozen=True, slots=True)

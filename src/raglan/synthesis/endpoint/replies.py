@@ -10,9 +10,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, field_validator
 
+from raglan.text import half_character
+
 __all__ = ["DraftReply", "JobReply", "JobsReply", "PassageReply", "PassagesReply"]
 
 LONGEST = 20_000  # characters of one text
+
+
+def _whole(text: str) -> str:
+    if (half := half_character(text)) is not None:
+        raise ValueError(f"must be text in valid Unicode; {half!r} is half a character")
+    return text
 
 
 def _said(text: str) -> str:
@@ -32,15 +40,16 @@ def _listed(texts: object) -> object:
     return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
 
 
-Said = Annotated[str, AfterValidator(_said)]
-Listed = Annotated[list[str], BeforeValidator(_listed)]
+Whole = Annotated[str, AfterValidator(_whole)]
+Said = Annotated[Whole, AfterValidator(_said)]
+Listed = Annotated[list[Whole], BeforeValidator(_listed)]
 
 
 class JobReply(BaseModel):
     """Something that a reader wants done, and what would settle it."""
 
     job: Said
-    material: str
+    material: Whole
 
 
 class JobsReply(BaseModel):
@@ -62,7 +71,7 @@ class DraftReply(BaseModel):
     """A question, what its answer needs, and the answer."""
 
     query: Said
-    subject: str
+    subject: Whole
     facts: Listed
     answers: Listed
     history: Listed
@@ -78,7 +87,7 @@ class DraftReply(BaseModel):
 
 
 class PassageReply(BaseModel):
-    title: str
+    title: Whole
     text: Said
 
 

@@ -32,15 +32,19 @@ from raglan.errors import RecipeError
 from raglan.recipe import StepSettings, WritingSettings
 from raglan.records import Passage
 from raglan.synthesis.endpoint.asking import AGAINST, Asking, lacking, shares, sources
-from raglan.synthesis.endpoint.places import SCRATCH, Library, Places
+from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.endpoint.prompts import Prompts, load_prompts
 from raglan.synthesis.endpoint.replies import DraftReply, JobReply, JobsReply, PassagesReply
 from raglan.synthesis.factors import Factors
-from raglan.synthesis.plan import Cell, Plan
+from raglan.synthesis.offline.spans import language_of, spans
+from raglan.synthesis.plan import SCRATCH, Cell, Plan
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
+from raglan.text import sentences
 
 __all__ = ["EndpointTeacher"]
 
+OTHERS = 1000  # passages that cells are to read, which are noise for other cells
+SHORT = 40  # characters of a false value
 DEPTHS = {"brainstorm": 0, "draft": 1, "passages": 2, "beside": 2, "answer": 3}
 End = Made | Reject
 
@@ -72,6 +76,9 @@ class _Attempt:
 class EndpointTeacher:
     """Writes examples by asking a chat model.
 
+    What other questions rest on is told before any reply is there, so that no sheet depends on what came first: `evidence` is
+    the passages that cells of the plan read at their first attempt, `answers` the names, numbers and titles that stand in them.
+
     Args:
         engine: makes the calls; its journal is what a killed run goes on from.
         plan: all cells; says which attempts share a brainstorm, and which documents each reads.
@@ -84,6 +91,9 @@ class EndpointTeacher:
     Raises:
         RecipeError: such cells and no corpus, or too few documents for `writing.per_document`.
     """
+
+    # of a cell that has its passages from a corpus: these have their own topics and genres
+    ignores_in_corpus = ("topic", "genre", "tailness")
 
     def __init__(
         self, engine: CallEngine, plan: Plan, factors: Factors, *, corpus: Corpus | None = None,
@@ -104,6 +114,18 @@ class EndpointTeacher:
     def _library(self) -> Library:
         assert self.corpus is not None
         return Library(self.corpus, seed=self.plan.seed, visits=self._places.visits, most=self.writing.per_document)
+
+    @cached_property
+    def evidence(self) -> list[Passage]:
+        """Of cells over a corpus; none of a plan that is all from scratch."""
+        read = [cell for cell in self.plan.cells if cell.source != SCRATCH][:OTHERS]
+        found = (self._library.visited(self._places.of(Job(cell)).visit) for cell in read)
+        return list({passage.id: passage for passage in found}.values())
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """False values for counterfactuals: what could be answers, found by rules."""
+        return list(dict.fromkeys(answer for passage in self.evidence for answer in _values(passage)))
 
     @property
     def fingerprint(self) -> str:
@@ -318,3 +340,10 @@ class EndpointTeacher:
         self._under.pop(attempt.job.id, None)
         self._ended.append(end)
         return []
+
+
+def _values(passage: Passage) -> Iterator[str]:
+    """The title, and dates, numbers, names and titles of works in the text; rare words are no values."""
+    language = language_of(passage.text) or "en"
+    found = (span.text for sentence in sentences(passage.text) for span in spans(sentence, language))
+    yield from (text for text in (passage.title.strip(), *found) if 0 < len(text) <= SHORT)
