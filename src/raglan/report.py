@@ -1,9 +1,9 @@
-"""One self-contained HTML page: before/after or a grid, with intervals; curves; examples to leaf through."""
+"""One self-contained HTML page: before/after or a grid, with intervals; curves and bars; examples to leaf through."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from raglan.judge import judgements_folder, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.stress import Robustness, open_robustness, robustness_folder
-from raglan.stress_tables import judge_tables, noise_points, robustness_tables
+from raglan.stress_tables import (
+    abstention_shares,
+    distractor_points,
+    judge_tables,
+    noise_points,
+    order_shares,
+    retriever_shares,
+    robustness_tables,
+)
 from raglan.synthesis_tables import synthesis_tables
 from raglan.train import finished_parts, learning_curves
 
@@ -35,7 +43,8 @@ NAMES = {
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 TRACED = 50  # examples whose decisions and candidates are drawn
-COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
+COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1f9aa8", "#8a6d3b")
+DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
 
@@ -70,7 +79,7 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "tables": _tables(evaluations, differences),
         "curves": _curves(learning_curves(recipe)),
         "further": _further(recipe, evaluations),
-        "noise": _noise(recipe),
+        "robustness": _robustness_plots(_robust(recipe)),
         "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
         "recall": _recall(evaluations),
         "examples": _examples(before, after),
@@ -114,19 +123,52 @@ def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTabl
     return tables
 
 
-def _noise(recipe: Recipe) -> list[dict[str, str]]:
-    """Percent right by the share of noise, one plot with gold and one without, a line a system and kind."""
+def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
+    """Percent right by distractors and by the share of noise; retrievers, orders and abstention; all systems side by side."""
+    lines = (
+        ("Distractors beside gold", "passages of noise", distractor_points),
+        ("Noise beside gold", "share of noise", lambda system: noise_points(system, gold=True)),
+        ("Noise without gold", "share of noise", lambda system: noise_points(system, gold=False)),
+    )
+    bars = (
+        ("Retrievers", "right, %", retriever_shares),
+        ("Orders of the same passages", "questions or pairs, %", order_shares),
+        ("Abstention, gold present against absent", "F1, %", lambda system: abstention_shares(system, "abstention_f1")),
+        ("Answers where no passage tells", "hallucination, %", lambda system: abstention_shares(system, "hallucination")),
+    )
     plots = []
-    for gold, title in ((True, "Noise beside gold"), (False, "Noise without gold")):
-        lines = {
-            f"{system.system}: {kind}": points
-            for system in _robust(recipe)
-            for kind, points in noise_points(system, gold=gold).items()
-        }
-        traces = [_trace(name, points, COLOURS[at % len(COLOURS)]) for at, (name, points) in enumerate(lines.items())]
-        if traces:
-            plots.append({"title": title, "figure": _figure(traces, "share of noise", "right, %")})
+    for title, x, points in lines:
+        if traces := _noise_lines({system.system: points(system) for system in systems}):
+            plots.append({"title": title, "figure": _figure(traces, x, "right, %")})
+    for title, y, shares in bars:
+        told: dict[str, Mapping[str, Any]] = {system.system: shares(system) for system in systems}
+        if traces := [_bars(name, own, COLOURS[at % len(COLOURS)]) for at, (name, own) in enumerate(told.items()) if own]:
+            plots.append({"title": title, "figure": _figure(traces, "", y)})
     return plots
+
+
+def _noise_lines(systems: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """A line a system and kind of noise: the kind has the colour, the system the dashes."""
+    kinds = list(dict.fromkeys(kind for own in systems.values() for kind in own))
+    return [
+        _trace(
+            f"{system}: {kind.replace('_', ' ')}", points, COLOURS[(1 + kinds.index(kind)) % len(COLOURS)],
+            dash=DASHES[at % len(DASHES)] if len(systems) > 1 else "solid",
+        )
+        for at, (system, own) in enumerate(systems.items())
+        for kind, points in own.items()
+    ]  # fmt: skip
+
+
+def _bars(name: str, shares: Mapping[str, Any], colour: str) -> dict[str, Any]:
+    """Percent by name, with the interval where there is one."""
+    bars: dict[str, Any] = {"name": name, "type": "bar", "x": list(shares), "marker": {"color": colour}}
+    values = list(shares.values())
+    if not all(isinstance(value, Interval) for value in values):
+        return bars | {"y": [100 * value for value in values]}
+    above, below = ([100 * (v.high - v.mean) for v in values], [100 * (v.mean - v.low) for v in values])
+    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+    return bars | {"y": [100 * value.mean for value in values], "error_y": error}
 
 
 def _evaluations(recipe: Recipe) -> list[Evaluation]:
@@ -219,10 +261,10 @@ def _recall(evaluations: Sequence[Evaluation]) -> str | None:
     return _figure(traces, "passages retrieved (k)", "recall@k, %") if traces else None
 
 
-def _trace(name: str, points: Sequence[tuple[float, float]], colour: str) -> dict[str, Any]:
+def _trace(name: str, points: Sequence[tuple[float, float]], colour: str, *, dash: str = "solid") -> dict[str, Any]:
     return {
         "name": name, "x": [x for x, _ in points], "y": [y for _, y in points], "type": "scatter",
-        "mode": "lines+markers" if len(points) < 30 else "lines", "line": {"color": colour, "width": 2},
+        "mode": "lines+markers" if len(points) < 30 else "lines", "line": {"color": colour, "width": 2, "dash": dash},
     }  # fmt: skip
 
 
