@@ -1,5 +1,5 @@
-"""recipes/rag_tuning.yaml and its tiny twin through the command line: both halves of its data are made, it trains on the mixture,
-answers, merges, and others open it."""
+"""recipes/rag_tuning.yaml and its tiny twin through the command line: both halves of its data are made, it trains on them, answers,
+merges, and others open it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     passages = CORPUS[:96]
     documents = write(place / "docs.jsonl", [{"id": p.id, "title": p.title, "text": p.text} for p in passages])
     questions = write(place / "asked.jsonl", asked())
-    encoder = tiny.sentence_encoder(place / "encoder")
+    encoder = tiny.bag_of_words(place / "encoder", [f"{p.title} {p.text}" for p in passages])
     model = tiny.llama(place / "model", more=sorted({letter for p in passages for letter in p.title + p.text if letter > "~"}))
     return [
         f"runs={place / 'runs'}", f"knowledge.path={place / 'kb'}", f"knowledge.documents={documents}", "knowledge.chunk=null",
@@ -61,7 +61,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "synthesis.languages={en: 1, zh: 1}", "synthesis.passages.k={1: 1, 2: 1}",
         f"synthesis.budget={{tokenizer: {model}, max_length: 1000, answer: 96}}",
         f"generator={{model: {model}, dtype: float32}}", "retriever.k=2", "prompt.max_tokens=900", "decode.max_new_tokens=4",
-        "train.bf16=false", "train.save_strategy=no", "stages.teach.data.count=8",
+        "train.bf16=false", "train.save_steps=1000", "stages.teach.data.count=8",
         "stages.teach.train.per_device_train_batch_size=8", f"stages.tune.data.path={place / 'data' / 'train.jsonl'}",
         f"stages.tune.data.dev={place / 'data' / 'dev.jsonl'}", "stages.tune.train.per_device_train_batch_size=4",
         "stages.tune.train.learning_rate=1e-2", f"evaluate.questions={questions}", "evaluate.modes=[retrieved]",

@@ -270,8 +270,9 @@ def _trace(name: str, points: Sequence[tuple[float, float]], colour: str, *, das
 
 def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
     axis = {"gridcolor": "#e6e9ee", "zeroline": False, "automargin": True}
+    height = 300 + 12 * max(0, len(traces) - 4)  # names of lines take some of it
     layout = {
-        "margin": {"l": 48, "r": 12, "t": 44, "b": 44}, "height": 300, "paper_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 48, "r": 12, "t": 44, "b": 44}, "height": height, "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)", "font": {"family": "system-ui, sans-serif", "size": 13},
         "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}, "rangemode": "tozero"},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}, "showlegend": True,
