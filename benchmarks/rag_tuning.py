@@ -135,7 +135,8 @@ class Bench:
     def synthetic(self) -> Path:
         """Examples that rules write, as `raglan synthesize benchmarks/rag_tuning_offline.yaml` does."""
         quick = [f"synthesis.path={self.folder / 'synthetic'}", *QUICK[:2]] if self.quick else []
-        folder = run(load_recipe(SYNTHETIC, quick)).folder
+        shared = [change for change in self.changes if change.startswith(("knowledge.", "evaluate.questions="))]
+        folder = run(load_recipe(SYNTHETIC, [*quick, *shared])).folder
         told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         print(f"\nsynthetic: {told['kept']} of {told['requested']} examples; {told['funnel']}", flush=True)
         return folder

@@ -1,5 +1,5 @@
-"""recipes/rag_tuning.yaml and its tiny twin through the command line: both halves of its data are made, it trains on them, answers,
-merges, and others open it."""
+"""recipes/rag_tuning.yaml and its tiny twin through the command line: both halves of its data are made, it trains on them,
+answers, merges, and others open it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from raglan.records import Passage
 from raglan.train import Parts, finished_parts
 from raglan.weights import read_tensors
 from test_kill import small_recipe
+from test_synthesis import english
 
 pytest.importorskip("peft")
 RECIPE = Path(__file__).parent.parent / "recipes" / "rag_tuning.yaml"
@@ -40,9 +41,12 @@ def raglan(*said: object) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents, questions, an encoder and a base; the recipe's variables name them."""
+    """Documents, questions, an encoder and a base; the recipe's variables name them. Of towers rules find nothing to write."""
     folder = tmp_path_factory.mktemp("lora")
     small_recipe(folder)
+    mills = [{"id": p.id, "title": p.title, "text": p.text} for number in range(10) for p in english(number)]
+    more = "".join(json.dumps(mill) + "\n" for mill in mills)
+    (folder / "documents.jsonl").write_text((folder / "corpus.jsonl").read_text() + more)
     base = tiny.mistral(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(str(base)).to(torch.bfloat16)
     model.save_pretrained(str(base))  # as the published weights are kept
@@ -52,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def variables(place: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        for name, file in (("DOCUMENTS", "corpus"), ("QUESTIONS", "train"), ("DEV_QUESTIONS", "dev")):
+        for name, file in (("DOCUMENTS", "documents"), ("QUESTIONS", "train"), ("DEV_QUESTIONS", "dev")):
             patch.setenv(name, str(place / f"{file}.jsonl"))
         yield
 
