@@ -86,7 +86,8 @@ def main() -> None:
         asked.changes, asked.figure = [*QUICK, *asked.changes], BUILD / "quick" / "rag_tuning.svg"
     reader = "embedded" if asked.untuned else str((asked.reader or _trained_reader()).absolute())
     bench = Bench(reader, asked.changes, seeds=range(FIRST, FIRST + asked.seeds), quick=asked.quick)
-    print(bench.said())
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    print(bench.said(), flush=True)
     began = time.monotonic()
     kiqa = bench.evidence()
     arms = {"gold": bench.arm("gold", _clean(kiqa)), "noise": bench.arm("noise", _shown(kiqa / "examples.jsonl"))}
@@ -105,7 +106,6 @@ class Bench:
     def __init__(self, reader: str, changes: Sequence[str], *, seeds: Sequence[int], quick: bool):
         self.reader, self.changes, self.seeds, self.quick = reader, list(changes), seeds, quick
         self.folder = BUILD / ("quick" if quick else "full")
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def said(self) -> str:
         """How many seeds, in words."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1
 DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
+Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
+Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
 
 
 def write_report(recipes: Sequence[Recipe], output: Path) -> None:
@@ -125,12 +127,12 @@ def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTabl
 
 def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
     """Percent right by distractors and by the share of noise; retrievers, orders and abstention; all systems side by side."""
-    lines = (
+    lines: Sequence[tuple[str, str, Callable[[Robustness], Points]]] = (
         ("Distractors beside gold", "passages of noise", distractor_points),
         ("Noise beside gold", "share of noise", lambda system: noise_points(system, gold=True)),
         ("Noise without gold", "share of noise", lambda system: noise_points(system, gold=False)),
     )
-    bars = (
+    bars: Sequence[tuple[str, str, Callable[[Robustness], Shares]]] = (
         ("Retrievers", "right, %", retriever_shares),
         ("Orders of the same passages", "questions or pairs, %", order_shares),
         ("Abstention, gold present against absent", "F1, %", lambda system: abstention_shares(system, "abstention_f1")),
@@ -141,13 +143,13 @@ def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
         if traces := _noise_lines({system.system: points(system) for system in systems}):
             plots.append({"title": title, "figure": _figure(traces, x, "right, %")})
     for title, y, shares in bars:
-        told: dict[str, Mapping[str, Any]] = {system.system: shares(system) for system in systems}
+        told = {system.system: shares(system) for system in systems}
         if traces := [_bars(name, own, COLOURS[at % len(COLOURS)]) for at, (name, own) in enumerate(told.items()) if own]:
             plots.append({"title": title, "figure": _figure(traces, "", y)})
     return plots
 
 
-def _noise_lines(systems: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[dict[str, Any]]:
+def _noise_lines(systems: Mapping[str, Points]) -> list[dict[str, Any]]:
     """A line a system and kind of noise: the kind has the colour, the system the dashes."""
     kinds = list(dict.fromkeys(kind for own in systems.values() for kind in own))
     return [
@@ -160,7 +162,7 @@ def _noise_lines(systems: Mapping[str, Mapping[str, Sequence[tuple[float, float]
     ]  # fmt: skip
 
 
-def _bars(name: str, shares: Mapping[str, Any], colour: str) -> dict[str, Any]:
+def _bars(name: str, shares: Shares, colour: str) -> dict[str, Any]:
     """Percent by name, with the interval where there is one."""
     bars: dict[str, Any] = {"name": name, "type": "bar", "x": list(shares), "marker": {"color": colour}}
     values = list(shares.values())
