@@ -62,6 +62,7 @@ QUICK = [
     "synthesis.n=48", "synthesis.passages.k={1: 1, 3: 1}", "evaluate.limit=6", "evaluate.robustness.ratios=[0, 1]",
     "evaluate.robustness.noise=[hard, counterfactual]", "evaluate.robustness.retrievers=[hybrid, bm25]",
 ]  # fmt: skip
+FIT = "synthesis.weights.answer_format=fit"  # of so few examples the recipe's own shares cannot be dealt
 Rows = dict[str, dict[str, Any]]  # question id → row of answers.jsonl
 Arms = Mapping[str, Sequence[str]]  # name → generators, one a seed
 
@@ -134,7 +135,7 @@ class Bench:
 
     def synthetic(self) -> Path:
         """Examples that rules write, as `raglan synthesize benchmarks/rag_tuning_offline.yaml` does."""
-        quick = [f"synthesis.path={self.folder / 'synthetic'}", *QUICK[:2]] if self.quick else []
+        quick = [f"synthesis.path={self.folder / 'synthetic'}", *QUICK[:2], FIT] if self.quick else []
         shared = [change for change in self.changes if change.startswith(("knowledge.", "evaluate.questions="))]
         folder = run(load_recipe(SYNTHETIC, [*quick, *shared])).folder
         told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
