@@ -31,7 +31,7 @@ help:
 	@echo "make bench-synthesis-faults  2,000 cells synthesized while everything fails, with 20 x kill -9 (ten minutes)"
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
 	@echo "make bench-decontaminate  a million training questions against 200,000 evaluation questions (some minutes of one core)"
-	@echo "make bench-rag-tuning  a reader tuned on noisy evidence against one tuned on clean (after bench-squad; an hour, one core)"
+	@echo "make bench-rag-tuning  a reader tuned on noisy evidence against one tuned on clean, and mixtures; SEEDS=3 (after bench-squad; hours, one core)"
 	@echo "make bench-drcd   Chinese, from documents to figures (needs RAGLAN_DATA, one core)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
@@ -131,7 +131,7 @@ bench-self-rag-learns: env
 
 bench-rag-tuning: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC)) $(if $(SEEDS),--seeds $(SEEDS))
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py

@@ -1,20 +1,25 @@
 """RAG-Tuning on real text: a reader tuned on clean gold passages, and one tuned on the same questions in noisy evidence.
 
-    make bench-rag-tuning                                   (after bench-squad; needs RAGLAN_DATA; about an hour on one core)
+    make bench-rag-tuning                                   (after bench-squad; needs RAGLAN_DATA; hours of one core)
+    make bench-rag-tuning SEEDS=3                           (every arm trained three times)
     python benchmarks/rag_tuning.py --quick                 (every line once, with counts that show nothing)
-    python benchmarks/rag_tuning.py --synthetic build/mix   (and the three mixtures, with a dataset of `raglan synthesize`)
+    python benchmarks/rag_tuning.py --synthetic build/mix   (mixtures with another synthetic dataset; --mixed 0: none)
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
 questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
 from dealt retrievers with the palette of noise, gold at every place as often, and in a fifth of the examples no gold, where it
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
-Measured by `evaluate` and its robustness: gold alone and with 2 and 4 hard distractors; K = 5 with half or all of the other
-passages exchanged for one kind of noise; three retrievers; without gold. Besides: SQuAD's unanswerable questions on their own
-paragraph (abstention), SQuAD and NQ with gold and retrieved passages, and the example corpus. NQ is searched in the paragraphs
-of the questions that are measured and as many others as --others says.
+Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind; K = 5 with half or all of the
+other passages exchanged for one kind of noise; three retrievers; without gold. The curves are drawn to --figure. Besides:
+SQuAD's unanswerable questions on their own paragraph (abstention), SQuAD and NQ with gold and retrieved passages, and the
+example corpus. NQ is searched in the paragraphs of the questions that are measured and as many others as --others says.
 
-Intervals: 95 %, bootstrap over SQuAD's paragraphs (questions of the other sets), paired by question. One training seed.
+Then three mixtures of one size: the questions of people (KIQA), examples that rules write (`rag_tuning_offline.yaml`, made here
+unless --synthetic names others), and both.
+
+With several seeds a question's figure is its mean over them, and rates are means of the seeds' rates. Intervals: 95 %,
+bootstrap over SQuAD's paragraphs (questions of the other sets), paired by question. They tell nothing of the seeds.
 """
 
 from __future__ import annotations
@@ -27,12 +32,14 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from charts import Panel, chart
+
 from raglan.data import load_examples
-from raglan.evaluate import compare, evaluate
+from raglan.evaluate import Evaluation, evaluate
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.metrics import Interval, bootstraps
 from raglan.paired import verdict
@@ -40,60 +47,72 @@ from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
 from raglan.refusals import abstained
 from raglan.robustness import abstention
-from raglan.stress import ALONE, Robustness, evaluate_robustness
+from raglan.stress import ALONE, CLEAN, Robustness, evaluate_robustness
 from raglan.synthesis.start import run
 from raglan.train import Parts, finished_parts, train
 
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "rag_tuning"
+SYNTHETIC = HERE / "rag_tuning_offline.yaml"
 VESSEN = HERE.parent / "examples" / "vessen" / "vessen.yaml"
 MIXES = ("kiqa", "synthetic", "kiqa+synthetic")
+FIRST = 7  # training seed
+RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "hallucination")
 QUICK = [
     "synthesis.n=48", "synthesis.passages.k={1: 1, 3: 1}", "evaluate.limit=6", "evaluate.robustness.ratios=[0, 1]",
     "evaluate.robustness.noise=[hard, counterfactual]", "evaluate.robustness.retrievers=[hybrid, bm25]",
 ]  # fmt: skip
+FIT = "synthesis.weights.answer_format=fit"  # of so few examples the recipe's own shares cannot be dealt
 Rows = dict[str, dict[str, Any]]  # question id → row of answers.jsonl
+Arms = Mapping[str, Sequence[str]]  # name → generators, one a seed
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--reader", type=Path, help="the generator that all arms start from; default bench-squad's after `read`")
     words.add_argument("--untuned", action="store_true", help="start from the embedded reader as it comes")
+    words.add_argument("--seeds", type=int, default=1, help="trainings of every arm, each with a seed of its own")
     words.add_argument("--synthetic", type=Path, help="a dataset of `raglan synthesize`, with one policy where gold is absent")
-    words.add_argument("--mixed", type=int, default=1200, help="examples of each mixture")
+    words.add_argument("--mixed", type=int, default=1200, help="examples of each mixture; 0 leaves the mixtures out")
+    words.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "rag_tuning.svg", help="the curves to write")
     words.add_argument("--unanswerable", type=int, default=150, help="SQuAD's unanswerable questions, and as many answerable")
     words.add_argument("--others", type=int, default=3000, help="NQ passages beside those of the questions that are measured")
     words.add_argument("--quick", action="store_true", help="tiny counts: to see that everything runs")
     words.add_argument("changes", nargs="*", help="key=value, of all recipes")
     asked = words.parse_intermixed_args()
+    if asked.seeds < 1:
+        words.error("--seeds must be 1 or more")
     if asked.quick:
-        asked.mixed, asked.unanswerable, asked.others = 32, 6, 60
-        asked.changes = [*QUICK, *asked.changes]
+        asked.mixed, asked.unanswerable, asked.others = min(asked.mixed, 32), 6, 60
+        asked.changes, asked.figure = [*QUICK, *asked.changes], BUILD / "quick" / "rag_tuning.svg"
     reader = "embedded" if asked.untuned else str((asked.reader or _trained_reader()).absolute())
-    bench = Bench(reader, asked.changes, quick=asked.quick)
+    bench = Bench(reader, asked.changes, seeds=range(FIRST, FIRST + asked.seeds), quick=asked.quick)
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    print(bench.said(), flush=True)
     began = time.monotonic()
     kiqa = bench.evidence()
-    arms = {"gold": bench.tuned("gold", _clean(kiqa)), "noise": bench.tuned("noise", _shown(kiqa / "examples.jsonl"))}
+    arms = {"gold": bench.arm("gold", _clean(kiqa)), "noise": bench.arm("noise", _shown(kiqa / "examples.jsonl"))}
     print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
-    bench.robustness(arms)
+    bench.robustness(arms, asked.figure)
     bench.unanswerable(arms, asked.unanswerable)
     bench.others(arms, asked.others)
-    if asked.synthetic is None:
-        print(
-            "\nno --synthetic: the three mixtures are left out; raglan synthesize benchmarks/rag_tuning_offline.yaml makes one"
-        )
-    else:
-        bench.mixtures(kiqa, asked.synthetic, asked.mixed, asked.unanswerable, asked.others)
-    print(f"\n{time.monotonic() - began:.0f} s in all")
+    if asked.mixed:
+        bench.mixtures(kiqa, asked.synthetic or bench.synthetic(), asked.mixed, asked.unanswerable, asked.others)
+    print(f"\n{time.monotonic() - began:.0f} s in all; {bench.said()}")
 
 
 class Bench:
     """The arms of one start, and what they are measured by."""
 
-    def __init__(self, reader: str, changes: Sequence[str], *, quick: bool):
-        self.reader, self.changes, self.quick = reader, list(changes), quick
+    def __init__(self, reader: str, changes: Sequence[str], *, seeds: Sequence[int], quick: bool):
+        self.reader, self.changes, self.seeds, self.quick = reader, list(changes), seeds, quick
         self.folder = BUILD / ("quick" if quick else "full")
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def said(self) -> str:
+        """How many seeds, in words."""
+        if len(self.seeds) == 1:
+            return "one training seed"
+        return f"means over {len(self.seeds)} training seeds ({', '.join(map(str, self.seeds))}); intervals are over questions"
 
     def recipe(self, name: str, *changes: str, file: Path = HERE / "rag_tuning.yaml", own: bool = True) -> Recipe:
         runs = HERE.parent / "runs" / ("rag_tuning_quick" if self.quick else "rag_tuning")
@@ -114,17 +133,28 @@ class Bench:
         (folder.parent / "clean.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return folder
 
-    def tuned(self, name: str, data: str) -> str:
-        """The generator of an arm. All arms make as many steps as the questions have batches, whatever was left out of one."""
-        recipe = self.recipe(f"tune-{name}", f"generator.model={self.reader}", f"stages.tune.data={data}")
+    def synthetic(self) -> Path:
+        """Examples that rules write, as `raglan synthesize benchmarks/rag_tuning_offline.yaml` does."""
+        quick = [f"synthesis.path={self.folder / 'synthetic'}", *QUICK[:2], FIT] if self.quick else []
+        shared = [change for change in self.changes if change.startswith(("knowledge.", "evaluate.questions="))]
+        folder = run(load_recipe(SYNTHETIC, [*quick, *shared])).folder
+        told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        print(f"\nsynthetic: {told['kept']} of {told['requested']} examples; {told['funnel']}", flush=True)
+        return folder
+
+    def arm(self, name: str, data: str) -> list[str]:
+        """The generators of an arm, one a seed."""
+        return [self.tuned(name if seed == FIRST else f"{name}-{seed}", data, seed) for seed in self.seeds]
+
+    def tuned(self, name: str, data: str, seed: int) -> str:
+        """One generator. All arms make as many steps as the questions have batches, whatever was left out of one."""
+        changes = [f"seed={seed}", f"generator.model={self.reader}", f"stages.tune.data={data}"]
+        recipe = self.recipe(f"tune-{name}", *changes)
         stage = recipe.trainings()["tune"]
         count = recipe.synthesis.n if recipe.synthesis is not None else 0
         size = getattr(stage.data, "size", None) or count
         steps = 3 if self.quick else size // int(stage.train["per_device_train_batch_size"])
-        recipe = self.recipe(
-            f"tune-{name}", f"generator.model={self.reader}", f"stages.tune.data={data}", f"stages.tune.train.max_steps={steps}"
-        )
-        parts = train(recipe)
+        parts = train(self.recipe(f"tune-{name}", *changes, f"stages.tune.train.max_steps={steps}"))
         told = json.loads((Path(str(parts.generator)).parent / "manifest.json").read_text(encoding="utf-8"))
         print(f"{name}: {told['rows']} rows, {told['steps']} steps, {told['seconds']:.0f} s", json.dumps(told.get("data", {})))
         return str(parts.generator)
@@ -135,37 +165,58 @@ class Bench:
         limit = [change for change in self.changes if change.startswith("evaluate.limit")]
         return self.recipe(name, *own, *limit, file=file, own=file.name == "rag_tuning.yaml")
 
-    def robustness(self, arms: dict[str, str]) -> None:
-        """Every condition for both arms, and the two verdicts."""
-        found = {name: evaluate_robustness(self.measured(name, generator))[0] for name, generator in arms.items()}
-        rows = {name: _rows(one) for name, one in found.items()}
+    def stressed(self, arms: Arms, *changes: str) -> dict[str, list[Robustness]]:
+        """Every condition for all arms and seeds."""
+        return {
+            name: [evaluate_robustness(self.measured(name, generator, *changes))[0] for generator in generators]
+            for name, generators in arms.items()
+        }
+
+    def robustness(self, arms: Arms, figure: Path) -> None:
+        """Every condition for both arms, the curves, and the two verdicts."""
+        found = self.stressed(arms)
+        rows = {name: _mean_rows([_rows(one) for one in own]) for name, own in found.items()}
         before, after = rows.values()
-        names = [name for name in found["gold"].figures if name in found["noise"].figures]
-        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − gold, paired\n")
+        first = {name: own[0] for name, own in found.items()}
+        names = [name for name in first["gold"].figures if name in first["noise"].figures]
+        print(f"\nright answers in %, SQuAD, {len(before)} questions; difference: noise − gold, paired; {self.said()}\n")
         print("| condition | tuned on gold | tuned on noise | difference | missing |\n|---|---|---|---|---|")
         for name in names:
-            cells = [_told(one.figures[name]["right"]) for one in found.values()]
+            cells = [_told(_mean(own, name)) for own in rows.values()]
             gain = _contrast(before, after, [name], None)
-            missing = f"{found['gold'].missing[name]:.0%}"
+            missing = f"{first['gold'].missing[name]:.0%}"
             print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} | {missing} |")
+        figure.write_text(_curves({f"tuned on {name}": own for name, own in rows.items()}, names), encoding="utf-8")
+        print(f"\ncurves: {figure}")
         print("\nabstention: gold present is answerable, gold absent is not\n")
         print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
-        for kind in found["gold"].abstention:
-            for name, one in found.items():
-                rates = one.abstention[kind]
-                keys = ("abstention_precision", "abstention_recall", "abstention_f1", "hallucination")
-                print(f"| {kind} | {name} |", " | ".join(f"{100 * rates.get(key, math.nan):.1f}" for key in keys), "|")
-        for name, one in found.items():
-            own = one.retrievers
-            print(f"{name}: worst retriever {own['worst']}, spread {100 * own['spread']:.1f} points")
-        noisy = [name for name in names if _is_noisy(name)]
-        less, kept = _contrast(before, after, noisy, ALONE), _contrast(before, after, [ALONE], None)
-        losses = [f"{name} {_told(_loss(own, noisy, ALONE))}" for name, own in rows.items()]
-        print(f"\nright answers lost against gold alone, mean over {', '.join(noisy)}: {'; '.join(losses)}")
-        _line("tuned on noise loses significantly less under noise", less, good=verdict(less) == "better")
-        _line("tuned on noise does not lose significantly on clean passages", kept, good=verdict(kept) != "worse")
+        for kind in first["gold"].abstention:
+            for name, own in found.items():
+                rates = [statistics.fmean(one.abstention[kind].get(rate, math.nan) for one in own) for rate in RATES]
+                print(f"| {kind} | {name} |", " | ".join(f"{100 * rate:.1f}" for rate in rates), "|")
+        for name, own in rows.items():
+            means = {index: _mean(own, index).mean for index in names if index.startswith("retriever/")}
+            worst = min(means, key=lambda index: means[index]).partition("/")[2]
+            print(f"{name}: worst retriever {worst}, spread {100 * (max(means.values()) - min(means.values())):.1f} points")
+        self.verdicts([[_rows(one) for one in own] for own in found.values()], names)
 
-    def unanswerable(self, arms: dict[str, str], count: int) -> None:
+    def verdicts(self, seeds: Sequence[Sequence[Rows]], names: Sequence[str]) -> None:
+        """Less is lost under noise, and nothing on clean passages; beside that what each seed says."""
+        before, after = map(_mean_rows, seeds)
+        noisy = [name for name in names if _is_noisy(name)]
+        losses = [f"{name} {_told(_loss(own, noisy, ALONE))}" for name, own in (("gold", before), ("noise", after))]
+        print(f"\nright answers lost against gold alone, mean over {', '.join(noisy)}: {'; '.join(losses)}")
+        claims = (
+            ("tuned on noise loses significantly less under noise", noisy, ALONE, lambda said: said == "better"),
+            ("tuned on noise does not lose significantly on clean passages", [ALONE], None, lambda said: said != "worse"),
+        )
+        for claim, conditions, base, holds in claims:
+            value = _contrast(before, after, conditions, base)
+            each = [_contrast(*pair, conditions, base).mean for pair in zip(*seeds, strict=True)]
+            by = f"; by seed {', '.join(f'{100 * mean:+.1f}' for mean in each)}" if len(each) > 1 else ""
+            print(f"{claim}: {_told(value, sign='+')}{by}: {'OK' if holds(verdict(value)) else 'FAIL'}", flush=True)
+
+    def unanswerable(self, arms: Arms, count: int) -> None:
         """Abstention on SQuAD 2.0's terms: a question and its own paragraph, which holds the answer or does not."""
         recipe = self.measured("unanswerable", self.reader)
         corpus = KnowledgeBase.open(recipe.knowledge.path).corpus
@@ -175,51 +226,58 @@ class Bench:
         examples = [example for part in parts for example in part]
         print(f"\nSQuAD 2.0: {len(parts[0])} unanswerable and {len(parts[1])} answerable questions on their own paragraph\n")
         print("| arm | precision | recall | F1 | over-abstention | hallucination |\n|---|---|---|---|---|---|")
-        told: dict[str, list[bool]] = {}
+        told: dict[str, list[list[bool]]] = {}
         rows = [corpus.row(example.relevant[0]) or 0 for example in examples]
         hits = [[Hit(corpus[row], row, 0.0, 1)] for row in rows]
-        for name, generator in arms.items():
-            system = Parts().open(self.measured(name, generator))
-            answers = system.read([example.query for example in examples], hits)
-            told[name] = [abstained(answer.text, example.answers) for answer, example in zip(answers, examples, strict=True)]
-            rates = abstention(told[name], [bool(example.answers) for example in examples])
-            print(f"| {name} |", " | ".join(f"{100 * value:.1f}" for value in rates.values()), "|", flush=True)
+        for name, generators in arms.items():
+            told[name] = []
+            for generator in generators:
+                answers = Parts().open(self.measured(name, generator)).read([example.query for example in examples], hits)
+                pairs = zip(answers, examples, strict=True)
+                told[name].append([abstained(answer.text, example.answers) for answer, example in pairs])
+            rates = [abstention(own, [bool(example.answers) for example in examples]) for own in told[name]]
+            print(f"| {name} |", " | ".join(f"{100 * statistics.fmean(own):.1f}" for own in _columns(rates)), "|", flush=True)
         due = [not example.answers for example in examples]
         groups = [example.relevant[0] for example in examples]
-        first, *rest = told
+        right = {name: _over_seeds([[float(no == wanted) for no, wanted in zip(one, due, strict=True)] for one in own])
+                 for name, own in told.items()}  # fmt: skip
+        first, *rest = right
         for name in rest:
-            pairs = zip(told[name], told[first], due, strict=True)
-            right = [float(now == wanted) - float(before == wanted) for now, before, wanted in pairs]
-            gain = bootstraps({"right": right}, groups=groups, seed=7)["right"]
+            change = [now - was for now, was in zip(right[name], right[first], strict=True)]
+            gain = bootstraps({"right": change}, groups=groups, seed=7)["right"]
             print(f"{name} − {first}, right to decline or to answer: {_told(gain, sign='+')} {verdict(gain)}")
 
-    def others(self, arms: dict[str, str], others: int) -> None:
+    def others(self, arms: Arms, others: int) -> None:
         """SQuAD, NQ and the example corpus, by `evaluate`: gold passages and retrieved ones."""
         for task, recipes in self.tasks(arms, others).items():
-            asks = {name: (recipe, recipe.evaluate) for name, recipe in recipes.items() if recipe.evaluate is not None}
-            found = {name: evaluate(recipe, settings, name, Parts()) for name, (recipe, settings) in asks.items()}
-            first = next(iter(found.values()))
+            found = {name: [_evaluated(name, recipe) for recipe in own] for name, own in recipes.items()}
+            first = next(iter(found.values()))[0]
             names = [name for name in first.figures if name.endswith(("/em", "/f1"))]
+            values = {name: {key: _over_seeds([e.values(key) for e in own]) for key in names} for name, own in found.items()}
+            groups = [row["id"] for row in first.rows]
             print(f"\n{task}: {len(first.rows)} questions\n\n| arm |", " | ".join(names), "|\n|---|" + "---|" * len(names))
-            for name, one in found.items():
-                print(f"| {name} |", " | ".join(_told(one.figures[figure]) for figure in names), "|")
-            for name, one in list(found.items())[1:]:
-                gains = compare(first, one)
-                cells = [f"{_told(gains[figure], sign='+')} {verdict(gains[figure])}" for figure in names]
-                print(f"| {name} − {first.system} |", " | ".join(cells), "|", flush=True)
+            for name, own in values.items():
+                cells = bootstraps(own, groups=groups, seed=7)
+                print(f"| {name} |", " | ".join(_told(cells[key]) for key in names), "|")
+            for name, own in list(values.items())[1:]:
+                was = values[first.system]
+                change = {key: [b - a for a, b in zip(was[key], own[key], strict=True)] for key in names}
+                gains = bootstraps(change, groups=groups, seed=7)
+                told = [f"{_told(gains[key], sign='+')} {verdict(gains[key])}" for key in names]
+                print(f"| {name} − {first.system} |", " | ".join(told), "|", flush=True)
 
-    def tasks(self, arms: dict[str, str], others: int) -> dict[str, dict[str, Recipe]]:
-        """Task → arm → the recipe that asks."""
+    def tasks(self, arms: Arms, others: int) -> dict[str, dict[str, list[Recipe]]]:
+        """Task → arm → the recipes that ask, one a seed."""
         corpus, questions = self.nq(others)
         nq = [f"knowledge.path={self.folder / 'nq'}", f"knowledge.documents={corpus}", f"evaluate.questions={questions}"]
         vessen = ["evaluate.modes=[gold, retrieved]", f"knowledge.path={HERE.parent / 'build' / 'vessen'}"]
+        own = HERE / "rag_tuning.yaml"
         told = {
-            "SQuAD": {name: self.measured(name, generator) for name, generator in arms.items()},
-            "NQ": {name: self.measured(name, generator, *nq) for name, generator in arms.items()},
-            "example corpus": {name: self.measured(name, generator, *vessen, file=VESSEN) for name, generator in arms.items()},
+            task: {name: [self.measured(name, one, *changes, file=file) for one in arm] for name, arm in arms.items()}
+            for task, changes, file in (("SQuAD", [], own), ("NQ", nq, own), ("example corpus", vessen, VESSEN))
         }
         for recipes in told.values():
-            build_knowledge(next(iter(recipes.values())).knowledge)
+            build_knowledge(next(iter(recipes.values()))[0].knowledge)
         return told
 
     def nq(self, others: int) -> tuple[Path, Path]:
@@ -243,19 +301,20 @@ class Bench:
         made = synthetic / "train.jsonl" if (synthetic / "train.jsonl").is_file() else synthetic / "examples.jsonl"
         files = f"kiqa: {kiqa / 'examples.jsonl'}, synthetic: {made.absolute()}"
         arms = {
-            mix.replace("+", "-"): self.tuned(
+            mix.replace("+", "-"): self.arm(
                 mix.replace("+", "-"), f"{{kind: shown, mix: {mix}, {files}, size: {size}, prompt: recipe}}"
             )
             for mix in MIXES
         }
         narrow = ["evaluate.robustness.noise=[hard]", "evaluate.robustness.ratios=[1]", "evaluate.robustness.retrievers=[]"]
-        found = {mix: evaluate_robustness(self.measured(mix, generator, *narrow))[0] for mix, generator in arms.items()}
-        rows = {mix: _rows(one) for mix, one in found.items()}
-        names = list(found["kiqa"].figures)
-        print("\nmixtures, right answers in %, SQuAD\n\n| mix |", " | ".join(names), "|\n|---|" + "---|" * len(names))
-        for mix, one in found.items():
-            print(f"| {mix} |", " | ".join(_told(one.figures[name]["right"]) for name in names), "|")
-        for mix in list(found)[1:]:
+        found = self.stressed(arms, *narrow)
+        rows = {mix: _mean_rows([_rows(one) for one in own]) for mix, own in found.items()}
+        names = list(found["kiqa"][0].figures)
+        print(f"\nmixtures, right answers in %, SQuAD; {self.said()}\n")
+        print("| mix |", " | ".join(names), "|\n|---|" + "---|" * len(names))
+        for mix, own in rows.items():
+            print(f"| {mix} |", " | ".join(_told(_mean(own, name)) for name in names), "|")
+        for mix in list(rows)[1:]:
             gains = [_contrast(rows["kiqa"], rows[mix], [name], None) for name in names]
             print(f"| {mix} − kiqa |", " | ".join(f"{_told(gain, sign='+')} {verdict(gain)}" for gain in gains), "|")
         self.unanswerable(arms, unanswerable)
@@ -296,6 +355,50 @@ def _rows(found: Robustness) -> Rows:
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
+def _mean_rows(seeds: Sequence[Rows]) -> Rows:
+    """The rows of the first seed, with the share of seeds that are right in every condition."""
+    if len(seeds) == 1:
+        return seeds[0]
+    return {
+        name: {
+            **row,
+            "conditions": {
+                key: {"figures": {"right": statistics.fmean(_right(own[name], [key]) for own in seeds)}}
+                for key in row["conditions"]
+            },
+        }
+        for name, row in seeds[0].items()
+    }
+
+
+def _over_seeds(columns: Sequence[Sequence[float]]) -> list[float]:
+    """Question by question the mean over seeds."""
+    return [statistics.fmean(own) for own in zip(*columns, strict=True)]
+
+
+def _columns(rates: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    return [[own[name] for own in rates] for name in rates[0]]
+
+
+def _evaluated(name: str, recipe: Recipe) -> Evaluation:
+    assert recipe.evaluate is not None
+    return evaluate(recipe, recipe.evaluate, name, Parts())
+
+
+def _curves(arms: Mapping[str, Rows], names: Sequence[str]) -> str:
+    """Right answers by the number of distractors, and by the share of noise beside gold: a panel a kind, a line an arm."""
+    panels = []
+    for form, start, x in (("distractors", ALONE, "passages beside gold"), ("noise", CLEAN, "share of noise among hits")):
+        told = [(name.split("/"), name) for name in names if name.startswith(f"{form}/") and "/absent/" not in name]
+        for kind in dict.fromkeys(part[1] for part, name in told if name != start):
+            points = [(0.0, start), *((float(part[-1]), name) for part, name in told if part[1] == kind)]
+            lines = {arm: [(amount, _mean(rows, name)) for amount, name in sorted(points)] for arm, rows in arms.items()}
+            panels.append(Panel(kind.replace("_", " "), x, lines))
+    columns = len({panel.title for panel in panels})
+    title = "A reader tuned on noise, and one tuned on clean passages"
+    return chart(panels, columns=columns, title=title, y="right answers, %")
+
+
 def _is_noisy(name: str) -> bool:
     """Gold is there, and noise beside it in the place of hits."""
     return "/present/" in name or (name.startswith("distractors/") and name != ALONE)
@@ -315,6 +418,11 @@ def _contrast(before: Rows, after: Rows, names: Sequence[str], base: str | None)
     return _interval(before, [of(after[name]) - of(row) for name, row in before.items()])
 
 
+def _mean(rows: Rows, name: str) -> Interval:
+    """Share of right answers under a condition."""
+    return _interval(rows, [_right(row, [name]) for row in rows.values()])
+
+
 def _loss(rows: Rows, names: Sequence[str], base: str) -> Interval:
     """What the mean over `names` lacks of `base`."""
     return _interval(rows, [_right(row, [base]) - _right(row, names) for row in rows.values()])
@@ -326,10 +434,6 @@ def _interval(rows: Rows, column: Sequence[float]) -> Interval:
 
 def _told(value: Interval, *, sign: str = "") -> str:
     return f"{100 * value.mean:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"
-
-
-def _line(claim: str, value: Interval, *, good: bool) -> None:
-    print(f"{claim}: {_told(value, sign='+')}: {'OK' if good else 'FAIL'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""recipes/rag_tuning.yaml and its tiny twin through the command line: it trains, answers, merges, and others open it."""
+"""recipes/rag_tuning.yaml and its tiny twin through the command line: both halves of its data are made, it trains on them,
+answers, merges, and others open it."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ from raglan.artifact import read_manifest
 from raglan.data import answer_rows
 from raglan.documents import read_examples
 from raglan.generator import HFGenerator, open_generator
-from raglan.recipe import GeneratorSettings, PromptSettings, Recipe, load_recipe
+from raglan.recipe import EndpointSettings, GeneratorSettings, PromptSettings, Recipe, ShownData, load_recipe
 from raglan.records import Passage
 from raglan.train import Parts, finished_parts
 from raglan.weights import read_tensors
 from test_kill import small_recipe
+from test_synthesis import english
 
 pytest.importorskip("peft")
 RECIPE = Path(__file__).parent.parent / "recipes" / "rag_tuning.yaml"
+KIQA = RECIPE.with_name("rag_tuning_kiqa.yaml")
 PASSAGES = [Passage("1", "the tower fbc was built by miller dgh in 1703", "fbc")]
 
 
@@ -38,9 +41,12 @@ def raglan(*said: object) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents, questions, an encoder and a base; the recipe's variables name them."""
+    """Documents, questions, an encoder and a base; the recipe's variables name them. Of towers rules find nothing to write."""
     folder = tmp_path_factory.mktemp("lora")
     small_recipe(folder)
+    mills = [{"id": p.id, "title": p.title, "text": p.text} for number in range(10) for p in english(number)]
+    more = "".join(json.dumps(mill) + "\n" for mill in mills)
+    (folder / "documents.jsonl").write_text((folder / "corpus.jsonl").read_text() + more)
     base = tiny.mistral(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(str(base)).to(torch.bfloat16)
     model.save_pretrained(str(base))  # as the published weights are kept
@@ -50,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def variables(place: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        for name, file in (("DOCUMENTS", "corpus"), ("QUESTIONS", "train"), ("DEV_QUESTIONS", "dev")):
+        for name, file in (("DOCUMENTS", "documents"), ("QUESTIONS", "train"), ("DEV_QUESTIONS", "dev")):
             patch.setenv(name, str(place / f"{file}.jsonl"))
         yield
 
@@ -60,7 +66,9 @@ def changes(place: Path, variables: None) -> list[str]:
     return [
         f"knowledge.path={place / 'kb'}", "knowledge.chunk=null", f"knowledge.encoder.model={place / 'encoder' / 'encoder'}",
         "knowledge.encoder.dtype=float32", f"runs={place / 'runs'}", f"generator.model={place / 'base'}",
-        "generator.dtype=float32", "prompt.max_tokens=300", "decode.max_new_tokens=4", "data.passages=2", "retriever.k=2",
+        "generator.dtype=float32", "prompt.max_tokens=900", "decode.max_new_tokens=4", "retriever.k=2",
+        f"data.kiqa={place / 'kiqa' / 'train.jsonl'}", f"data.synthetic={place / 'made' / 'train.jsonl'}",
+        f"data.dev={place / 'made' / 'dev.jsonl'}",
         "train.bf16=false", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2", "train.max_steps=2",
         "train.save_steps=100", "train.learning_rate=2e-2",
     ]  # fmt: skip
@@ -68,7 +76,18 @@ def changes(place: Path, variables: None) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(place: Path, changes: list[str]) -> Recipe:
+    """With people's questions and what rules write: no server is asked here."""
     assert raglan("build", RECIPE, *changes) == 0
+    small = [
+        *(change for change in changes if change.startswith("knowledge.")), "synthesis.n=24",
+        "synthesis.passages.k={1: 1, 2: 1}", f"synthesis.budget={{tokenizer: {place / 'base'}, max_length: 960, answer: 60}}",
+    ]  # fmt: skip
+    rules = [
+        "synthesis.teacher={kind: offline}", "synthesis.from_scratch=0", "synthesis.languages={en: 1}",
+        "synthesis.weights={task: {factoid: 1, temporal: 1}, relation: {R1: 1}, answer_format: fit, query_format: fit}",
+    ]  # fmt: skip
+    assert raglan("synthesize", KIQA, *small, f"synthesis.path={place / 'kiqa'}") in (0, 3)
+    assert raglan("synthesize", RECIPE, *small, *rules, f"synthesis.path={place / 'made'}") in (0, 3)
     assert raglan("train", RECIPE, *changes) == 0
     return load_recipe(RECIPE, changes)
 
@@ -90,6 +109,25 @@ def test_the_full_size_recipe_says_what_is_published(variables: None) -> None:
     assert stage.train["per_device_train_batch_size"] * stage.train["gradient_accumulation_steps"] == 128
     assert recipe.prompt.max_tokens + recipe.decode.max_new_tokens == 4096  # type: ignore[union-attr]
     assert recipe.generator.tokens == {"bos": 1, "eos": 2, "pad": 2}
+    asked, data = recipe.synthesis, recipe.data
+    assert isinstance(data, ShownData)
+    assert asked is not None
+    assert isinstance(asked.teacher, EndpointSettings)
+    assert asked.money.cap_usd is not None
+    people = load_recipe(KIQA)
+    assert people.synthesis is not None
+    assert (data.mix, data.kiqa, data.synthetic) == (
+        "kiqa+synthetic", people.synthesis.path / "train.jsonl", asked.path / "train.jsonl",
+    )  # fmt: skip
+    assert people.knowledge == recipe.knowledge
+    assert people.synthesis.retrievers == asked.retrievers
+
+
+def test_the_twin_learns_from_both_halves(trained: Recipe) -> None:
+    told = read_manifest(Path(finished_parts(trained)[-1][1].generator or "").parent, "stage")["data"]
+    assert told["mix"] == "kiqa+synthetic"
+    assert min(source["learned"] for source in told["sources"].values()) >= 8
+    assert all(source["repeats"] == 0 for source in told["sources"].values())
 
 
 def test_the_twin_learns_adapters_and_keeps_nothing_else(trained: Recipe, place: Path) -> None:
@@ -160,7 +198,8 @@ def test_rows_whose_evidence_does_not_fit_are_left_out_and_counted(
     trained: Recipe, changes: list[str], place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two passages whole in 110 tokens: one fits, and where it is not the one that answers there is nothing to learn."""
-    recipe = load_recipe(RECIPE, [*changes, "prompt.max_tokens=110"])
+    people = f"data={{kind: questions, path: {place / 'train.jsonl'}, source: mixed, passages: 2}}"
+    recipe = load_recipe(RECIPE, [*(c for c in changes if not c.startswith("data.")), people, "prompt.max_tokens=110"])
     system = Parts().open(recipe)
     corpus = {passage.id: passage.text for passage in system.retriever.base.corpus}
     examples = read_examples(place / "train.jsonl")

@@ -21,13 +21,21 @@ from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, CorpusError, RecipeError
 from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate_recipe
 from raglan.judge import judge, messages, open_judged
-from raglan.metrics import answer_recall
+from raglan.metrics import Interval, answer_recall
 from raglan.rag import RAG
 from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSettings, load_recipe
 from raglan.records import Answer, Example, Hit, Passage
+from raglan.report import _robustness_plots
 from raglan.seeds import over_seeds, seed_lines
-from raglan.stress import CLEAN, conditions, draw_prompts, evaluate_robustness, summarise_conditions
-from raglan.stress_tables import noise_points, robustness_tables
+from raglan.stress import ALONE, CLEAN, Robustness, conditions, draw_prompts, evaluate_robustness, summarise_conditions
+from raglan.stress_tables import (
+    abstention_shares,
+    distractor_points,
+    noise_points,
+    order_shares,
+    retriever_shares,
+    robustness_tables,
+)
 from raglan.train import train
 from test_kill import small_recipe
 
@@ -60,7 +68,8 @@ def measured(recipe: Path) -> Any:
 def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measured: Any) -> None:
     told = measured["robustness"]["untuned"]
     names = ["clean", "noise/hard/present/1", "noise/random/present/0.5", "noise/none/absent/0", "noise/hard/absent/1",
-             "noise/random/absent/0.5", "noise/counterfactual/present/0.5", "distractors/0", "distractors/2", "conflict/1",
+             "noise/random/absent/0.5", "noise/counterfactual/present/0.5", "distractors/0", "distractors/hard/2", "conflict/1",
+             "distractors/random/2", "distractors/counterfactual/2",
              "order/0", "order/3", "retriever/bm25", "retriever/dense", "retriever/hybrid"]  # fmt: skip
     assert set(names) <= set(told["conditions"])
     assert not any("counterfactual/absent" in name for name in told["conditions"])
@@ -71,13 +80,16 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
     for row in rows:
         own, (gold,) = row["conditions"], questions[row["id"]]["relevant"]
         assert own["distractors/0"]["passages"] == [gold]
-        assert gold in own["distractors/2"]["passages"]
+        for kind in ("hard", "random", "counterfactual"):
+            beside = own[f"distractors/{kind}/2"]
+            assert (len(beside["passages"]), gold in beside["passages"]) == (3, True)
+            assert [slot["kind"] for slot in beside["slots"]].count(kind) == 2
         for name, answered in own.items():
             form, _, rest = name.partition("/")
             if form in (CLEAN, "noise"):
                 assert len(answered["passages"]) == 3, name
                 assert (gold in answered["passages"]) == ("absent" not in rest), name
-            if rest.startswith("random/"):
+            if form == "noise" and rest.startswith("random/"):
                 noise = [slot for slot in answered["slots"] if slot["kind"] == "random"]
                 free = 2 if "present" in rest else 3
                 assert len(noise) == math.floor(float(rest.split("/")[2]) * free + 0.5), name
@@ -93,6 +105,7 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
     assert told["retrievers"] == {"own": "hybrid", "worst": told["retrievers"]["worst"], "unseen": ["bm25"],
                                   "spread": pytest.approx(told["retrievers"]["spread"])}  # fmt: skip
     assert {"mean", "low", "high", "n"} == set(told["conditions"]["noise/hard/present/1"]["delta"])
+    assert all(0 < own["tokens"]["mean"] <= 8 and own["seconds"] > 0 for own in told["conditions"].values())
     assert told["abstention"]["hard/1"]["hallucination"] >= 0
     assert set(told["orders"]) == {"flip", "disagreement"}
 
@@ -109,9 +122,17 @@ def test_a_measurement_is_not_made_twice_and_the_report_draws_it(recipe: Path, m
     assert "hybrid (own)" in done.stdout
     assert "bm25 (unseen)" in done.stdout
     page = (recipe.parent / "runs" / "small" / "report.html").read_text()
-    for words in ("Worse passages", "Noise beside gold", "Noise without gold", "gold alone", "permutation 1"):
+    for words in ("Worse passages", "Noise beside gold", "Noise without gold", "gold alone", "permutation 1",
+                  "Distractors beside gold", "Orders of the same passages", "Abstention", "hallucination, %"):  # fmt: skip
         assert words in page
     (system,) = evaluate_robustness(load_recipe(recipe))
+    counted = distractor_points(system)
+    assert list(counted) == ["hard", "random", "counterfactual"]
+    assert all([x for x, _ in points] == [0, 2] for points in counted.values())
+    assert set(retriever_shares(system)) == {"hybrid (own)", "bm25 (unseen)", "dense"}
+    assert list(order_shares(system)) == ["questions that flip", "pairs of orders that differ"]
+    noises = {"hits", "50 % hard", "100 % hard", "50 % random", "100 % random"}
+    assert set(abstention_shares(system, "hallucination")) == noises
     assert [x for x, _ in noise_points(system, gold=True)["hard"]] == [0, 0.5, 1]
     assert [x for x, _ in noise_points(system, gold=False)["random"]] == [0, 0.5, 1]
     assert all(len(row) == len(table.head) for table in robustness_tables([system]) for row in table.rows)
@@ -142,7 +163,11 @@ def test_settings_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_conditions_are_each_there_once() -> None:
     found = conditions(RobustnessSettings(noise=("hard", "random")))
     assert found[0].name == CLEAN
-    assert len({condition.name for condition in found}) == len(found) == 1 + 2 * 8 + 1 + 3  # with and without gold; none; 0 2 4
+    assert len({condition.name for condition in found}) == len(found) == 1 + 2 * 8 + 1 + 5  # with and without gold; none; 0 2 4
+    beside = [condition.name for condition in found if condition.form == "distractors"]
+    assert beside == [ALONE, "distractors/hard/2", "distractors/hard/4", "distractors/random/2", "distractors/random/4"]
+    one = conditions(RobustnessSettings(noise=("hard", "random"), distractors=(2,), distractor_kinds=("hard",)))
+    assert [condition.name for condition in one if condition.form == "distractors"] == [ALONE, "distractors/hard/2"]
     made = conditions(RobustnessSettings(noise=("counterfactual",), ratios=(0.5,), distractors=()))
     assert [condition.name for condition in made] == [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1"]
     bare = conditions(RobustnessSettings(noise=(), distractors=()))
@@ -160,7 +185,7 @@ def test_noise_is_guarded_and_too_little_of_it_is_missing(tmp_path: Path) -> Non
     second = Example("r", "Of what is the bridge?", ("stone",), ("other",))
     lost = Example("s", "What fell?", ("rain",))
     hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(len(corpus))]
-    settings = RobustnessSettings(noise=("hard", "random", "neighbour", "other_gold"), ratios=(0, 1), distractors=(2, 6))
+    settings = RobustnessSettings(noise=("hard", "random", "neighbour", "other_gold"), ratios=(0, 1), distractors=(1, 2, 6))
     drawn = draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
     assert drawn["s"] == {}, "no gold passage, no condition"
     for name, slots in drawn["q"].items():
@@ -171,8 +196,9 @@ def test_noise_is_guarded_and_too_little_of_it_is_missing(tmp_path: Path) -> Non
             assert not {"gold", "also"} & set(ids), name
     assert {slot.passage.id for slot in drawn["q"]["noise/random/absent/1"]} <= {"far", "twin", "near", "other"}
     assert "noise/neighbour/present/1" not in drawn["q"], "one neighbour for two slots"
-    assert "distractors/6" not in drawn["q"]
-    assert not {"also", "copy"} & {slot.passage.id for slot in drawn["q"]["distractors/2"]}
+    assert "distractors/hard/6" not in drawn["q"]
+    assert not {"also", "copy"} & {slot.passage.id for slot in drawn["q"]["distractors/hard/2"]}
+    assert {slot.kind for slot in drawn["r"]["distractors/other_gold/1"]} == {"gold", "other_gold"}
     assert drawn == draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
 
 
@@ -196,6 +222,31 @@ def rows_of(right: dict[str, list[float | None]], declined: dict[str, list[float
                 told = (declined or {}).get(name, [0.0] * n)[place]
                 rows[place]["conditions"][name] = {"figures": {"right": value, "declined": told}}
     return rows
+
+
+def test_systems_stand_beside_each_other_in_every_plot() -> None:
+    """Two systems, two kinds: a line each with the kind's colour and the system's dashes; a bar each with its interval."""
+    share = Interval(0.5, 0.25, 0.75, 4)
+    figures = {name: {"right": share} for name in (CLEAN, ALONE, "distractors/hard/2", "distractors/random/2", "retriever/a")}
+    told = dict.fromkeys(figures, 0.0)
+    abstained = {"none": {"hallucination": 1.0}, "hard/1": {"abstention_f1": 0.5, "hallucination": 0.25}}
+    systems = [
+        Robustness(name, Path(), figures, told, told, abstained, {"flip": share}, {"own": "a", "unseen": []})
+        for name in ("untuned", "tuned")
+    ]
+    plots = {plot["title"]: json.loads(plot["figure"])["data"] for plot in _robustness_plots(systems)}
+    lines = plots["Distractors beside gold"]
+    assert [line["name"] for line in lines] == ["untuned: hard", "untuned: random", "tuned: hard", "tuned: random"]
+    assert [line["line"]["dash"] for line in lines] == ["dot", "dot", "solid", "solid"]
+    assert lines[0]["line"]["color"] == lines[2]["line"]["color"] != lines[1]["line"]["color"]
+    assert (lines[0]["x"], lines[0]["y"]) == ([0, 2], [50, 50])
+    bars = plots["Retrievers"]
+    assert [(bar["name"], bar["x"], bar["y"]) for bar in bars] == [(name, ["a (own)"], [50]) for name in ("untuned", "tuned")]
+    assert (bars[0]["error_y"]["array"], bars[0]["error_y"]["arrayminus"]) == ([25], [25])
+    (declined, _), (answered, _) = plots["Abstention, gold present against absent"], plots["Answers where no passage tells"]
+    assert (declined["x"], declined["y"]) == (["100 % hard"], [50])
+    assert (answered["x"], answered["y"]) == (["hits", "100 % hard"], [100, 25])
+    assert "Noise without gold" not in plots
 
 
 def test_deltas_are_paired_and_what_is_missing_is_in_no_mean() -> None:

@@ -83,9 +83,10 @@ def t5(folder: Path, *, seed: int = 0) -> Path:
     return _saved(T5ForConditionalGeneration(config), words, folder)
 
 
-def llama(folder: Path, *, seed: int = 0, template: str | None = None) -> Path:
+def llama(folder: Path, *, seed: int = 0, template: str | None = None, more: Sequence[str] = ()) -> Path:
+    """`more`: characters beyond ASCII that its tokenizer is to know."""
     torch.manual_seed(seed)
-    words = tokenizer(begins=True, ends=False)
+    words = tokenizer(begins=True, ends=False, more=more)
     words.chat_template = template
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

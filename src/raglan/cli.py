@@ -271,10 +271,10 @@ def evaluate(
 
 
 def _tell_spent(system: str, costs: dict[str, dict[str, float]]) -> None:
-    """What a question took in each mode, where answers have a trace."""
+    """What an answer took in each mode."""
     for mode, cost in costs.items():
         told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
-        console.print(f"{system}, {mode}, a question: {told}", soft_wrap=True)
+        console.print(f"{system}, {mode}, an answer: {told}", soft_wrap=True)
 
 
 def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:

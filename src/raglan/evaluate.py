@@ -207,6 +207,7 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         queries, history = [examples[place].query for place in places], [examples[place].history for place in places]
         choices = [choices_of(examples[place]) for place in places] if system.decode.kind in CHOOSES else []
         log.info("reading: %s, %d questions", mode, len(places))
+        began = time.monotonic()
         if mode == "retrieved" and system.turns is not None:  # each turn searches for itself
             answers = system.answer(queries, history=history)
             given = [list(answer.hits) for answer in answers]
@@ -215,8 +216,10 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
                 queries, given, history=history, texts=[texts[place] for place in places], choices=choices,
                 again=system.k if mode == "retrieved" else 0,
             )  # fmt: skip
+        took = round((time.monotonic() - began) / max(1, len(places)), 4)
         for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
+            rows[place]["predictions"][mode] |= {"seconds": took, **({"tokens": len(answer.ids)} if answer.ids else {})}
     return rows
 
 
@@ -236,14 +239,19 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
 
 
 def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each mode whose answers have a trace, what one question took on average: calls, tokens, passages, seconds."""
-    costs: dict[str, list[dict[str, float]]] = {}
+    """Of each mode, what one answer took on average: tokens written and seconds, with others beside it in a batch.
+
+    Answers with a trace tell more: calls, tokens and passages, for which their own seconds stand.
+    """
+    costs: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
         for mode, prediction in row["predictions"].items():
-            if "trace" in prediction:
-                costs.setdefault(mode, []).append(prediction["trace"]["cost"])
+            plain = {name: prediction[name] for name in ("tokens", "seconds") if name in prediction}
+            costs.setdefault(mode, []).append(prediction["trace"]["cost"] if "trace" in prediction else plain)
     return {
-        mode: {name: round(sum(cost[name] for cost in own) / len(own), 4) for name in own[0]} for mode, own in costs.items()
+        mode: {name: round(sum(cost.get(name, 0) for cost in own) / len(own), 4) for name in own[0]}
+        for mode, own in costs.items()
+        if own[0]
     }
 
 

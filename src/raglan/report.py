@@ -1,9 +1,9 @@
-"""One self-contained HTML page: before/after or a grid, with intervals; curves; examples to leaf through."""
+"""One self-contained HTML page: before/after or a grid, with intervals; curves and bars; examples to leaf through."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.seeds import over_seeds, seed_lines
 from raglan.stress import Robustness, open_robustness, robustness_folder
-from raglan.stress_tables import judge_tables, noise_points, robustness_tables
+from raglan.stress_tables import (
+    abstention_shares,
+    distractor_points,
+    judge_tables,
+    noise_points,
+    order_shares,
+    retriever_shares,
+    robustness_tables,
+)
 from raglan.sweep import open_sweep
 from raglan.sweep_tables import setting_text, sweep_front, sweep_tables, varied
 from raglan.synthesis_tables import synthesis_tables
@@ -40,9 +48,12 @@ NAMES = {
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 TRACED = 50  # examples whose decisions and candidates are drawn
-COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8")
+COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1f9aa8", "#8a6d3b")
+DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "unfinished")
+Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
+Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
 
 
 def write_report(recipes: Sequence[Recipe], output: Path) -> None:
@@ -95,7 +106,7 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "tables": _tables(evaluations, differences),
         "curves": _curves(learning_curves(recipe)),
         "further": _further(recipe, evaluations),
-        "noise": _noise(recipe),
+        "robustness": _robustness_plots(_robust(recipe)),
         "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
         "critique": judged,
         "sweep": _sweep(told) if (told := open_sweep(recipe)) is not None else None,
@@ -172,19 +183,52 @@ def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTabl
     return tables
 
 
-def _noise(recipe: Recipe) -> list[dict[str, str]]:
-    """Percent right by the share of noise, one plot with gold and one without, a line a system and kind."""
+def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
+    """Percent right by distractors and by the share of noise; retrievers, orders and abstention; all systems side by side."""
+    lines: Sequence[tuple[str, str, Callable[[Robustness], Points]]] = (
+        ("Distractors beside gold", "passages of noise", distractor_points),
+        ("Noise beside gold", "share of noise", lambda system: noise_points(system, gold=True)),
+        ("Noise without gold", "share of noise", lambda system: noise_points(system, gold=False)),
+    )
+    bars: Sequence[tuple[str, str, Callable[[Robustness], Shares]]] = (
+        ("Retrievers", "right, %", retriever_shares),
+        ("Orders of the same passages", "questions or pairs, %", order_shares),
+        ("Abstention, gold present against absent", "F1, %", lambda system: abstention_shares(system, "abstention_f1")),
+        ("Answers where no passage tells", "hallucination, %", lambda system: abstention_shares(system, "hallucination")),
+    )
     plots = []
-    for gold, title in ((True, "Noise beside gold"), (False, "Noise without gold")):
-        lines = {
-            f"{system.system}: {kind}": points
-            for system in _robust(recipe)
-            for kind, points in noise_points(system, gold=gold).items()
-        }
-        traces = [_trace(name, points, COLOURS[at % len(COLOURS)]) for at, (name, points) in enumerate(lines.items())]
-        if traces:
-            plots.append({"title": title, "figure": _figure(traces, "share of noise", "right, %")})
+    for title, x, points in lines:
+        if traces := _noise_lines({system.system: points(system) for system in systems}):
+            plots.append({"title": title, "figure": _figure(traces, x, "right, %")})
+    for title, y, shares in bars:
+        told = {system.system: shares(system) for system in systems}
+        if traces := [_bars(name, own, COLOURS[at % len(COLOURS)]) for at, (name, own) in enumerate(told.items()) if own]:
+            plots.append({"title": title, "figure": _figure(traces, "", y)})
     return plots
+
+
+def _noise_lines(systems: Mapping[str, Points]) -> list[dict[str, Any]]:
+    """A line a system and kind of noise: the kind has the colour, the system the dashes."""
+    kinds = list(dict.fromkeys(kind for own in systems.values() for kind in own))
+    return [
+        _trace(
+            f"{system}: {kind.replace('_', ' ')}", points, COLOURS[(1 + kinds.index(kind)) % len(COLOURS)],
+            dash=DASHES[at % len(DASHES)] if len(systems) > 1 else "solid",
+        )
+        for at, (system, own) in enumerate(systems.items())
+        for kind, points in own.items()
+    ]  # fmt: skip
+
+
+def _bars(name: str, shares: Shares, colour: str) -> dict[str, Any]:
+    """Percent by name, with the interval where there is one."""
+    bars: dict[str, Any] = {"name": name, "type": "bar", "x": list(shares), "marker": {"color": colour}}
+    values = list(shares.values())
+    if not all(isinstance(value, Interval) for value in values):
+        return bars | {"y": [100 * value for value in values]}
+    above, below = ([100 * (v.high - v.mean) for v in values], [100 * (v.mean - v.low) for v in values])
+    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+    return bars | {"y": [100 * value.mean for value in values], "error_y": error}
 
 
 def _evaluations(recipe: Recipe, *, needed: bool) -> list[Evaluation]:
@@ -277,17 +321,18 @@ def _recall(evaluations: Sequence[Evaluation]) -> str | None:
     return _figure(traces, "passages retrieved (k)", "recall@k, %") if traces else None
 
 
-def _trace(name: str, points: Sequence[tuple[float, float]], colour: str) -> dict[str, Any]:
+def _trace(name: str, points: Sequence[tuple[float, float]], colour: str, *, dash: str = "solid") -> dict[str, Any]:
     return {
         "name": name, "x": [x for x, _ in points], "y": [y for _, y in points], "type": "scatter",
-        "mode": "lines+markers" if len(points) < 30 else "lines", "line": {"color": colour, "width": 2},
+        "mode": "lines+markers" if len(points) < 30 else "lines", "line": {"color": colour, "width": 2, "dash": dash},
     }  # fmt: skip
 
 
 def _figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> str:
     axis = {"gridcolor": "#e6e9ee", "zeroline": False, "automargin": True}
+    height = 300 + 12 * max(0, len(traces) - 4)  # names of lines take some of it
     layout = {
-        "margin": {"l": 48, "r": 12, "t": 44, "b": 44}, "height": 300, "paper_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 48, "r": 12, "t": 44, "b": 44}, "height": height, "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)", "font": {"family": "system-ui, sans-serif", "size": 13},
         "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}, "rangemode": "tozero"},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}, "showlegend": True,

@@ -7,7 +7,8 @@
     clean                    K passages: gold, and the best hits behind it
     noise/KIND/present/r     the share r of the hits exchanged for one kind of noise, gold left where it was
     noise/KIND/absent/r      K passages without gold, of which the share r is noise; with r = 0 of no kind
-    distractors/n            gold alone, and n hard passages beside it
+    distractors/0            gold alone
+    distractors/KIND/n       gold, and n passages of one kind of noise beside it
     conflict/1               one gold passage against one that says something else instead
     order/i                  the retrieved passages, as they came (0) and in other permutations
     retriever/INDEX          the best passages of every index in turn
@@ -25,6 +26,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -77,7 +79,7 @@ KIND = "robustness"
 CLEAN, ALONE = "clean", "distractors/0"
 FIGURES = (
     "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
-    "citation_recall", "truncated", "unfinished",
+    "citation_recall", "truncated", "unfinished", "tokens",
 )  # fmt: skip
 MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
 WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
@@ -97,8 +99,10 @@ class Condition:
     @property
     def name(self) -> str:
         amount = f"{float(self.amount):g}"
-        if self.form != "noise":
-            return f"{self.form}/{amount}"
+        if self.form == "distractors":
+            return f"distractors/{self.kind}/{amount}" if self.kind else ALONE
+        if self.form == "conflict":
+            return f"conflict/{amount}"
         return (
             CLEAN
             if self.gold and not self.amount
@@ -113,6 +117,7 @@ class Robustness:
     Attributes:
         figures: condition → figure → mean; "delta" is that of "right" against clean, or against the recipe's own index.
         missing: condition → share of questions that it could not be made for.
+        seconds: condition → what one answer took on average, with others beside it in a batch.
         abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
         orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
     """
@@ -121,6 +126,7 @@ class Robustness:
     folder: Path
     figures: dict[str, dict[str, Interval]]
     missing: dict[str, float]
+    seconds: dict[str, float]
     abstention: dict[str, dict[str, float]]
     orders: dict[str, Interval]
     retrievers: dict[str, Any]
@@ -160,7 +166,9 @@ def open_robustness(folder: Path) -> Robustness:
     told = read_manifest(folder, KIND)
     figures = {name: {key: Interval(**value) for key, value in own.items()} for name, own in told["figures"].items()}
     orders = {name: Interval(**value) for name, value in told["orders"].items()}
-    return Robustness(told["system"], folder, figures, told["missing"], told["abstention"], orders, told["retrievers"])
+    return Robustness(
+        told["system"], folder, figures, told["missing"], told["seconds"], told["abstention"], orders, told["retrievers"]
+    )
 
 
 def conditions(settings: RobustnessSettings) -> list[Condition]:
@@ -173,8 +181,10 @@ def conditions(settings: RobustnessSettings) -> list[Condition]:
             ratios = [Fraction(str(ratio)) for ratio in settings.ratios]
             found += [Condition("noise", kind if ratio else None, gold == "present", ratio) for ratio in ratios]
     conflict = [Condition("conflict", "counterfactual", amount=Fraction(1))] if "counterfactual" in settings.noise else []
-    counts = [0, *settings.distractors] if settings.distractors or conflict else []
-    found += [Condition("distractors", "hard" if count else None, amount=Fraction(count)) for count in counts]
+    found += [Condition("distractors")] if settings.distractors or conflict else []
+    beside = settings.noise if settings.distractor_kinds is None else settings.distractor_kinds
+    counts = [Fraction(count) for count in settings.distractors if count]
+    found += [Condition("distractors", kind, amount=count) for kind in beside for count in counts]
     return list(dict.fromkeys(found + conflict))
 
 
@@ -229,7 +239,7 @@ def _slots(
         placed = gold_slots(gold[:1] if condition.form == "conflict" else gold)
         return fill(
             example, placed, kinds=[str(condition.kind)] * int(condition.amount), gold=gold, sources=sources, guard=guard,
-            seed=seed, conflict=condition.form == "conflict", found="replace", fallback=(),
+            seed=seed, conflict=condition.kind == "counterfactual", found="replace", fallback=(),
         )  # fmt: skip
     except CorpusError as why:
         log.debug("%s, %s: %s", condition.name, example.id, why.message)
@@ -266,11 +276,11 @@ def _prompts_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Pro
     asked = settings.robustness
     assert asked is not None
     system = parts.open(recipe)
-    made = [kind for kind in asked.noise if kind in MADE]
+    made = [kind for kind in dict.fromkeys((*asked.noise, *(asked.distractor_kinds or ()))) if kind in MADE]
     if made and system.decode.kind in NEEDS_PRIOR:
         raise RecipeError(
             f"decode.kind {system.decode.kind} weighs passages by their vectors, and {made[0]} passages are in no index",
-            hint=f"leave {', '.join(made)} out of evaluate.robustness.noise, or decode with concat",
+            hint=f"leave {', '.join(made)} out of evaluate.robustness, or decode with concat",
         )
     corpus = system.retriever.base.corpus
     examples = _examples(recipe, settings, corpus)
@@ -300,6 +310,7 @@ def _measure(
     assert asked is not None
     examples = _examples(recipe, settings, system.retriever.base.corpus)
     indexes = _indexes(system, asked)
+    seconds: dict[str, float] = {}
     rows = [
         {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}}
         for e in examples
@@ -312,7 +323,9 @@ def _measure(
             log.warning("%s: no question has gold passages and enough such noise; it is left out", condition)
             continue
         log.info("reading: %s, %d questions", condition, len(given))
+        began = time.monotonic()
         answers = _read(system, [examples[place] for place in given], list(given.values()))
+        seconds[condition] = round((time.monotonic() - began) / len(given), 4)
         for (place, hits), answer in zip(given.items(), answers, strict=True):
             rows[place]["conditions"][condition] = _row(  # type: ignore[index]
                 examples[place], answer, hits, prompts[examples[place].id].get(condition, ()), settings, asked
@@ -323,7 +336,7 @@ def _measure(
     figures["retrievers"] |= {"unseen": list(asked.unseen)} if indexes else {}
     content = {
         "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
-        "source": str(settings.questions), "settings": asked.model_dump(mode="json"),
+        "source": str(settings.questions), "settings": asked.model_dump(mode="json"), "seconds": seconds,
     }  # fmt: skip
     write_manifest(folder, KIND, content | _plain(figures))
 
@@ -430,6 +443,7 @@ def _row(
         "citation_precision": cited["citation_precision"],
         "citation_recall": cited["citation_recall"] if own else math.nan,
         "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
+        "tokens": float(len(answer.ids)) if answer.ids else math.nan,  # some decodings do not say
     }  # fmt: skip
     told: dict[str, Any] = {"text": answer.text, "passages": [hit.passage.id for hit in hits]}
     if slots:

@@ -1,7 +1,7 @@
 """Robustness and judgements in words: tables that the command line and the report both show, and curves over noise.
 
 Figures are in points of 100 with 95 % intervals; a difference is in points too. The share of questions that a condition could
-not be made for stands beside it.
+not be made for stands beside it; tokens and seconds are means of one answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,19 @@ from raglan.grid_tables import GridTable
 from raglan.judge import Judged
 from raglan.judging import Pairs
 from raglan.metrics import Interval
-from raglan.stress import CLEAN, Robustness
+from raglan.stress import ALONE, CLEAN, Robustness
 
-__all__ = ["judge_summary", "judge_tables", "noise_points", "robustness_summary", "robustness_tables"]
+__all__ = [
+    "abstention_shares",
+    "distractor_points",
+    "judge_summary",
+    "judge_tables",
+    "noise_points",
+    "order_shares",
+    "retriever_shares",
+    "robustness_summary",
+    "robustness_tables",
+]
 
 SHOWN = (
     "right",
@@ -31,12 +41,13 @@ SHOWN = (
     "citation_recall",
     "truncated",
     "unfinished",
+    "tokens",
 )
 HEADS = {
     "right": "right", "delta": "against clean", "f1": "F1", "declined": "declined", "follow": "followed",
     "follow_of_right": "followed, of right", "follow_majority": "followed, truth in majority",
     "follow_conflict": "followed, one against one", "citation_precision": "citation precision",
-    "citation_recall": "citation recall", "truncated": "prompts cut", "unfinished": "answers cut off",
+    "citation_recall": "citation recall", "truncated": "prompts cut", "unfinished": "answers cut off", "tokens": "tokens",
 }  # fmt: skip
 RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "over_abstention", "hallucination")
 
@@ -51,7 +62,8 @@ def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
     return {
         system.system: {
             "conditions": {
-                name: {key: _numbers(value) for key, value in own.items()} | {"missing": system.missing[name]}
+                name: {key: _numbers(value) for key, value in own.items()}
+                | {"missing": system.missing[name], "seconds": system.seconds[name]}
                 for name, own in system.figures.items()
             },
             "abstention": system.abstention, "orders": {name: _numbers(value) for name, value in system.orders.items()},
@@ -76,6 +88,40 @@ def noise_points(system: Robustness, *, gold: bool) -> dict[str, list[tuple[floa
     return {kind: sorted(points) for kind, points in found.items()}
 
 
+def distractor_points(system: Robustness) -> dict[str, list[tuple[float, float]]]:
+    """Kind of noise → (how many of it stand beside gold, percent right)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, own in system.figures.items():
+        part = name.split("/")
+        if part[0] == "distractors" and name != ALONE:
+            found.setdefault(part[1], []).append((float(part[2]), 100 * own["right"].mean))
+    first = [(0.0, 100 * system.figures[ALONE]["right"].mean)] if ALONE in system.figures else []
+    return {kind: sorted([*first, *points]) for kind, points in found.items()}
+
+
+def retriever_shares(system: Robustness) -> dict[str, Interval]:
+    """Index, with what is to be known of it, → share of right answers."""
+    own = {name: figures for name, figures in system.figures.items() if name.startswith("retriever/")}
+    return {_label(name, system): figures["right"] for name, figures in own.items()}
+
+
+def order_shares(system: Robustness) -> dict[str, Interval]:
+    """What the order of the passages changes."""
+    heads = {"flip": "questions that flip", "disagreement": "pairs of orders that differ"}
+    return {heads[name]: value for name, value in system.orders.items()}
+
+
+def abstention_shares(system: Robustness, rate: str) -> dict[str, float]:
+    """Noise in words → one of the rates of abstention, where it is defined."""
+    rates = {noise: own[rate] for noise, own in system.abstention.items() if rate in own}
+    return {_noise_label(noise): value for noise, value in rates.items()}
+
+
+def _noise_label(noise: str) -> str:
+    kind, _, share = noise.partition("/")
+    return f"{100 * float(share):g} % {kind.replace('_', ' ')}" if share else "hits"
+
+
 def _tables(system: Robustness) -> list[GridTable]:
     noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict")]
     orders = [name for name in system.figures if name.startswith("order/")]
@@ -96,12 +142,13 @@ def _conditions(system: Robustness, title: str, names: Sequence[str]) -> GridTab
     rows, marked = [], {}
     for at, name in enumerate(names):
         own = system.figures[name]
-        rows.append([_label(name, system), *(_cell(own.get(figure), sign=figure == "delta") for figure in shown),
-                     f"{100 * system.missing[name]:.1f}"])  # fmt: skip
+        cells = [_count(own.get(figure)) if figure == "tokens" else _cell(own.get(figure), sign=figure == "delta")
+                 for figure in shown]  # fmt: skip
+        rows.append([_label(name, system), *cells, f"{system.seconds[name]:.3g}", f"{100 * system.missing[name]:.1f}"])
         delta = own.get("delta")
         if delta is not None and (delta.low > 0 or delta.high < 0):
             marked[at, 1 + shown.index("delta")] = "better" if delta.mean > 0 else "worse"
-    return GridTable(title, ["", *(HEADS[figure] for figure in shown), "missing"], rows, marked)
+    return GridTable(title, ["", *(HEADS[figure] for figure in shown), "seconds", "missing"], rows, marked)
 
 
 def _declining(system: Robustness) -> GridTable:
@@ -122,10 +169,10 @@ def _label(name: str, system: Robustness) -> str:
     if name == CLEAN:
         return "clean: gold and hits"
     if part[0] == "distractors":
-        return "gold alone" if part[1] == "0" else f"gold alone + {part[1]} hard"
+        return "gold alone" if name == ALONE else f"gold alone + {part[2]} {part[1].replace('_', ' ')}"
     if part[0] == "conflict":
         return "one gold against one false"
-    share = f"{100 * float(part[3]):g} % {part[1].replace('_', ' ')}" if part[1] != "none" else "hits"
+    share = "hits" if part[1] == "none" else _noise_label(f"{part[1]}/{part[3]}")
     return f"gold, {share}" if part[2] == "present" else f"no gold, {share}"
 
 
@@ -134,6 +181,10 @@ def _cell(value: Interval | None, *, sign: bool = False) -> str:
         return ""
     form = "{:+.1f}" if sign else "{:.1f}"
     return f"{form.format(100 * value.mean)} [{form.format(100 * value.low)}, {form.format(100 * value.high)}]"
+
+
+def _count(value: Interval | None) -> str:
+    return "" if value is None or math.isnan(value.mean) else f"{value.mean:.1f}"
 
 
 def _share(value: float | None) -> str:

@@ -47,6 +47,7 @@ def _written(generator: Generator, asked: Asked, settings: ConcatDecode) -> list
             hits=tuple(found),
             truncated=prompt.truncated,
             settings=settings.model_dump(),
+            ids=written.ids,
         )  # fmt: skip
         for query, found, prompt, written in zip(asked.queries, asked.hits, prompts, completions, strict=True)
     ]

@@ -33,7 +33,10 @@ class RobustnessSettings(Settings):
         ("present", "absent"), min_length=1, description="Whether the gold passages are among the others."
     )
     distractors: tuple[Annotated[int, Field(ge=0, le=100)], ...] = Field(
-        (0, 2, 4), description="Numbers of hard passages beside the gold ones."
+        (0, 2, 4), description="Numbers of passages of one kind of noise beside the gold ones."
+    )
+    distractor_kinds: tuple[NoiseKind, ...] | None = Field(
+        None, description="Kinds that are counted so; default all of `noise`. Each costs one condition a number."
     )
     position: Literal["uniform", "first", "middle", "last", "rank"] = Field(
         "uniform", description="Of gold; `uniform` deals all positions evenly over the questions."
@@ -45,7 +48,7 @@ class RobustnessSettings(Settings):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> RobustnessSettings:
-        for name in ("noise", "ratios", "gold", "distractors", "retrievers", "unseen"):
+        for name in ("noise", "ratios", "gold", "distractors", "distractor_kinds", "retrievers", "unseen"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice")
