@@ -22,7 +22,7 @@ from raglan.recipe import PriorSettings
 from raglan.records import Hit
 from raglan.text import MAX_QUERY_CHARACTERS, check_query
 
-__all__ = ["Prior", "Retriever", "Rewrite"]
+__all__ = ["BATCH", "Prior", "Retriever", "Rewrite"]
 
 BATCH = 512  # queries embedded and searched together
 Rewrite = Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]  # (questions, their histories) → questions

@@ -31,7 +31,7 @@ from raglan.knowledge import KnowledgeBase
 from raglan.progress import track
 from raglan.recipe import PriorSettings
 from raglan.records import Hit, Passage
-from raglan.retriever import Prior, Retriever, Rewrite
+from raglan.retriever import BATCH, Prior, Retriever, Rewrite
 from raglan.text import MAX_QUERY_CHARACTERS, check_query
 
 __all__ = ["ForeignRetriever", "from_langchain", "from_llama_index"]
@@ -104,8 +104,12 @@ class ForeignRetriever(Retriever):
         self._scoreless: set[str] = set()  # queries
         self._warned: set[str] = set()
 
-    def search(self, queries: Sequence[str], k: int, *, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Sequence[str], k: int, *, batch: int = BATCH, vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B,K) float32, 0 where they give none, and rows (B,K) int64; row −1 where fewer than K were found.
+
+        They embed what they are asked themselves: `vectors` are of no use to them.
 
         Raises:
             RecipeError: k below 1. CorpusError: an empty query.

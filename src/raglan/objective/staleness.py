@@ -22,7 +22,7 @@ from raglan.encoder import Encoder
 from raglan.errors import CheckpointError
 from raglan.knowledge import KnowledgeBase, encoder_text, reencoded
 from raglan.recipe import StalenessSettings
-from raglan.retriever import Retriever
+from raglan.retriever import BATCH, Retriever
 
 __all__ = ["Refresher", "StaleRetriever", "encoded_anew", "refresh_due"]
 
@@ -139,9 +139,11 @@ class StaleRetriever(Retriever):
             return k
         return min(max(k, self.over_retrieve), len(self.base.corpus))
 
-    def search(self, queries: Sequence[str], k: int, *, batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Sequence[str], k: int, *, batch: int = BATCH, vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         depth = self.depth(k)
-        scores, rows = super().search(queries, depth, batch=batch)
+        scores, rows = super().search(queries, depth, batch=batch, vectors=vectors)
         if depth == k or not queries:
             return scores, rows
         return self.reranked(self._vectors_of(queries), rows, k)
