@@ -246,6 +246,9 @@ def test_a_loss_against_what_a_segment_has_said(generator: HFGenerator) -> None:
     assert float(loss - plain.loss(dict(batch), items=count)[0]) * count == pytest.approx(wanted, rel=1e-3)
     assert float(figures["loss/repeats"]) * count * 2 == pytest.approx(wanted, rel=1e-4)
     both, rows = AnswerObjective(generator, repeats=2.0, off_grammar=3.0), [one, *rows_of(generator)]
+    single = [fields(made.row_ids(row(segment("a"))), generator.schema)]  # one word: nothing can be said again
+    alone = [float(some.loss(some.collate(single), items=1)[0]) for some in (objective, plain)]
+    assert alone[0] == alone[1]
     packs, _ = pack_rows(rows, 400)
     together, apart = (float(both.loss(both.collate(some), items=9)[0]) for some in (packs, rows))
     assert together == pytest.approx(apart, rel=1e-5)

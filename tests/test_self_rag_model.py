@@ -281,7 +281,7 @@ evaluate: {{questions: dev.jsonl, k: [1], modes: [closed_book, retrieved], limit
     assert figures["retrieved/retrieval_rate"]["mean"] == 0.5
     assert "closed_book/retrieval_rate" not in figures
     code, out, err = call("evaluate", str(recipe))
-    assert "untuned, retrieved, a question: calls " in err
+    assert "untuned, retrieved, an answer: calls " in err
     row = json.loads(next((tmp_path / "runs" / "asks" / "evaluations").glob("*/predictions.jsonl")).read_text().splitlines()[0])
     assert row["predictions"]["retrieved"]["trace"]["form"] == "short"
     code, out, err = call("evaluate", str(recipe), "--calibrate", "isotonic")

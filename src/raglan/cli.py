@@ -247,7 +247,6 @@ def evaluate(
         _report([loaded], loaded.run / "report.html")
     if as_json:
         told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
-        told |= {"training_seeds": list(over_seeds(loaded))} if len(evaluations) > 1 else {}
         typer.echo(json.dumps(told | further.summary(), indent=2))
         return
     differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}

@@ -249,9 +249,12 @@ def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             plain = {name: prediction[name] for name in ("tokens", "seconds") if name in prediction}
             costs.setdefault(mode, []).append(prediction["trace"]["cost"] if "trace" in prediction else plain)
     return {
-        mode: {name: round(sum(cost.get(name, 0) for cost in own) / len(own), 4) for name in own[0]}
+        mode: {
+            name: round(sum(cost.get(name, 0) for cost in own) / len(own), 4)
+            for name in dict.fromkeys(name for cost in own for name in cost)
+        }
         for mode, own in costs.items()
-        if own[0]
+        if any(own)
     }
 
 

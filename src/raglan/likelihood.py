@@ -383,7 +383,7 @@ class _TargetLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        total, wanted = logits.logsumexp(-1, keepdim=True), targets.view(len(targets), -1)
+        total, wanted = logits.logsumexp(-1, keepdim=True), targets if targets.dim() == 2 else targets[:, None]
         ctx.save_for_backward(logits, wanted, total)
         return (logits.gather(-1, wanted) - total).view_as(targets)
 

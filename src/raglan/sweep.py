@@ -254,7 +254,10 @@ def open_sweep(recipe: Recipe) -> dict[str, Any] | None:
     if not path.is_file() or not isinstance(recipe.decode, SelfRagDecode):
         return None
     told = read_json(path)
-    return told if told.get("made_of") == _made_of(recipe) else None
+    try:
+        return told if told.get("made_of") == _made_of(recipe) else None
+    except RecipeError:  # a grid that does not go with the decoding as it is now
+        return None
 
 
 def settings_of(how: SweepSettings, decode: SelfRagDecode, *, k: int, seed: int) -> list[Setting]:
@@ -293,6 +296,18 @@ def _axes(how: SweepSettings, decode: SelfRagDecode) -> dict[str, tuple[Any, ...
     for name in ("require", "prune", "combine"):
         for value in grid[name]:
             _check(decode, name, value)
+    return _deciding(grid, how, decode)
+
+
+def _deciding(grid: dict[str, tuple[Any, ...]], how: SweepSettings, decode: SelfRagDecode) -> dict[str, tuple[Any, ...]]:
+    """The grid without what decides nothing. Raises RecipeError where that was asked for."""
+    if decode.retrieve != "adaptive":
+        for name in ("threshold", "rule"):
+            if name in how.model_fields_set and grid[name] != (None,):
+                raise RecipeError(f"sweep.{name} decides nothing with decode.retrieve {decode.retrieve}", hint="leave it out")
+        grid = {**grid, "threshold": (None,)}
+    if grid["on_empty"] != (None,) and not (decode.require.any or any(one.any for one in how.require)):
+        raise RecipeError("sweep.on_empty decides nothing without a hard constraint", hint="sweep.require or decode.require")
     return grid
 
 
@@ -521,7 +536,7 @@ def _made_of(recipe: Recipe) -> str:
     if "threshold" in tried:
         del fixed["target_rate"]
     own = _identity(recipe, parts, decode, _questions(recipe))
-    return fingerprint([own, how.k or recipe.retriever.k, fixed, how.model_dump(mode="json")])
+    return fingerprint([own, _patterns(recipe), how.k or recipe.retriever.k, fixed, how.model_dump(mode="json")])
 
 
 def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Path) -> dict[str, Any]:

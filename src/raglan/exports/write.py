@@ -143,6 +143,8 @@ def write_rows(
         raise CorpusError(f"{path} is not written, for it would break the rules of {form}:\n{told}", hint=hint)
     for place, whole in reversed(list(zip(half, places, strict=True))):  # the file itself last
         os.replace(place, whole)
+    if not meta:
+        meta_path(path).unlink(missing_ok=True)  # that of an earlier export, line for line of other rows
     return Written(path, len(rows), left_out, tuple(fault for fault in faults if fault.level == "warning"))
 
 

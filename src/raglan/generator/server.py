@@ -110,7 +110,7 @@ def local_tokenizer(name: str, *, field: str) -> Any:
     try:
         with quietly():
             return open_tokenizer(name)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as fault:
         raise CheckpointError(
             f"tokenizer {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
             hint=f"{field}.tokenizer is the served model's: a folder, or a hub name and a network",

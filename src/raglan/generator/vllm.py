@@ -133,7 +133,7 @@ def _opened(name: str) -> tuple[Any, int]:
     try:
         with quietly():
             return open_tokenizer(name), int(AutoConfig.from_pretrained(name).vocab_size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(
             f"generator {name!r} cannot be loaded: {_first_line(fault)}",
             hint="vLLM takes a folder with config.json, weights and tokenizer of a causal model, or a hub name and a network",

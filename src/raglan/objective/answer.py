@@ -134,7 +134,7 @@ class _Against:
         self, batch: dict[str, Tensor], groups: Tensor, stands: Tensor, module: nn.Module | None
     ) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
         """token_logprobs (B,T) as `HFGenerator.forward` has them, and by name a weight and what it multiplies, (B,T), ≤ 0."""
-        said = _said(batch["labels"], groups)
+        said = _said(batch["labels"], groups) if self.repeats else groups.new_zeros((*groups.shape, 0))
         ids = torch.cat([self.ids.expand(*said.shape[:2], -1), said], dim=-1)
         values = self.generator.forward_beside(batch, ids.clamp_min(0), module)
         device, mask = values.device, scored(batch).to(values.device)
@@ -161,7 +161,8 @@ def _said(labels: Tensor, groups: Tensor) -> Tensor:
             before = [*before, label] if kind == text and label >= 0 else []
         found.append(row)
     most = max(len(words) for row in found for words in row)
-    return torch.tensor([[words + [-1] * (most - len(words)) for words in row] for row in found]).view(*labels.shape, most)
+    filled = [[words + [-1] * (most - len(words)) for words in row] for row in found]
+    return torch.tensor(filled, dtype=torch.long).view(*labels.shape, most)
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class AnswerObjective(Settings):
         default_factory=dict, description="Of `self_rag` rows: what the losses of a token group are multiplied by; default 1."
     )
     off_grammar: float = Field(
-        0.0, ge=0, description="Of `self_rag` rows: weight of a loss against all marks that may not stand where a word stands."
+        0.0, ge=0, description="Of `self_rag` rows: weight of a loss against all that their grammar does not admit."
     )
     repeats: float = Field(
         0.0, ge=0, description="Of `self_rag` rows: weight of a loss against what a segment's text has said already."

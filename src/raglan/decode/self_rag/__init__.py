@@ -35,7 +35,8 @@ def self_rag(
 
     Args:
         generator: a `MarkedGenerator`: its vocabulary holds the reflection tokens.
-        query: question and last segment → what a further retrieval asks, in place of `settings.query`.
+        query: question and last segment → what a further retrieval asks, in place of `settings.query`; not called
+            without `retrieve`.
 
     Raises:
         RecipeError: it is none; a `query` where nothing further is retrieved. CheckpointError: its vocabulary lacks them.

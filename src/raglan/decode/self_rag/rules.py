@@ -85,13 +85,13 @@ def said_of(one: Marked, schema: Schema, *, retrieved: bool, by: str = "token") 
     """
     roles: tuple[Role, ...] = ("is_rel", "is_sup", "is_use")
     places = {role: first(one.ids, schema.ids[role]) for role in roles}
+    if places["is_sup"] is not None and places["is_sup"] >= segment_end(one.ids, schema):
+        places["is_sup"] = None
     if by == "probability":
         places["is_rel"] = 0 if len(one.ids) else None
         return Said(*(_likeliest(one, schema, role, at) for role, at in places.items()))
     if places["is_rel"] != 0 or not retrieved:
         places["is_rel"] = None
-    if places["is_sup"] is not None and places["is_sup"] >= segment_end(one.ids, schema):
-        places["is_sup"] = None
     return Said(*(-1 if at is None else schema.ids[role].index(one.ids[at]) for role, at in places.items()))
 
 

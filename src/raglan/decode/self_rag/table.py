@@ -197,12 +197,21 @@ class Table:
         assert self.places is not None
         given = np.where(standing, self.places[:, : standing.shape[-1]], -1)
         sums = label_scores(given, np.where(standing, scores, 0.0), how, labels=self.labelled.shape[1])
-        found = np.where((given >= 0).any(-1), self.labelled[np.arange(len(sums)), sums.argmax(-1)], quality)
+        label = _first_best(given, sums)
+        found = np.where((given >= 0).any(-1), self.labelled[np.arange(len(sums)), label], quality)
         if margin is None:
             return found
         second, first = np.sort(sums, axis=-1)[:, -2:].T
         with np.errstate(invalid="ignore"):
             return np.where(np.isfinite(second) & (first - second < margin), self.abstention, found)
+
+
+def _first_best(given: NDArray[Any], sums: NDArray[np.float64]) -> NDArray[np.intp]:
+    """(N,) the label with the largest sum, of equals the one that stands first: (N,K) labels or −1, (N,L) sums."""
+    k, labels = given.shape[-1], np.arange(sums.shape[-1])
+    places = np.where(given[:, None, :] == labels[:, None], np.arange(k), k).min(-1)
+    best: NDArray[np.intp] = np.where(sums == sums.max(-1, keepdims=True), places, k + 1).argmin(-1)
+    return best
 
 
 def _said(marked: Marked, cache: CandidateCache, settings: SelfRagDecode, *, retrieved: bool) -> tuple[int, int, int]:
@@ -241,7 +250,7 @@ def unfit(settings: SelfRagDecode) -> list[str]:
         name
         for name, on in (
             ("form long", settings.form == "long"), ("options", bool(settings.options)),
-            (f"prune.kind {settings.prune.kind}", settings.prune.kind in ("top_m", "tau")),  # `bound` changes no answer
+            (f"prune.kind {settings.prune.kind}", settings.prune.kind != "none"),  # `bound` changes what is written
             ("released", bool(settings.released)), (f"retrieve {settings.retrieve}", settings.retrieve != "adaptive"),
             ("samples", settings.samples > 1),
             ("no threshold", settings.threshold is None or settings.target_rate is not None),
