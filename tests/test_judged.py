@@ -25,6 +25,7 @@ from raglan.generator import open_generator
 from raglan.recipe import ClosedBookSettings, EndpointSettings, GeneratorSettings, MoneySettings, PromptSettings, Recipe
 from raglan.records import Example, Passage
 from raglan.synthesis import Plan, factors_of, make_plan
+from raglan.synthesis.checks import prices
 from raglan.synthesis.desk import Desk
 from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.recall import ClosedBook, _words
@@ -307,6 +308,28 @@ def test_somebody_has_to_judge(paid: Path) -> None:
         })  # fmt: skip
 
 
+def test_another_model_than_the_teachers_has_a_price_of_its_own(paid: Path) -> None:
+    tree = yaml.safe_load(paid.read_text())
+    money, verify = tree["synthesis"]["money"], tree["synthesis"]["verify"]
+    own = verify["support"].pop("price")
+    money["price"] = "free"
+
+    def costs() -> list[Any]:
+        found = Recipe.model_validate(tree).synthesis
+        assert found is not None
+        return prices(found)
+
+    with pytest.raises(RecipeError, match=r"verify\.support\.price is not said"):
+        costs()
+    verify["support"]["endpoint"]["model"] = "m"
+    assert costs() == ["free", "free"], "the teacher's server and model"
+    verify["closed_book"] = {"endpoint": {**verify["support"]["endpoint"], "base_url": "http://localhost:1/v1"}}
+    with pytest.raises(RecipeError, match=r"verify\.closed_book\.price is not said"):
+        costs()
+    verify["closed_book"]["price"] = own
+    assert costs()[-1] != "free"
+
+
 def test_verify_asks_a_recipes_judge_and_goes_on_where_it_stopped(
     server: FaultServer, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +339,7 @@ def test_verify_asks_a_recipes_judge_and_goes_on_where_it_stopped(
         for n in range(12)
     ]  # fmt: skip
     tree = yaml.safe_load(paid.read_text())
-    del tree["synthesis"]["verify"]["support"]["price"]  # the teacher's, as the server bills
+    tree["synthesis"]["verify"]["support"]["price"] = PRICE  # as the server bills
     paid.write_text(yaml.safe_dump(tree))
     file = paid.parent / "written.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
