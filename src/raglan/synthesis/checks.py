@@ -19,7 +19,15 @@ from raglan.calls.journal import Journal
 from raglan.errors import RecipeError
 from raglan.generator import open_generator
 from raglan.perturb import Judge
-from raglan.recipe import ClosedBookSettings, EndpointSettings, JudgeSupport, NliSupport, PriceSettings, Recipe, SynthesisSettings
+from raglan.recipe import (
+    ClosedBookSettings,
+    EndpointSettings,
+    JudgeSupport,
+    NliSupport,
+    PriceSettings,
+    Recipe,
+    SynthesisSettings,
+)
 from raglan.synthesis.desk import PIECE
 from raglan.synthesis.recall import ClosedBook
 from raglan.verification import PaidJudge, Verifier
@@ -103,7 +111,8 @@ def open_checks(recipe: Recipe, journal: Journal | None, stack: ExitStack, *, re
     nli = _entailment(support.nli if isinstance(support, JudgeSupport) else support, inputs)
     judge = None
     if isinstance(support, JudgeSupport):
-        judge = PaidJudge(_engine(asked, support.endpoint, _price(asked, support, "support"), journal, stack), max_tokens=support.max_tokens)
+        engine = _engine(asked, support.endpoint, _price(asked, support, "support"), journal, stack)
+        judge = PaidJudge(engine, max_tokens=support.max_tokens)
         inputs["judge"] = judge.fingerprint
     closed = _closed_book(recipe, asked, journal, stack) if recall else None
     if closed is not None:
@@ -140,7 +149,8 @@ def _closed_book(recipe: Recipe, asked: SynthesisSettings, journal: Journal | No
     if settings is None:
         return None
     if settings.endpoint is not None:
-        return ClosedBook.paid(settings, _engine(asked, settings.endpoint, _price(asked, settings, "closed_book"), journal, stack))
+        price = _price(asked, settings, "closed_book")
+        return ClosedBook.paid(settings, _engine(asked, settings.endpoint, price, journal, stack))
     generator = open_generator(recipe.generator, recipe.prompt)
     return ClosedBook.local(settings, generator, generator.prompt)
 

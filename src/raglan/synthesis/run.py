@@ -136,22 +136,22 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
     for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
         if name in owner:
             owner[name] = {key: value for key, value in (owner[name] or {}).items() if key not in OF_A_SERVER}
+    for owner in (verify["support"], verify["closed_book"] or {}):
+        owner.pop("price", None)
     return told
 
 
 def _finished(folder: Path, name: str) -> dict[str, Any] | None:
-    """The manifest of a dataset that was not stopped. Raises CheckpointError where it is of other settings."""
+    """The manifest of a dataset that was not stopped. Raises CheckpointError: of other settings, stopped or not."""
     if not (folder / MANIFEST).is_file():
         return None
     there = read_manifest(folder, KIND)
-    if there["stopped"]:
-        return None
     if there["fingerprint"] != name:
         raise CheckpointError(
             f"{folder} holds the dataset {there['fingerprint']} of other settings; the recipe now gives {name}",
             hint="give synthesis.path another folder, or remove this one",
         )
-    return there
+    return None if there["stopped"] else there
 
 
 def _evaluation_sets(
