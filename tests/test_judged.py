@@ -25,7 +25,7 @@ from raglan.generator import open_generator
 from raglan.recipe import ClosedBookSettings, EndpointSettings, GeneratorSettings, MoneySettings, PromptSettings, Recipe
 from raglan.records import Example, Passage
 from raglan.synthesis import Plan, factors_of, make_plan
-from raglan.synthesis.checks import prices
+from raglan.synthesis.checks import _piece, prices
 from raglan.synthesis.desk import Desk
 from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.recall import ClosedBook, _words
@@ -328,6 +328,20 @@ def test_another_model_than_the_teachers_has_a_price_of_its_own(paid: Path) -> N
         costs()
     verify["closed_book"]["price"] = own
     assert costs()[-1] != "free"
+
+
+def test_a_generator_here_reads_pieces_of_one_size(paid: Path) -> None:
+    tree = yaml.safe_load(paid.read_text())
+
+    def piece(concurrency: int) -> int:
+        tree["synthesis"]["teacher"]["concurrency"] = concurrency
+        found = Recipe.model_validate(tree).synthesis
+        assert found is not None
+        return _piece(found)
+
+    assert piece(64) > piece(8), "who is called has work"
+    tree["synthesis"]["verify"]["closed_book"] = {"what": "tag"}
+    assert piece(64) == piece(8)
 
 
 def test_verify_asks_a_recipes_judge_and_goes_on_where_it_stopped(

@@ -503,6 +503,12 @@ def test_what_is_measured_is_kept_out_and_a_missing_set_stops_the_run(tmp_path: 
     leakage = json.loads((done.folder / "leakage.json").read_text(encoding="utf-8"))
     assert leakage["sets"]["held"]["checks"]["D1"]["count"] == 4
     assert leakage["dropped"] >= 4
+    moved = held_out.rename(tmp_path / "moved.jsonl")
+    again = run(recipe(tmp_path / "near", n=30, decontaminate="registered", sets={"held": {"path": moved}}))
+    assert again.told["fingerprint"] == done.told["fingerprint"]
+    moved.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="of other settings"):  # else it would pass for checked against these
+        run(recipe(tmp_path / "near", n=30, decontaminate="registered", sets={"held": {"path": moved}}))
     with pytest.raises(CorpusError, match="missing"):
         run(recipe(tmp_path / "none", decontaminate="registered", sets={"gone": {"path": tmp_path / "gone.jsonl"}}))
     with pytest.raises(RecipeError, match="no evaluation set is registered"):

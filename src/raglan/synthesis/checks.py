@@ -156,7 +156,12 @@ def _closed_book(recipe: Recipe, asked: SynthesisSettings, journal: Journal | No
 
 
 def _piece(asked: SynthesisSettings) -> int:
-    """Large enough that all who are called have work, small enough that a stop leaves little unjudged."""
-    support = asked.verify.support
+    """Large enough that all who are called have work, small enough that a stop leaves little unjudged.
+
+    A generator here rounds by what stands in a batch together, so with one the piece does not follow how many are called.
+    """
+    support, closed = asked.verify.support, asked.verify.closed_book
+    if closed is not None and closed.endpoint is None:
+        return PIECE
     servers = [asked.teacher, support.endpoint if isinstance(support, JudgeSupport) else None]
     return max([PIECE, *(WAVES * server.concurrency for server in servers if isinstance(server, EndpointSettings))])

@@ -105,7 +105,8 @@ def synthesize(
     plan = make_plan(recipe, cannot=teacher.cannot()) if plan is None else plan
     verifier = Verifier(may_be_missing=settings.verify.may_be_missing) if verifier is None else verifier
     sets, missing, near = _evaluation_sets(recipe, settings, corpus_at)
-    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}])
+    kept_out = [] if near is None else [_kept_out(sets, missing, near)]
+    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}, *kept_out])
     folder = Path(settings.path)
     if (there := _finished(folder, name)) is not None:
         return Done(folder, there)
@@ -139,6 +140,14 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
     for owner in (verify["support"], verify["closed_book"] or {}):
         owner.pop("price", None)
     return told
+
+
+def _kept_out(sets: Sequence[EvaluationQuestions], missing: Sequence[str], near: DecontaminateSettings) -> Mapping[str, Any]:
+    """What says which examples leak: how near they may come, and the questions themselves, wherever their files are."""
+    return {
+        "near": near.model_dump(mode="json", exclude={"sets", "missing"}), "missing": sorted(missing),
+        "sets": {one.name: fingerprint([example_row(example) for example in one.examples]) for one in sets},
+    }  # fmt: skip
 
 
 def _finished(folder: Path, name: str) -> dict[str, Any] | None:
