@@ -203,6 +203,18 @@ def test_an_answer_is_compared_with_the_facts(
     assert (stopped, found is not None and found.verdicts[-1]) == (None, outcome)
 
 
+def test_half_a_character_in_a_reason_is_repaired_as_what_a_teacher_replies(server: FaultServer, tmp_path: Path) -> None:
+    torn = json.dumps({"reason": "so \ud83d", "verdict": "supported"})
+    server.reply = lambda body: torn if name(body) == "Supported" else reply(body)
+    settings = EndpointSettings(base_url=server.url, model="j", api_key_env="CALLS_KEY")
+    with CallEngine(settings, tmp_path, money=MoneySettings(price="free")) as engine:
+        (found,), _ = Verifier(judge=PaidJudge(engine)).verify_all([OPEN])
+    assert found is not None
+    assert (found.reason, found.verdicts[-1].reason) == ("support_missing", "judge_failed")
+    assert "malformed" in found.verdicts[-1].detail
+    assert sum(name(request.body) == "Supported" for request in server.log) == 2, "one repair"
+
+
 # --- the command line: estimate, guard, verify ------------------------------------------------------------------------
 
 

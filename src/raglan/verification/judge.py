@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from raglan.artifact import fingerprint
 from raglan.calls import Ask, CallEngine
 from raglan.errors import CallsStopped, GeneratorError
 from raglan.records import Example, Passage
-from raglan.text import SPACELESS
+from raglan.text import SPACELESS, half_character
 from raglan.verification.checks import Verdict
 from raglan.verification.written import Written
 
@@ -42,6 +42,13 @@ class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     reason: str  # first, so that it is not an excuse
+
+    @field_validator("reason")
+    @classmethod
+    def _whole(cls, reason: str) -> str:
+        if (half := half_character(reason)) is not None:
+            raise ValueError(f"must be text in valid Unicode; {half!r} is half a character")
+        return reason
 
 
 class Supported(_Reply):
