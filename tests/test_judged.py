@@ -100,15 +100,15 @@ def asked(folder: Path) -> Recipe:
 
 def judged(
     server: FaultServer, folder: Path, plan: Plan, *, piece: int = 128, closed: ClosedBookSettings | None = None,
-    cap: str | None = None,
+    cap: str | None = None, attempts: int = 6,
 ) -> Done:  # fmt: skip
     """A dataset with a teacher and a judge on one server, of two names."""
     wanted, money = asked(folder), MoneySettings.model_validate({"price": PRICE, "cap_usd": cap})
     with closing(Journal(folder / "calls")) as journal:
         writes, judges = (
             CallEngine(
-                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8), journal,
-                money=money, clock=Clock(100.0),
+                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8, attempts=attempts),
+                journal, money=money, clock=Clock(100.0),
             )
             for model in ("m", "j")
         )  # fmt: skip
@@ -180,6 +180,19 @@ def test_a_judge_that_fails_is_missing_and_asked_again_later(server: FaultServer
         )
         one = replace(OPEN, facts=("Ilse Brandt led it.",))
         assert Verifier(judge=judge).verify_all([one], settle=False) == ([None], None), "not asked is no verdict"
+
+
+@pytest.mark.parametrize("attempts", [1, 6], ids=["each fails", "the breaker stops"])
+def test_a_judges_outage_stops_the_run_and_is_no_verdict(
+    server: FaultServer, tmp_path: Path, plan: Plan, attempts: int
+) -> None:
+    server.faults = lambda n, request: Fault(503) if name(request.body) == "Compared" else None
+    stopped = judged(server, tmp_path, plan, attempts=attempts)
+    assert stopped.told["stopped"].startswith("breaker")
+    assert not any(row["reason"] == "support_missing" for row in lines(stopped.folder / "rejects.jsonl"))
+    assert not any(row["ordinal"] for row in lines(stopped.folder / "attempts.jsonl")), "nothing is written in their place"
+    server.faults = lambda n, request: None
+    assert judged(server, tmp_path, plan).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,26 @@ class PaidJudge:
         """Ask for all that is noted.
 
         Raises:
-            CallsStopped: cap, fatal answer, interrupt; what has come is kept.
+            CallsStopped: cap, fatal answer, interrupt, or all failed for passing reasons; what has come is kept.
         """
         wanted, self._wanted = self._wanted, {}
-        for outcome in self.engine.run(wanted.values()):
-            if outcome.cls != "ok":
-                self._failed[self.engine.key(outcome.ask)] = f"{outcome.cls}: {outcome.error}"
+        came, away = 0, dict[str, str]()
+        try:
+            for outcome in self.engine.run(wanted.values()):
+                came, key = came + 1, self.engine.key(outcome.ask)
+                if outcome.cls != "ok":
+                    self._failed[key] = f"{outcome.cls}: {outcome.error}"
+                if outcome.cls == "transient":
+                    away[key] = outcome.error
+            if away and len(away) == came:
+                raise CallsStopped(
+                    f"the judge at {self.engine.host} answers nothing: {next(iter(away.values()))}", reason="breaker",
+                    hint="run the same command again when it is well",
+                )  # fmt: skip
+        except CallsStopped:  # an outage is no verdict: others would be paid for in place of what nobody has judged
+            for key in away:
+                del self._failed[key]
+            raise
 
     def _said(self, step: str, ref: str, messages: tuple[dict[str, str], ...], schema: type[R]) -> R:
         ask = Ask(step, messages, schema, {"temperature": 0.0, "max_tokens": self.max_tokens}, ref=ref)
