@@ -27,7 +27,7 @@ from raglan.records import Example, Hit, Passage
 from raglan.refusals import abstained
 from raglan.rendering import Rendering, read_rendering, render
 from raglan.synthesis import make_plan, quotas
-from raglan.synthesis.evidence import Assembler, instruction, instructions
+from raglan.synthesis.evidence import EVERYWHERE, Assembler, instruction, instructions
 from raglan.synthesis.plan import Cell, seed_of
 from raglan.synthesis.questions import Questions, open_questions
 from raglan.synthesis.record import example_of
@@ -629,3 +629,19 @@ def _tasks() -> list[str]:
     from raglan.synthesis import load_factors
 
     return load_factors()["task"].names
+
+
+def test_a_judge_that_says_yes_to_everything_is_not_paid_on_and_on(folder: Path) -> None:
+    asked: list[str] = []
+
+    def judge(says: bool) -> Assembler:
+        return Assembler.open(recipe(folder, found="replace"), judge=lambda _, passage: (asked.append(passage.id), says)[1])
+
+    never = judge(says=True)
+    draft = Draft(Job(cell()), "What is told of the mills?", (), (never.corpus[0],))
+    for _ in range(2):
+        asked.clear()
+        end = never.show(draft)
+        assert isinstance(end, Reject)
+        assert (end.reason, len(set(asked))) == ("answered_everywhere", EVERYWHERE)
+    assert isinstance(judge(says=False).show(draft), Sheet)

@@ -25,6 +25,7 @@ from raglan.generator import open_generator
 from raglan.recipe import ClosedBookSettings, EndpointSettings, GeneratorSettings, MoneySettings, PromptSettings, Recipe
 from raglan.records import Example, Passage
 from raglan.synthesis import Plan, factors_of, make_plan
+from raglan.synthesis.checks import _piece, prices
 from raglan.synthesis.desk import Desk
 from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.recall import ClosedBook, _words
@@ -99,15 +100,15 @@ def asked(folder: Path) -> Recipe:
 
 def judged(
     server: FaultServer, folder: Path, plan: Plan, *, piece: int = 128, closed: ClosedBookSettings | None = None,
-    cap: str | None = None,
+    cap: str | None = None, attempts: int = 6,
 ) -> Done:  # fmt: skip
     """A dataset with a teacher and a judge on one server, of two names."""
     wanted, money = asked(folder), MoneySettings.model_validate({"price": PRICE, "cap_usd": cap})
     with closing(Journal(folder / "calls")) as journal:
         writes, judges = (
             CallEngine(
-                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8), journal,
-                money=money, clock=Clock(100.0),
+                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8, attempts=attempts),
+                journal, money=money, clock=Clock(100.0),
             )
             for model in ("m", "j")
         )  # fmt: skip
@@ -181,6 +182,19 @@ def test_a_judge_that_fails_is_missing_and_asked_again_later(server: FaultServer
         assert Verifier(judge=judge).verify_all([one], settle=False) == ([None], None), "not asked is no verdict"
 
 
+@pytest.mark.parametrize("attempts", [1, 6], ids=["each fails", "the breaker stops"])
+def test_a_judges_outage_stops_the_run_and_is_no_verdict(
+    server: FaultServer, tmp_path: Path, plan: Plan, attempts: int
+) -> None:
+    server.faults = lambda n, request: Fault(503) if name(request.body) == "Compared" else None
+    stopped = judged(server, tmp_path, plan, attempts=attempts)
+    assert stopped.told["stopped"].startswith("breaker")
+    assert not any(row["reason"] == "support_missing" for row in lines(stopped.folder / "rejects.jsonl"))
+    assert not any(row["ordinal"] for row in lines(stopped.folder / "attempts.jsonl")), "nothing is written in their place"
+    server.faults = lambda n, request: None
+    assert judged(server, tmp_path, plan).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("said", "outcome"),
     [
@@ -200,6 +214,18 @@ def test_an_answer_is_compared_with_the_facts(
         verifier = Verifier(judge=PaidJudge(engine))
         (found,), stopped = verifier.verify_all([replace(OPEN, facts=("It was led by Ilse Brandt.",))])
     assert (stopped, found is not None and found.verdicts[-1]) == (None, outcome)
+
+
+def test_half_a_character_in_a_reason_is_repaired_as_what_a_teacher_replies(server: FaultServer, tmp_path: Path) -> None:
+    torn = json.dumps({"reason": "so \ud83d", "verdict": "supported"})
+    server.reply = lambda body: torn if name(body) == "Supported" else reply(body)
+    settings = EndpointSettings(base_url=server.url, model="j", api_key_env="CALLS_KEY")
+    with CallEngine(settings, tmp_path, money=MoneySettings(price="free")) as engine:
+        (found,), _ = Verifier(judge=PaidJudge(engine)).verify_all([OPEN])
+    assert found is not None
+    assert (found.reason, found.verdicts[-1].reason) == ("support_missing", "judge_failed")
+    assert "malformed" in found.verdicts[-1].detail
+    assert sum(name(request.body) == "Supported" for request in server.log) == 2, "one repair"
 
 
 # --- the command line: estimate, guard, verify ------------------------------------------------------------------------
@@ -307,6 +333,42 @@ def test_somebody_has_to_judge(paid: Path) -> None:
         })  # fmt: skip
 
 
+def test_another_model_than_the_teachers_has_a_price_of_its_own(paid: Path) -> None:
+    tree = yaml.safe_load(paid.read_text())
+    money, verify = tree["synthesis"]["money"], tree["synthesis"]["verify"]
+    own = verify["support"].pop("price")
+    money["price"] = "free"
+
+    def costs() -> list[Any]:
+        found = Recipe.model_validate(tree).synthesis
+        assert found is not None
+        return prices(found)
+
+    with pytest.raises(RecipeError, match=r"verify\.support\.price is not said"):
+        costs()
+    verify["support"]["endpoint"]["model"] = "m"
+    assert costs() == ["free", "free"], "the teacher's server and model"
+    verify["closed_book"] = {"endpoint": {**verify["support"]["endpoint"], "base_url": "http://localhost:1/v1"}}
+    with pytest.raises(RecipeError, match=r"verify\.closed_book\.price is not said"):
+        costs()
+    verify["closed_book"]["price"] = own
+    assert costs()[-1] != "free"
+
+
+def test_a_generator_here_reads_pieces_of_one_size(paid: Path) -> None:
+    tree = yaml.safe_load(paid.read_text())
+
+    def piece(concurrency: int) -> int:
+        tree["synthesis"]["teacher"]["concurrency"] = concurrency
+        found = Recipe.model_validate(tree).synthesis
+        assert found is not None
+        return _piece(found)
+
+    assert piece(64) > piece(8), "who is called has work"
+    tree["synthesis"]["verify"]["closed_book"] = {"what": "tag"}
+    assert piece(64) == piece(8)
+
+
 def test_verify_asks_a_recipes_judge_and_goes_on_where_it_stopped(
     server: FaultServer, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +378,7 @@ def test_verify_asks_a_recipes_judge_and_goes_on_where_it_stopped(
         for n in range(12)
     ]  # fmt: skip
     tree = yaml.safe_load(paid.read_text())
-    del tree["synthesis"]["verify"]["support"]["price"]  # the teacher's, as the server bills
+    tree["synthesis"]["verify"]["support"]["price"] = PRICE  # as the server bills
     paid.write_text(yaml.safe_dump(tree))
     file = paid.parent / "written.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

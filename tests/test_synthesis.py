@@ -27,7 +27,7 @@ from raglan.synthesis.checked import written_of
 from raglan.synthesis.offline import CANNOT, IGNORES, Offline
 from raglan.synthesis.offline.gaps import overlap, window
 from raglan.synthesis.offline.spans import language_of, spans
-from raglan.synthesis.run import Done, synthesize
+from raglan.synthesis.run import Done, _content, synthesize
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
 from raglan.synthesis_tables import synthesis_tables
 from raglan.text import content_terms
@@ -332,8 +332,22 @@ def test_order_and_a_stop_half_way_change_no_byte(straight: Done, tmp_path: Path
     assert stopped.exit_code == 3
     assert stopped.told["stopped"].startswith("cap")
     assert stopped.told["kept"] == 17 * seed
+    with pytest.raises(CheckpointError, match="of other settings"):
+        run(recipe(tmp_path, n=61))
     run(asked, lambda own: Reordered(own, seed + 10))
     assert files(tmp_path / "data") == files(straight.folder)
+
+
+def test_what_a_judge_costs_names_no_dataset(tmp_path: Path) -> None:
+    def named(price: object, model: str = "j") -> object:
+        server = {"base_url": "http://localhost:1/v1", "model": model}
+        verify = {"support": {"kind": "judge", "endpoint": server, "price": price}}
+        asked = recipe(tmp_path, verify=verify | {"closed_book": {"endpoint": server, "price": price}}).synthesis
+        assert asked is not None
+        return _content(asked)
+
+    assert named("free") == named({"input": 1, "output": 2})
+    assert named("free") != named("free", "another")
 
 
 def test_a_finished_dataset_is_left_alone_and_another_is_not_written_over(straight: Done) -> None:
@@ -489,6 +503,12 @@ def test_what_is_measured_is_kept_out_and_a_missing_set_stops_the_run(tmp_path: 
     leakage = json.loads((done.folder / "leakage.json").read_text(encoding="utf-8"))
     assert leakage["sets"]["held"]["checks"]["D1"]["count"] == 4
     assert leakage["dropped"] >= 4
+    moved = held_out.rename(tmp_path / "moved.jsonl")
+    again = run(recipe(tmp_path / "near", n=30, decontaminate="registered", sets={"held": {"path": moved}}))
+    assert again.told["fingerprint"] == done.told["fingerprint"]
+    moved.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="of other settings"):  # else it would pass for checked against these
+        run(recipe(tmp_path / "near", n=30, decontaminate="registered", sets={"held": {"path": moved}}))
     with pytest.raises(CorpusError, match="missing"):
         run(recipe(tmp_path / "none", decontaminate="registered", sets={"gone": {"path": tmp_path / "gone.jsonl"}}))
     with pytest.raises(RecipeError, match="no evaluation set is registered"):

@@ -507,6 +507,20 @@ def test_a_reply_that_is_none_is_a_reject_with_its_text(
     assert len(sent) == {"malformed": 2, "transient": 6}.get(reason, 1)
 
 
+@pytest.mark.parametrize("step", ["draft", "answer"])
+def test_half_a_character_on_the_wire_is_a_reject(desk: Desk, plan: Plan, asked: Recipe, step: str) -> None:
+    def torn(body: dict[str, Any]) -> str:
+        said, schema = author(body), "response_format" in body
+        if len(body["messages"]) == 1 or not ("DraftReply" in json.dumps(body) if step == "draft" else not schema):
+            return said
+        return said.replace("mill", "mill \ud83d") if schema else f"{said} \ud83d"
+
+    desk.server.reply = torn
+    came, why = desk.write(plan, asked, jobs=[Job(plan.cells[0])])
+    assert why is None
+    assert [(end.step, end.reason) for end in came if isinstance(end, Reject)] == [(step, "half_character")]
+
+
 def test_what_a_draft_lacks_is_a_reject(desk: Desk, plan: Plan, asked: Recipe) -> None:
     cell = replace(plan.cells[0], task="multiple_choice", answer_format="option_letter", query_format="keywords")
     poor = {"query": "Which?", "subject": "", "facts": ["a", "b"], "answers": ["A"], "history": [], "labels": [], "fields": []}

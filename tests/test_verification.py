@@ -202,6 +202,9 @@ def test_a_verifier_that_is_down_is_missing_and_never_a_pass() -> None:
         assert (counts["accepted"], counts["rejected"]) == (1, {"support_missing": 1})
         assert counts["checks"]["support"] == {"missing": 1, "pass": 1}  # type: ignore[index]
 
+    behind = Verifier(nli=down, judge=Judge(lambda _: "yes")).verify(OPEN)
+    assert (behind.reason, behind.verdicts[-1].reason) == ("", "judge"), "who is asked last can still tell"
+
     def capped(_: str) -> str:
         raise CallsStopped("the cap is reached", reason="cap")
 

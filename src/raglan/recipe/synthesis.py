@@ -94,7 +94,9 @@ class JudgeSupport(Settings):
 
     kind: Literal["judge"]
     endpoint: EndpointSettings | None = Field(None, description="Who is asked; default the teacher's server.")
-    price: PriceSettings | Literal["free"] | None = Field(None, description="What it costs; default synthesis.money.price.")
+    price: PriceSettings | Literal["free"] | None = Field(
+        None, description="What it costs; needed unless server and model are the teacher's, which cost synthesis.money.price."
+    )
     max_tokens: int = Field(300, ge=1, description="Longest reply: a reason and a verdict.")
     nli: NliSupport | None = Field(None, description="An entailment model that is asked first: what it passes costs nothing.")
     guard: bool = Field(True, description="Where no answer is a string, ask it, too, whether a noise passage answers.")
@@ -105,7 +107,9 @@ class ClosedBookSettings(Settings):
 
     what: Literal["tag", "drop"] = Field("tag", description="What becomes of one that every draw answers right.")
     endpoint: EndpointSettings | None = Field(None, description="Who is asked; default the recipe's generator, here.")
-    price: PriceSettings | Literal["free"] | None = Field(None, description="What it costs; default synthesis.money.price.")
+    price: PriceSettings | Literal["free"] | None = Field(
+        None, description="What it costs; needed unless server and model are the teacher's, which cost synthesis.money.price."
+    )
     draws: int = Field(2, ge=1, le=2, description="Answers a question: in two wordings here, drawn at temperature 1 there.")
     max_tokens: int = Field(48, ge=1, description="Longest answer.")
 

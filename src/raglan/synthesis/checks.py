@@ -19,7 +19,15 @@ from raglan.calls.journal import Journal
 from raglan.errors import RecipeError
 from raglan.generator import open_generator
 from raglan.perturb import Judge
-from raglan.recipe import EndpointSettings, JudgeSupport, NliSupport, PriceSettings, Recipe, SynthesisSettings
+from raglan.recipe import (
+    ClosedBookSettings,
+    EndpointSettings,
+    JudgeSupport,
+    NliSupport,
+    PriceSettings,
+    Recipe,
+    SynthesisSettings,
+)
 from raglan.synthesis.desk import PIECE
 from raglan.synthesis.recall import ClosedBook
 from raglan.verification import PaidJudge, Verifier
@@ -49,13 +57,35 @@ class Checks:
 
 
 def prices(settings: SynthesisSettings, *, support_only: bool = False) -> list[PriceSettings | Literal["free"] | None]:
-    """What each of the servers that a recipe calls costs; empty where no call is made. Or of support alone."""
+    """What each of the servers that a recipe calls costs; empty where no call is made. Or of support alone.
+
+    Raises:
+        RecipeError: another server or model than the teacher's has no price of its own.
+    """
     support, closed = settings.verify.support, settings.verify.closed_book
-    judge = [support.price or settings.money.price] if isinstance(support, JudgeSupport) else []
+    judge = [_price(settings, support, "support")] if isinstance(support, JudgeSupport) else []
     if support_only:
         return judge
     teacher = [settings.money.price] if isinstance(settings.teacher, EndpointSettings) else []
-    return [*teacher, *judge, *([closed.price or settings.money.price] if closed is not None and closed.endpoint else [])]
+    return [*teacher, *judge, *([_price(settings, closed, "closed_book")] if closed is not None and closed.endpoint else [])]
+
+
+def _price(
+    settings: SynthesisSettings, asking: JudgeSupport | ClosedBookSettings, name: str
+) -> PriceSettings | Literal["free"] | None:
+    """Its own, or the teacher's where server and model are the teacher's."""
+    own, teacher = asking.endpoint, settings.teacher
+    if asking.price is not None:
+        return asking.price
+    shared = isinstance(teacher, EndpointSettings) and (
+        own is None or (own.base_url, own.model) == (teacher.base_url, teacher.model)
+    )
+    if not shared:
+        raise RecipeError(
+            f"synthesis.verify.{name}.price is not said, and its server or model is not the teacher's",
+            hint="what it costs per million tokens, or `price: free`",
+        )
+    return settings.money.price
 
 
 def open_journal(settings: SynthesisSettings, stack: ExitStack) -> Journal:
@@ -81,7 +111,8 @@ def open_checks(recipe: Recipe, journal: Journal | None, stack: ExitStack, *, re
     nli = _entailment(support.nli if isinstance(support, JudgeSupport) else support, inputs)
     judge = None
     if isinstance(support, JudgeSupport):
-        judge = PaidJudge(_engine(asked, support.endpoint, support.price, journal, stack), max_tokens=support.max_tokens)
+        engine = _engine(asked, support.endpoint, _price(asked, support, "support"), journal, stack)
+        judge = PaidJudge(engine, max_tokens=support.max_tokens)
         inputs["judge"] = judge.fingerprint
     closed = _closed_book(recipe, asked, journal, stack) if recall else None
     if closed is not None:
@@ -109,7 +140,7 @@ def _engine(
     server = endpoint or asked.teacher
     assert isinstance(server, EndpointSettings), "the recipe's own check"
     assert journal is not None, "open_journal opens one where calls are made"
-    money = asked.money.model_copy(update={"price": price or asked.money.price})
+    money = asked.money.model_copy(update={"price": price})
     return stack.enter_context(CallEngine(server, journal, money=money))
 
 
@@ -118,13 +149,19 @@ def _closed_book(recipe: Recipe, asked: SynthesisSettings, journal: Journal | No
     if settings is None:
         return None
     if settings.endpoint is not None:
-        return ClosedBook.paid(settings, _engine(asked, settings.endpoint, settings.price, journal, stack))
+        price = _price(asked, settings, "closed_book")
+        return ClosedBook.paid(settings, _engine(asked, settings.endpoint, price, journal, stack))
     generator = open_generator(recipe.generator, recipe.prompt)
     return ClosedBook.local(settings, generator, generator.prompt)
 
 
 def _piece(asked: SynthesisSettings) -> int:
-    """Large enough that all who are called have work, small enough that a stop leaves little unjudged."""
-    support = asked.verify.support
+    """Large enough that all who are called have work, small enough that a stop leaves little unjudged.
+
+    A generator here rounds by what stands in a batch together, so with one the piece does not follow how many are called.
+    """
+    support, closed = asked.verify.support, asked.verify.closed_book
+    if closed is not None and closed.endpoint is None:
+        return PIECE
     servers = [asked.teacher, support.endpoint if isinstance(support, JudgeSupport) else None]
     return max([PIECE, *(WAVES * server.concurrency for server in servers if isinstance(server, EndpointSettings))])

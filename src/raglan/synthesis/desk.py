@@ -163,7 +163,8 @@ class Desk:
         return sheet if judge.noted == before else Reject(draft.job, "show", WAITS)
 
     def _checked(self, made: Sequence[Made], stopped: CallsStopped | None) -> Iterator[Ended]:
-        """The ends of what was made; what cannot be judged any more has none yet."""
+        """The ends of what was made; what cannot be judged any more has none yet. Models here read it in one order."""
+        made = sorted(made, key=lambda one: (one.sheet.draft.job.cell.number, one.sheet.draft.job.ordinal))
         if self.judge is not None:
             self.judge.forget()
         ended, stopped = self._verified(made, stopped)

@@ -13,6 +13,7 @@ the budget. A draft that cannot be shown comes back as a `Reject`, with its reas
     over_budget          gold does not fit, or no passage at all
     answer_shown         R5, and an answer stands there all the same
     no_false_value       R6 or R7 of one passage, and nothing to exchange
+    answered_everywhere  a judge finds an answer in 16 passages: of so wide a question noise would be sought, and paid, for ever
 
 R6 and R7 need two passages. A teacher may write both; of a single one the second is made here: R6 the same with a false value,
 R7 the same with a former one, both dated. In R5 the policy is not inherited: it is dealt to the cell, and said. It is said in
@@ -75,6 +76,7 @@ COMMON = 4  # words: longer answers are not counted, and so never taken for comm
 POOL = 200  # answers of others that a false value is sought among
 LOOKED_AT = 64  # different questions, until which a retriever may prove not to be constant
 OUTDATED = "R7"
+EVERYWHERE = 16  # passages of one sheet that a judge finds an answer in, until it is given up
 CONTRADICTED = ("conflict_resolution", "temporal")  # tasks that are always told what to do about it
 _HAN = re.compile(f"[{SPACELESS}]")
 
@@ -119,7 +121,9 @@ class Assembler:
         step = max(1, len(corpus) // COUNTED)
         common = [answer for answer in self.answers if len(words(answer)) <= COMMON]
         known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), common)
-        self.guard = Guard(known, judge=judge)
+        self._judge = judge
+        self._answering: set[str] = set()  # hashes of passages of the sheet under way that the judge finds an answer in
+        self.guard = Guard(known, judge=None if judge is None else self._judged)
         self.prompt = Prompt(PromptSettings(), tokenizer, layout="chat" if chat else "joined").within(
             settings.budget.max_length - settings.budget.answer
         )
@@ -160,7 +164,18 @@ class Assembler:
         except _Unfit as why:
             return Reject(draft.job, "show", why.reason, why.detail)
 
+    def _judged(self, example: Example, passage: Passage) -> bool | None:
+        """What the judge says. Raises _Unfit: it says yes to whatever it is shown."""
+        assert self._judge is not None
+        says = self._judge(example, passage)
+        if says:
+            self._answering.add(content_hash(passage))
+        if len(self._answering) >= EVERYWHERE:
+            raise _Unfit("answered_everywhere", f"in {len(self._answering)} passages")
+        return says
+
     def _sheet(self, draft: Draft) -> Sheet:
+        self._answering.clear()
         _check_whole(draft)
         cell, seed = draft.job.cell, str(draft.job.seed("evidence"))
         found = self._found(draft)

@@ -105,7 +105,8 @@ def synthesize(
     plan = make_plan(recipe, cannot=teacher.cannot()) if plan is None else plan
     verifier = Verifier(may_be_missing=settings.verify.may_be_missing) if verifier is None else verifier
     sets, missing, near = _evaluation_sets(recipe, settings, corpus_at)
-    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}])
+    kept_out = [] if near is None else [_kept_out(sets, missing, near)]
+    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}, *kept_out])
     folder = Path(settings.path)
     if (there := _finished(folder, name)) is not None:
         return Done(folder, there)
@@ -136,22 +137,30 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
     for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
         if name in owner:
             owner[name] = {key: value for key, value in (owner[name] or {}).items() if key not in OF_A_SERVER}
+    for owner in (verify["support"], verify["closed_book"] or {}):
+        owner.pop("price", None)
     return told
 
 
+def _kept_out(sets: Sequence[EvaluationQuestions], missing: Sequence[str], near: DecontaminateSettings) -> Mapping[str, Any]:
+    """What says which examples leak: how near they may come, and the questions themselves, wherever their files are."""
+    return {
+        "near": near.model_dump(mode="json", exclude={"sets", "missing"}), "missing": sorted(missing),
+        "sets": {one.name: fingerprint([example_row(example) for example in one.examples]) for one in sets},
+    }  # fmt: skip
+
+
 def _finished(folder: Path, name: str) -> dict[str, Any] | None:
-    """The manifest of a dataset that was not stopped. Raises CheckpointError where it is of other settings."""
+    """The manifest of a dataset that was not stopped. Raises CheckpointError: of other settings, stopped or not."""
     if not (folder / MANIFEST).is_file():
         return None
     there = read_manifest(folder, KIND)
-    if there["stopped"]:
-        return None
     if there["fingerprint"] != name:
         raise CheckpointError(
             f"{folder} holds the dataset {there['fingerprint']} of other settings; the recipe now gives {name}",
             hint="give synthesis.path another folder, or remove this one",
         )
-    return there
+    return None if there["stopped"] else there
 
 
 def _evaluation_sets(

@@ -181,9 +181,9 @@ class Verifier:
             except CallsStopped:  # the run ends here, and goes on from here
                 raise
             except (RaglanError, OSError) as fault:
-                return Verdict("support", "missing", f"{name}_failed", str(fault).splitlines()[0])
-            if found is not None:
-                return found
+                found = Verdict("support", "missing", f"{name}_failed", str(fault).splitlines()[0])
+            if found is not None and (found.outcome != "missing" or name == "judge" or self.judge is None):
+                return found  # an entailment model that fails cannot tell either
         if self.judge is not None:
             return Verdict("support", "missing", "judge_said_neither")
         return told if told.outcome == "fail" else Verdict("support", "fail", "not_entailed")

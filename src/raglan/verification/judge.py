@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from raglan.artifact import fingerprint
 from raglan.calls import Ask, CallEngine
 from raglan.errors import CallsStopped, GeneratorError
 from raglan.records import Example, Passage
-from raglan.text import SPACELESS
+from raglan.text import SPACELESS, half_character
 from raglan.verification.checks import Verdict
 from raglan.verification.written import Written
 
@@ -42,6 +42,13 @@ class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     reason: str  # first, so that it is not an excuse
+
+    @field_validator("reason")
+    @classmethod
+    def _whole(cls, reason: str) -> str:
+        if (half := half_character(reason)) is not None:
+            raise ValueError(f"must be text in valid Unicode; {half!r} is half a character")
+        return reason
 
 
 class Supported(_Reply):
@@ -131,12 +138,26 @@ class PaidJudge:
         """Ask for all that is noted.
 
         Raises:
-            CallsStopped: cap, fatal answer, interrupt; what has come is kept.
+            CallsStopped: cap, fatal answer, interrupt, or all failed for passing reasons; what has come is kept.
         """
         wanted, self._wanted = self._wanted, {}
-        for outcome in self.engine.run(wanted.values()):
-            if outcome.cls != "ok":
-                self._failed[self.engine.key(outcome.ask)] = f"{outcome.cls}: {outcome.error}"
+        came, away = 0, dict[str, str]()
+        try:
+            for outcome in self.engine.run(wanted.values()):
+                came, key = came + 1, self.engine.key(outcome.ask)
+                if outcome.cls != "ok":
+                    self._failed[key] = f"{outcome.cls}: {outcome.error}"
+                if outcome.cls == "transient":
+                    away[key] = outcome.error
+            if away and len(away) == came:
+                raise CallsStopped(
+                    f"the judge at {self.engine.host} answers nothing: {next(iter(away.values()))}", reason="breaker",
+                    hint="run the same command again when it is well",
+                )  # fmt: skip
+        except CallsStopped:  # an outage is no verdict: others would be paid for in place of what nobody has judged
+            for key in away:
+                del self._failed[key]
+            raise
 
     def _said(self, step: str, ref: str, messages: tuple[dict[str, str], ...], schema: type[R]) -> R:
         ask = Ask(step, messages, schema, {"temperature": 0.0, "max_tokens": self.max_tokens}, ref=ref)

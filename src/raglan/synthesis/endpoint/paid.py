@@ -1,7 +1,8 @@
 """What a paid teacher needs around it: an engine for its calls, consent to their price, and the estimate in words.
 
-    consent    a cap, or `yes`; without either no call is made
-    estimate   24 cells, spread over sources and families of tasks, really run and kept → calls, tokens, money, time
+    consent    a cap, or `yes`; without either a run makes no call
+    estimate   24 cells, spread over sources and families of tasks, really run, paid and kept → calls, tokens, money, time;
+               who asks for it consents to these cells, and no cap or `yes` is needed
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def check_consent(settings: SynthesisSettings, prices: Sequence[object], *, yes:
     if any(price not in (None, "free") for price in prices) and settings.money.cap_usd is None and not yes:
         raise RecipeError(
             "calls have a price, and synthesis.money has no cap_usd",
-            hint="--dry-run runs 24 cells and tells what all will cost; then set a cap, or say --yes",
+            hint="--dry-run runs and pays 24 cells and tells what all will cost; then set a cap, or say --yes",
         )
 
 

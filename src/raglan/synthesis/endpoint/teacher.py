@@ -45,6 +45,7 @@ __all__ = ["EndpointTeacher"]
 
 OTHERS = 1000  # passages that cells are to read, which are noise for other cells
 SHORT = 40  # characters of a false value
+TORN = "\ufffd"
 DEPTHS = {"brainstorm": 0, "draft": 1, "passages": 2, "beside": 2, "answer": 3}
 End = Made | Reject
 
@@ -235,6 +236,8 @@ class EndpointTeacher:
         step, value = outcome.ask.step, outcome.value
         if outcome.cls != "ok":
             return self._failed(attempt, step, outcome.cls, outcome.error, outcome.raw, show=show)
+        if step != "brainstorm" and _torn(outcome):
+            return self._failed(attempt, step, "half_character", "U+FFFD stands for it", outcome.raw, show=show)
         attempt.calls[step] = self._paid(outcome)
         if isinstance(value, JobsReply):
             place = self._places.of(attempt.job)
@@ -340,6 +343,11 @@ class EndpointTeacher:
         self._under.pop(attempt.job.id, None)
         self._ended.append(end)
         return []
+
+
+def _torn(outcome: Outcome) -> bool:
+    """Whether half a character came, for which the engine writes U+FFFD; one that was asked with may be a quotation."""
+    return TORN in outcome.raw and not any(TORN in str(message["content"]) for message in outcome.ask.messages)
 
 
 def _values(passage: Passage) -> Iterator[str]:
