@@ -7,10 +7,10 @@
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
 questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
-from dealt retrievers with the palette of noise, gold at every place as often, and in a fifth of the examples no gold, where it
+from dealt retrievers with the palette of noise, gold at every place as often, and in a tenth of the examples no gold, where it
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
-Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind; K = 5 with half or all of the
+Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind; K = 5 with all of the
 other passages exchanged for one kind of noise; three retrievers; without gold. The curves are drawn to --figure. Besides:
 SQuAD's unanswerable questions on their own paragraph (abstention), SQuAD and NQ with gold and retrieved passages, and the
 example corpus. NQ is searched in the paragraphs of the questions that are measured and as many others as --others says.
