@@ -3,7 +3,7 @@
     make bench-rag-tuning                                   (after bench-squad; needs RAGLAN_DATA; hours of one core)
     make bench-rag-tuning SEEDS=3                           (every arm trained three times)
     python benchmarks/rag_tuning.py --quick                 (every line once, with counts that show nothing)
-    python benchmarks/rag_tuning.py --synthetic build/mix   (mixtures with another synthetic dataset; --mixed 0: none)
+    python benchmarks/rag_tuning.py --synthetic build/mix   (mixtures with another synthetic dataset; --only mixtures)
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
 questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
@@ -74,6 +74,7 @@ def main() -> None:
     words.add_argument("--seeds", type=int, default=1, help="trainings of every arm, each with a seed of its own")
     words.add_argument("--synthetic", type=Path, help="a dataset of `raglan synthesize`, with one policy where gold is absent")
     words.add_argument("--mixed", type=int, default=1200, help="examples of each mixture; 0 leaves the mixtures out")
+    words.add_argument("--only", choices=("arms", "mixtures"), help="the two arms, or the mixtures, and not the other")
     words.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "rag_tuning.svg", help="the curves to write")
     words.add_argument("--unanswerable", type=int, default=150, help="SQuAD's unanswerable questions, and as many answerable")
     words.add_argument("--others", type=int, default=3000, help="NQ passages beside those of the questions that are measured")
@@ -91,12 +92,13 @@ def main() -> None:
     print(bench.said(), flush=True)
     began = time.monotonic()
     kiqa = bench.evidence()
-    arms = {"gold": bench.arm("gold", _clean(kiqa)), "noise": bench.arm("noise", _shown(kiqa / "examples.jsonl"))}
-    print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
-    bench.robustness(arms, asked.figure)
-    bench.unanswerable(arms, asked.unanswerable)
-    bench.others(arms, asked.others)
-    if asked.mixed:
+    if asked.only != "mixtures":
+        arms = {"gold": bench.arm("gold", _clean(kiqa)), "noise": bench.arm("noise", _shown(kiqa / "examples.jsonl"))}
+        print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
+        bench.robustness(arms, asked.figure)
+        bench.unanswerable(arms, asked.unanswerable)
+        bench.others(arms, asked.others)
+    if asked.mixed and asked.only != "arms":
         bench.mixtures(kiqa, asked.synthetic or bench.synthetic(), asked.mixed, asked.unanswerable, asked.others)
     print(f"\n{time.monotonic() - began:.0f} s in all; {bench.said()}")
 
