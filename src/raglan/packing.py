@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raglan.errors import GeneratorError
 from raglan.generator import HFGenerator
-from raglan.generator.hf import UNSCORED, learned, padded
+from raglan.generator.batches import UNSCORED, learned, padded
 
 __all__ = ["Pack", "Row", "check_packing", "first_fit_decreasing", "pack_rows", "packed_batch", "row_length"]
 

@@ -10,7 +10,8 @@ from raglan.generator.encoded import EncodedPrompts, Written, encode_prompts
 from raglan.generator.endpoint import EndpointScorer
 from raglan.generator.endpoint_marks import MarkedEndpoint
 from raglan.generator.graded import Graded
-from raglan.generator.hf import HFGenerator, open_generator, open_merged
+from raglan.generator.hf import HFGenerator
+from raglan.generator.loading import open_generator, open_merged
 from raglan.generator.vllm import VLLMGenerator
 from raglan.recipe import GeneratorSettings, PromptSettings
 

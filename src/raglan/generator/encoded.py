@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from raglan.generator.hf import UNSCORED, HFGenerator, padded
+from raglan.generator.batches import UNSCORED, padded
+from raglan.generator.hf import HFGenerator
 from raglan.generator.reader import ReaderEncoding
 from raglan.likelihood import chunked_token_logprobs
 from raglan.prompt import Rendered

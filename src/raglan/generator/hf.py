@@ -4,8 +4,8 @@ One layout for training, scoring and decoding: `[forced prefix] | w1 … wT EOS`
 it everything, the end token included. The answer is tokenised by itself, never together with the prompt. Causal prompts
 are padded right for scoring and left for generation, with the same numbers.
 
-`forward` applies the LM head to answer positions only and in chunks (`likelihood.chunked_token_logprobs`); what reaches the
-head is caught by a hook, so any architecture will do, and the first batch is compared with the model's own logits.
+What the model computes of such rows is in `raglan.generator.headed`, how a recipe's model is loaded in
+`raglan.generator.loading`.
 """
 
 from __future__ import annotations
@@ -13,62 +13,46 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-)
+from torch import Tensor
 
-from raglan.artifact import MANIFEST, fingerprint, write_manifest
-from raglan.characters import add_characters
-from raglan.embedded import embedded_model
-from raglan.encoder import bfloat16_is_faster, compute_device
-from raglan.errors import CheckpointError, GeneratorError, RecipeError, require
-from raglan.generator.adapter import adapter_base, check_base, find_adapter, is_adapter, merged, put_on
+from raglan.artifact import fingerprint, write_manifest
+from raglan.encoder import bfloat16_is_faster
+from raglan.errors import GeneratorError
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
-from raglan.generator.causal import CopierForCausalLM, causal_from_encoder
+from raglan.generator.batches import UNSCORED, learned, padded, scored
+from raglan.generator.causal import CopierForCausalLM
 from raglan.generator.contexts import HFContexts, prompt_contexts
-from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
-from raglan.generator.special import name_tokens
+from raglan.generator.headed import HeadedModel
+from raglan.generator.reader import ReaderForConditionalGeneration
 from raglan.generator.trees import Tree, grown, reads_trees, room, tree_batch, tree_length
-from raglan.likelihood import chunked_token_logprobs
 from raglan.marked_prompt import MarkedPrompt, read_schema
-from raglan.memory import give_back, keep_freed
+from raglan.memory import give_back
 from raglan.progress import track
 from raglan.prompt import Prompt, Rendered
 from raglan.quiet import quietly, without_bars
-from raglan.recipe import AdapterSettings, GeneratorSettings, PromptSettings
+from raglan.recipe import GeneratorSettings, PromptSettings
 from raglan.records import Completion
 from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
-from raglan.vocabulary import new_rows, open_tokenizer, prepare_vocabulary, rows_of, save_tokenizer
-from raglan.weights import read_json
+from raglan.vocabulary import rows_of, save_tokenizer
 
-__all__ = ["HFGenerator", "learned", "open_generator", "open_merged", "padded", "scored"]
+__all__ = ["HFGenerator", "padded", "scored"]
 
 log = logging.getLogger(__name__)
-EMBEDDED = {"embedded": reader_from_encoder, "embedded_causal": causal_from_encoder}
-UNSCORED = -100
-UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 MOST = 1 << 40  # no limit
 ANSWER_ROOM = 64  # positions a causal model keeps free behind its longest prompt
 MAX_ROWS = 64  # generation keeps every step's logits of a batch, (rows, V) each
 CPU_TOKENS = 2048  # scored in one pass on a CPU: more keeps its cores no busier, and leaves the cache
 
 
-class HFGenerator(Generator, MarkedGenerator):
+class HFGenerator(HeadedModel, Generator, MarkedGenerator):
     """A transformers model, its tokenizer and its prompt.
 
     Attributes:
@@ -228,63 +212,6 @@ class HFGenerator(Generator, MarkedGenerator):
         labels, _ = padded([row["labels"] for row in rows], UNSCORED)
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels, **learned(rows)}
 
-    def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """token_logprobs (B,T) of a collated batch, with gradient; 0 where labels are −100, or only read.
-
-        Labels may be read and not scored, as evidence inside an answer is: `learned` (B,T) is False there, and the head is not
-        applied. `model` is the model as the trainer wrapped it (DDP, FSDP); default is the bare one.
-        """
-        moved = {name: value.to(self.device) for name, value in batch.items()}
-        if self.reader is None:
-            return self.forward_beside(moved, None, model)[..., 0]
-        given, batch = scored(moved), _aligned(moved)
-        labels, real = batch["labels"], scored(batch)
-        batch.pop("learned", None)
-        values = self._reader_logprobs(batch, model or self.model)[real]
-        return values.new_zeros(labels.shape).masked_scatter(given, values)
-
-    def forward_beside(self, batch: dict[str, Tensor], ids: Tensor | None, model: nn.Module | None = None) -> Tensor:
-        """log p of each label and, beside it, of W `ids` (B,T,W) in its place, (B,T,1+W), with gradient; 0 as `forward` has 0.
-
-        Raises:
-            GeneratorError: the embedded reader, whose distribution is a mixture without a head.
-        """
-        moved = {name: value.to(self.device) for name, value in batch.items()}
-        given = scored(moved)
-        labels, states = (self._packed_states if "at" in moved else self._scored_states)(moved, model or self.model)
-        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
-        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
-        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
-
-    @torch.no_grad()
-    def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """token_logprobs (B,T) as `forward` gives them, and whether each label is the likeliest of all words, (B,T)."""
-        moved = {name: value.to(self.device) for name, value in batch.items()}
-        given, aligned = scored(moved), _aligned(moved)
-        labels, real = aligned["labels"], scored(aligned)
-        states = self.answer_states({name: value for name, value in aligned.items() if name != "learned"})[real]
-        logprobs, right = [], []
-        for rows, wanted in zip(*(part.split(self.settings.head_chunk) for part in (states, labels[real])), strict=True):
-            logits = self.head_logits(rows).float()
-            logprobs.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-            right.append(logits.argmax(-1) == wanted)
-        none = torch.zeros(labels.shape, device=labels.device)
-        return none.masked_scatter(given, torch.cat(logprobs)), none.bool().masked_scatter(given, torch.cat(right))
-
-    def answer_states(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """What the LM head reads to predict the answer's tokens, (B,T,D), with gradient.
-
-        Raises:
-            GeneratorError: the embedded reader, whose distribution is a mixture without a head.
-        """
-        if self.reader is not None:
-            raise GeneratorError(
-                "the embedded reader has no LM head, so its vocabulary cannot be smoothed", hint="objective.label_smoothing: 0"
-            )
-        model = model or self.model
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        return self._seq2seq_states(batch, model) if self.is_seq2seq else self._causal_states(batch, model)
-
     @cached_property
     def schema(self) -> Schema:
         """The reflection tokens of this model's vocabulary. Raises CheckpointError where they are not there."""
@@ -295,18 +222,9 @@ class HFGenerator(Generator, MarkedGenerator):
         """Prompts with reflection tokens. Raises CheckpointError where the vocabulary has none."""
         return MarkedPrompt(self.schema, self.tokenizer, self.prompt.settings.self_rag, eos=self.eos)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32 or next(self.model.parameters()).dtype == self.dtype:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
     @property
     def batch_tokens(self) -> int:
         return self.settings.batch_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.device)
 
     @property
     def fingerprint(self) -> str:
@@ -433,295 +351,3 @@ class HFGenerator(Generator, MarkedGenerator):
         kept = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
         return restore_surface(text, list(sources)) if self.reader is not None else text
-
-    def _reader_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        output = model(**batch)
-        return output.target_logprobs  # type: ignore[no-any-return]
-
-    def decoder_inputs(self, labels: Tensor) -> Tensor:
-        prefix = torch.tensor(self.prefix, device=labels.device).expand(len(labels), -1)
-        return torch.cat([prefix, labels[:, :-1].masked_fill(labels[:, :-1] < 0, self.pad)], dim=1)
-
-    def _seq2seq_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        inputs["decoder_input_ids"] = self.decoder_inputs(batch["labels"])
-        return self.states_before_head(model, inputs)[:, len(self.prefix) - 1 :]
-
-    def _causal_states(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-        """States that predict the answer's tokens, (B,T,D): prompt and answer in one row, padded right."""
-        labels, mask = batch["labels"], batch["attention_mask"].bool()
-        rows = [torch.cat([ids[m], y[y >= 0]]) for ids, m, y in zip(batch["input_ids"], mask, labels, strict=True)]
-        length = max(len(row) for row in rows)
-        ids = torch.stack([nn.functional.pad(row, (0, length - len(row)), value=self.pad) for row in rows])
-        whole = torch.stack([torch.arange(length, device=ids.device) < len(row) for row in rows]).long()
-        hidden = self.states_before_head(model, {"input_ids": ids, "attention_mask": whole})
-        at = mask.sum(1)[:, None] - 1 + torch.arange(labels.shape[1], device=ids.device)[None]
-        at = at.clamp_max(length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
-        return hidden.gather(1, at)
-
-    def _scored_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
-        """The N labels that are scored, (N,), in the order of the batch, and what the head reads for them, (N,D)."""
-        batch = _aligned(batch)
-        labels, real = batch["labels"], scored(batch)
-        hidden = self.answer_states({name: value for name, value in batch.items() if name != "learned"}, model)
-        return labels[real], hidden[real]
-
-    def _packed_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
-        """`_scored_states` of rows side by side: see `raglan.packing` and `raglan.generator.trees`."""
-        names = ("input_ids", "position_ids", "attention_mask")
-        hidden = self.states_before_head(model, {name: batch[name] for name in names if name in batch})
-        real = scored(batch)
-        return batch["labels"][real], hidden.flatten(0, 1)[batch["at"][real]]
-
-    def states_before_head(self, model: nn.Module, inputs: dict[str, Any], *, use_cache: bool = False) -> Tensor:
-        """What the LM head is given in a forward pass, while the head itself is given nothing to do."""
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise GeneratorError(f"{type(self.model).__name__} has no LM head")
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            caught.append(given[0])
-            return (given[0][:, :0], *given[1:])
-
-        handle = head.register_forward_pre_hook(catch)
-        try:
-            model(**inputs, use_cache=use_cache)
-        finally:
-            handle.remove()
-        if len(caught) != 1:
-            raise GeneratorError(f"{type(self.model).__name__} used its LM head {len(caught)} times in one pass")
-        if not self._head_is_checked and not use_cache:
-            self._check_head(inputs)
-        return caught[0]
-
-    def head_logits(self, rows: Tensor) -> Tensor:
-        """The model's logits from the head's input, (n,D) → (n,V)."""
-        head = self.model.get_output_embeddings()
-        kind = head.weight.dtype  # a trainer's autocast ends with the model's forward pass, and states may be bfloat16
-        return self._finished(head(rows.to(kind) if kind.is_floating_point else rows))
-
-    def _finished(self, logits: Tensor) -> Tensor:
-        """What architectures do to their logits behind the head: BART adds a bias, Cohere scales, Gemma caps."""
-        config = self.model.config
-        bias = getattr(self.model, "final_logits_bias", None)
-        if bias is not None:
-            logits = logits + bias.to(logits)
-        cap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
-        logits = logits * scale if isinstance(scale, float) else logits
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    @torch.no_grad()
-    def _check_head(self, inputs: dict[str, Tensor]) -> None:
-        """Compare, once, the model's own logits with what `_finished` makes of its head's output: `head_chunk` of them."""
-        self._head_is_checked = True
-        raw: list[Tensor] = []
-        handle = self.model.get_output_embeddings().register_forward_hook(lambda _, __, output: raw.append(output))
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            theirs = self.model(**self._one_chunk(inputs), use_cache=False).logits
-        finally:
-            handle.remove()
-            self.model.train(was_training)
-        ours = self._finished(raw[-1])
-        spread = float(theirs.float().std())
-        if not torch.allclose(ours.float(), theirs.float(), atol=2e-2 * max(spread, 1e-3), rtol=2e-2):
-            raise GeneratorError(
-                f"{type(self.model).__name__} changes its logits after the LM head in a way that raglan does not know",
-                hint="report the architecture; its head cannot be applied in chunks yet",
-            )
-
-    def _one_chunk(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first row, as much of it as gives logits at no more than `head_chunk` positions."""
-        whole = {"input_ids", "attention_mask"} if self.is_seq2seq else set()
-        most = self.settings.head_chunk
-        return {name: value[:1] if name in whole else value[:1, :most] for name, value in inputs.items()}
-
-
-def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:
-    """Load a model folder or hub name (with a peft adapter if it is one), or make the embedded reader.
-
-    Raises:
-        CheckpointError: a folder without config or weights.
-        RecipeError: LoRA settings that peft refuses; another kind than hf.
-    """
-    if settings.kind != "hf":
-        raise RecipeError(
-            f"generator.kind is {settings.kind!r}, and only hf learns, scores, and answers for decodings other than self_rag",
-            hint="generator.kind=hf here; the other kinds are for answer, evaluate and serve",
-        )
-    keep_freed()
-    adapter = settings.adapter
-    model, tokenizer = _load(settings.model, settings) if adapter is None else _load_with(adapter, settings)
-    if not model.config.is_encoder_decoder:
-        name_tokens(model, tokenizer, settings)
-    elif settings.tokens:
-        raise RecipeError(f"generator.tokens are a causal model's, and {settings.model!r} is none", hint="leave them out")
-    if not hasattr(model, "peft_config"):
-        _extend(model, tokenizer, settings)
-    if settings.lora is not None and not hasattr(model, "peft_config"):
-        model = _with_lora(model, tokenizer, settings)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in settings.freeze):
-            parameter.requires_grad_(False)
-    return HFGenerator(model.to(compute_device()).eval(), tokenizer, settings, prompt)
-
-
-def open_merged(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:
-    """The generator as plain weights, its adapter merged if it has one; nothing of it learns any more.
-
-    Raises:
-        CheckpointError: as `open_generator`; a quantised base.
-    """
-    adapter = settings.adapter
-    whole = {"lora": None, "freeze": (), "adapter": adapter and adapter.model_copy(update={"merge": True})}
-    generator = open_generator(settings.model_copy(update=whole), prompt)
-    if hasattr(generator.model, "peft_config"):
-        generator.model = merged(generator.model, base=settings.model)
-    return generator
-
-
-def _load(name: str, settings: GeneratorSettings) -> tuple[Any, Any]:
-    if name in EMBEDDED:
-        with quietly():
-            return EMBEDDED[name](str(embedded_model()))
-    if is_adapter(name):
-        return _load_adapter(name, settings)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with quietly():
-            tokenizer = open_tokenizer(name)
-            attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
-            loaded: Any = kind.from_pretrained(name, dtype=_weights_dtype(settings), output_loading_info=True, **attention)
-            model, found = loaded
-    except UNREADABLE as fault:
-        raise CheckpointError(
-            f"generator {name!r} cannot be loaded: {str(fault).strip().splitlines()[0]}",
-            hint="give `embedded`, `embedded_causal`, a folder of config, weights and tokenizer, or a hub name and a network",
-        ) from None
-    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if missing:
-        raise CheckpointError(
-            f"generator {name!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}…",
-            hint="its files are incomplete, or of another architecture than its config.json says",
-        )
-    words = model.get_input_embeddings().num_embeddings
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= words:
-        raise CheckpointError(
-            f"generator {name!r} has {words} word embeddings, but its tokenizer has ids up to {highest}",
-            hint="the tokenizer is another model's, or tokens were added without resizing the embeddings",
-        )
-    return model, tokenizer
-
-
-def _extend(model: Any, tokenizer: Any, settings: GeneratorSettings) -> None:
-    """Give a model the tokens that `vocabulary` names, where it lacks them."""
-    if settings.vocabulary == "self_rag":
-        prepare_vocabulary(model, tokenizer, settings)
-    elif settings.vocabulary == "han":
-        add_characters(model, tokenizer)
-
-
-def _load_adapter(folder: str, settings: GeneratorSettings, *, base: str | None = None) -> tuple[Any, Any]:
-    """The adapter on `base`; default the one that it names itself."""
-    base = adapter_base(folder) if base is None else base
-    model, tokenizer = _load(base, settings)
-    extended = _extended(folder, settings)
-    if extended is not None:
-        _extend(model, tokenizer, extended)
-    return put_on(model, tokenizer, folder, base=base, trainable=settings.lora is not None), tokenizer
-
-
-def _load_with(adapter: AdapterSettings, settings: GeneratorSettings) -> tuple[Any, Any]:
-    """`generator.model` with `generator.adapter` on it, or in it."""
-    base = settings.model
-    if is_adapter(base):
-        raise CheckpointError(
-            f"generator.model {base!r} is an adapter, and a second one is to be put on it",
-            hint="name the base as generator.model, or merge the first: raglan checkpoint merge",
-        )
-    check_base(base, adapter)
-    model, tokenizer = _load_adapter(str(find_adapter(adapter)), settings, base=base)
-    return (merged(model, base=base) if adapter.merge else model), tokenizer
-
-
-def _extended(folder: str, settings: GeneratorSettings) -> GeneratorSettings | None:
-    """How the base model of an adapter has to be given more tokens before the adapter fits; None: not at all."""
-    path = Path(folder) / MANIFEST
-    told = read_json(path) if path.is_file() else {}
-    if told.get("vocabulary") == "han":
-        return settings.model_copy(update={"vocabulary": "han"})
-    if told.get("vocabulary") == "self_rag":
-        return settings.model_copy(update={"vocabulary": "self_rag", "vocabulary_init": told["vocabulary_init"]})
-    return settings if settings.vocabulary != "own" else None
-
-
-def _with_new_rows(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> dict[str, Any]:
-    """LoRA's fields; an extended vocabulary's rows learn too, unless it is said which embeddings do."""
-    given = dict(settings.lora or {})
-    if settings.vocabulary != "self_rag" or {"trainable_token_indices", "modules_to_save"} & set(given):
-        return given
-    return {**given, "trainable_token_indices": new_rows(model, read_schema(tokenizer, rows_of(model)))}
-
-
-def _with_lora(model: PreTrainedModel, tokenizer: Any, settings: GeneratorSettings) -> Any:
-    peft = require("peft", "for generator.lora")
-    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    try:
-        config = peft.LoraConfig(**{"task_type": kind, **_with_new_rows(model, tokenizer, settings)})
-        config.base_model_name_or_path = settings.model
-        wrapped = peft.get_peft_model(model, config)
-    except (TypeError, ValueError) as fault:
-        raise RecipeError(f"generator.lora: {fault}", hint="fields are those of peft.LoraConfig") from None
-    wrapped.peft_config["default"].base_model_name_or_path = settings.model
-    return wrapped
-
-
-def _weights_dtype(settings: GeneratorSettings) -> torch.dtype:
-    """Full training keeps float32 weights and computes in autocast; LoRA and plain use may keep the weights small."""
-    if settings.dtype in ("bfloat16", "float16"):
-        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    small = settings.dtype == "auto" and settings.lora is not None and torch.cuda.is_available() and bfloat16_is_faster()
-    return torch.bfloat16 if small else torch.float32
-
-
-def _aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows with their own tokens first, on whichever side they were padded: models count positions from there."""
-    real, labels = batch["attention_mask"].bool(), batch["labels"]
-    return {
-        "input_ids": _moved(batch["input_ids"], real), "attention_mask": _moved(batch["attention_mask"], real),
-        "labels": _moved(labels, labels >= 0),
-        **({"learned": _moved(batch["learned"], labels >= 0)} if "learned" in batch else {}),
-    }  # fmt: skip
-
-
-def scored(batch: dict[str, Tensor]) -> Tensor:
-    """Which labels of a batch have a log-probability that counts, (B,T): those that are there, and are not only read."""
-    there = batch["labels"] >= 0
-    return there & batch["learned"].bool() if "learned" in batch else there
-
-
-def _moved(values: Tensor, first: Tensor) -> Tensor:
-    """Each row's values that are to come first, then its others, in their order. (B,L), (B,L) → (B,L)."""
-    return values.gather(1, (~first).int().argsort(dim=1, stable=True))
-
-
-def learned(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """`learned` (B,T) of rows, where one of them has labels that are only read; else nothing."""
-    if not any("learned" in row for row in rows):
-        return {}
-    return {"learned": padded([row.get("learned", [1] * len(row["labels"])) for row in rows], 0)[0].bool()}
-
-
-def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of unlike length as ids (n,longest) and their mask, which comes from lengths and never from ids."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), value, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for place, row in enumerate(rows):
-        where = slice(longest - len(row), None) if left else slice(0, len(row))
-        ids[place, where], mask[place, where] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask

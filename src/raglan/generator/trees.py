@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raglan.generator.batches import UNSCORED
+
 __all__ = ["Tree", "begins_alike", "grown", "reads_trees", "room", "tree_batch", "tree_length"]
 
 Row = dict[str, list[int]]  # input_ids, labels
 LEAST = 16  # tokens that rows have to share
-UNSCORED = -100
 SHORTEST, LONGEST = 512, 2048  # of lines
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raglan.generator.hf import scored
+from raglan.generator.batches import scored
 
 __all__ = ["Objective"]
 
