@@ -20,8 +20,9 @@ from pathlib import Path
 from raglan.evaluate import Evaluation, compare, evaluate
 from raglan.metrics import Interval
 from raglan.recipe import Recipe, load_recipe
+from raglan.stages import Parts, finished_parts
 from raglan.text import question_key
-from raglan.train import Parts, finished_parts, train
+from raglan.train import train
 
 HERE = Path(__file__).parent
 LEARNS = "stages.tune.objective.rates={query_encoder: 5.0e-5}"

@@ -42,7 +42,8 @@ from raglan.knowledge import build_knowledge
 from raglan.metrics import answer_recall, bootstrap, mrr, paired_bootstrap, recall
 from raglan.recipe import LsrObjective, Recipe, load_recipe
 from raglan.records import Example, Hit
-from raglan.train import Parts, _stages, train
+from raglan.stages import Parts, stages_of
+from raglan.train import train
 
 BUILD = HERE.parent / "build"
 FOLDS = 5
@@ -192,7 +193,7 @@ def _measured(reader: Path, changes: Sequence[str], fold: str, name: str | None,
     rag = (Parts() if name is None else learned(recipe, stage, fold)).open(recipe)
     examples = load_examples(BUILD / "ra_dit" / "nq" / f"test{fold}.jsonl", rag.retriever.base.corpus)
     values = _values(examples, rag.retriever.retrieve([example.query for example in examples], 10))
-    for each, _ in _stages(recipe):
+    for each, _ in stages_of(recipe):
         if each.name == stage and len(fold) == 2:
             shutil.rmtree(each.folder, ignore_errors=True)  # seventy towers, of which the figures alone are wanted
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +237,7 @@ def learned(recipe: Recipe, arm: str, fold: str) -> Parts:
     if arm == "shuffled":
         recipe = shuffled(recipe, fold)
     train(recipe, only=arm)
-    return next(stage.parts(before) for stage, before in _stages(recipe) if stage.name == arm)
+    return next(stage.parts(before) for stage, before in stages_of(recipe) if stage.name == arm)
 
 
 def shuffled(recipe: Recipe, fold: str) -> Recipe:

@@ -47,9 +47,10 @@ from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
 from raglan.refusals import abstained
 from raglan.robustness import abstention
+from raglan.stages import Parts, finished_parts
 from raglan.stress import ALONE, CLEAN, Robustness, evaluate_robustness
 from raglan.synthesis.start import run
-from raglan.train import Parts, finished_parts, train
+from raglan.train import train
 
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build" / "rag_tuning"

@@ -35,7 +35,7 @@ from raglan.rag import RAG
 from raglan.recipe import PruneSettings, Recipe, SelfRagDecode, load_recipe
 from raglan.records import Example, Hit, Passage
 from raglan.reflection import GrammarError, parse, rel, retrieve_probability
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 
 LIMIT, DEPTH = 40, 20
 ALONE = {"seq": 1.0, "rel": 0.0, "sup": 0.0, "use": 0.0}

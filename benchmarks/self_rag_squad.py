@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.recipe import load_recipe
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 
 LEARNED = {"Packet switching", "Huguenot", "Imperialism", "Harvard University"}
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,8 @@ from raglan.metrics import Interval, exact_match, recall, wilson
 from raglan.rag import RAG
 from raglan.recipe import Recipe, load_recipe
 from raglan.records import Answer, Example
-from raglan.train import finished_parts, train
+from raglan.stages import finished_parts
+from raglan.train import train
 
 HERE = Path(__file__).parent
 OFFICES = HERE.parent / "build" / "offices"

@@ -44,7 +44,7 @@ from raglan.recipe import (
 )
 from raglan.records import Passage
 from raglan.retriever import Retriever
-from raglan.train import Parts
+from raglan.stages import Parts
 from test_kill import small_recipe
 
 pytest.importorskip("llama_index.core")

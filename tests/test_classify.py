@@ -227,21 +227,19 @@ def test_answers_that_are_no_class_and_labels_that_begin_alike_are_told_before_t
 
 
 def test_a_stage_that_learned_other_texts_is_another_stage(folder: Path) -> None:
-    from raglan.train import _stages
+    from raglan.stages import stages_of
 
     path = claims(folder, folder / "small.yaml")
-    folders = {
-        texts: _stages(load_recipe(path, [f"decode={{kind: classify, labels: {{SUPPORTS: {texts}, REFUTES: false-hood}}}}"]))[
-            0
-        ][0]
-        for texts in ("right", "truth")
-    }
-    assert folders["right"].folder != folders["truth"].folder
-    whole = [
-        _stages(load_recipe(path, ["stages.judge.objective.tokens=all", f"decode={{kind: classify, labels: [{names}]}}"]))[0][0]
-        for names in ("a, b", "c, d")
-    ]
-    assert whole[0].folder == whole[1].folder  # what is learned there does not depend on the decoding
+    folders = {}
+    for texts in ("right", "truth"):
+        decode = f"decode={{kind: classify, labels: {{SUPPORTS: {texts}, REFUTES: false-hood}}}}"
+        folders[texts] = stages_of(load_recipe(path, [decode]))[0][0].folder
+    assert folders["right"] != folders["truth"]
+    whole = []
+    for names in ("a, b", "c, d"):
+        changes = ["stages.judge.objective.tokens=all", f"decode={{kind: classify, labels: [{names}]}}"]
+        whole.append(stages_of(load_recipe(path, changes))[0][0].folder)
+    assert whole[0] == whole[1]  # what is learned there does not depend on the decoding
 
 
 def test_training_that_does_not_suit_the_decoding_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

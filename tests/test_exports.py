@@ -43,7 +43,7 @@ from raglan.knowledge import build_knowledge, passage_text
 from raglan.recipe import QA_PROMPTS, KnowledgeSettings, PromptSettings, ScorerSettings, load_recipe
 from raglan.records import Context, DataPoint
 from raglan.scores import open_scorer
-from raglan.train import Parts
+from raglan.stages import Parts
 from test_cli import run
 from test_kill import small_recipe
 

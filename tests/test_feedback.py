@@ -46,7 +46,7 @@ from raglan.objective import AnswerObjective
 from raglan.rag import RAG
 from raglan.recipe import FeedbackData, load_recipe
 from raglan.records import Example
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 from test_cli import run
 from test_kill import small_recipe
 

@@ -28,7 +28,8 @@ from raglan.metrics import Interval
 from raglan.paired import Paired, macro, paired, resampled_means, verdict
 from raglan.recipe import ConcatDecode, EnsembleDecode, GridTask, load_recipe
 from raglan.records import Answer, Example
-from raglan.train import Parts, _stages, finished_parts, stage_parts, train
+from raglan.stages import Parts, finished_parts, stage_parts, stages_of
+from raglan.train import train
 from test_kill import small_recipe
 from test_recipe import GOOD, recipe
 
@@ -202,7 +203,7 @@ def trained(folder: Path) -> Path:
 
 
 def names(path: Path, *changes: str) -> dict[str, str]:
-    return {stage.name: stage.folder.name for stage, _ in _stages(load_recipe(path, list(changes)))}
+    return {stage.name: stage.folder.name for stage, _ in stages_of(load_recipe(path, list(changes)))}
 
 
 def test_a_stage_that_starts_from_the_base_does_not_depend_on_the_others(folder: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_stage_that_starts_from_the_base_does_not_depend_on_the_others(folder:
     assert names(path, *chained)["read"] != before["read"]
     assert names(path, *chained)["read"] == names(path, "stages.read.starts_from=[find]")["read"]
     assert names(path, *chained, "stages.find.train.learning_rate=0.02")["read"] != names(path, *chained)["read"]
-    for stage, parts in _stages(load_recipe(path)):
+    for stage, parts in stages_of(load_recipe(path)):
         assert parts == Parts(), stage.name
 
 
@@ -422,7 +423,7 @@ def test_a_grid_is_not_measured_twice_and_goes_on_where_it_stopped(
     assert again.tasks["choices"].interval("both") == grid.tasks["choices"].interval("both")
     changed = {p for p, then in before.items() if p.stat().st_mtime_ns != then}
     assert changed == {lost / "predictions.jsonl"}
-    module = importlib.import_module("raglan.train")
+    module = importlib.import_module("raglan.stages")
     monkeypatch.setattr(module.Parts, "open", lambda *_: pytest.fail("a finished grid opens no model"))
     assert evaluate_grid(load_recipe(path)).asked == grid.asked
 
@@ -545,6 +546,6 @@ def test_the_recipe_as_it_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     told = json.loads(done.stdout)
     assert set(told["tasks"]) == {"qa", "choices"}
     assert len(told["average"]["cells"]) == 10
-    stages = {stage.name: before for stage, before in _stages(load_recipe(RECIPE, changes))}
+    stages = {stage.name: before for stage, before in stages_of(load_recipe(RECIPE, changes))}
     assert stages["lm_ft"] == stages["r_ft"]  # both from the taught reader, and neither from the other
     assert stages["lm_ft"].query_encoder is None

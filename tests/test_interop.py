@@ -43,7 +43,7 @@ from raglan.rag import RAG
 from raglan.recipe import EncoderSettings, GeneratorSettings, PromptSettings, load_recipe
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Passage
-from raglan.train import Parts
+from raglan.stages import Parts
 from raglan.vocabulary import save_tokenizer
 from raglan.weights import read_tensors
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tiny
 from raglan.cli import app
 from raglan.recipe import load_recipe
-from raglan.train import learning_curves
+from raglan.stages import learning_curves
 
 FACTS = [(str(number), letter) for number, letter in zip(range(10, 22), "abcdefghijkl", strict=True)]
 

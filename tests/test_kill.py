@@ -22,7 +22,7 @@ import pytest
 import tiny
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.recipe import load_recipe
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 from test_knowledge import documents, settings
 
 DRIVER = """

@@ -20,7 +20,7 @@ from raglan.documents import read_examples
 from raglan.generator import HFGenerator, open_generator
 from raglan.recipe import EndpointSettings, GeneratorSettings, PromptSettings, Recipe, ShownData, load_recipe
 from raglan.records import Passage
-from raglan.train import Parts, finished_parts
+from raglan.stages import Parts, finished_parts
 from raglan.weights import read_tensors
 from test_kill import small_recipe
 from test_synthesis import english

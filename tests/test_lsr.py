@@ -40,7 +40,8 @@ from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.records import Example
 from raglan.scores import Pair, ScoreTable
-from raglan.train import Parts, finished_parts, train
+from raglan.stages import Parts, finished_parts
+from raglan.train import train
 from test_generator import made, plain_logprobs
 from test_kill import small_recipe
 

@@ -24,7 +24,7 @@ from raglan.published_rows import export_rows, import_rows, published, unpublish
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode, load_recipe
 from raglan.records import Hit, Passage
 from raglan.reflection import GrammarError, Schema, parse, rel
-from raglan.train import finished_parts, learning_curves
+from raglan.stages import finished_parts, learning_curves
 
 OUTPUTS = [
     "[No Retrieval]Sure. [Utility:5]",

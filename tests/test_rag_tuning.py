@@ -17,7 +17,7 @@ from conftest import ROOT
 from raglan.cli import app
 from raglan.metrics import Interval
 from raglan.recipe import load_recipe
-from raglan.train import learning_curves
+from raglan.stages import learning_curves
 from test_synthesis import CORPUS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -24,7 +24,8 @@ from raglan.generator import open_generator
 from raglan.knowledge import build_knowledge
 from raglan.objective import MarginalRow, Objective
 from raglan.recipe import GeneratorSettings, PromptSettings, load_recipe
-from raglan.train import finished_parts, train
+from raglan.stages import finished_parts
+from raglan.train import train
 from test_kill import small_recipe
 from test_marginal import objective
 from test_marginal_training import ALL, EIGHT, make_answer, make_lsr, opened, trainer_of

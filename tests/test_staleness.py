@@ -21,7 +21,8 @@ from raglan.objective.staleness import Refresher
 from raglan.rag import RAG
 from raglan.recipe import Recipe, StalenessSettings, load_recipe
 from raglan.retriever import Retriever
-from raglan.train import finished_parts, train
+from raglan.stages import finished_parts
+from raglan.train import train
 from raglan.trainer import stage_trainer
 from test_kill import small_recipe
 from test_marginal import ROWS, batch, objective

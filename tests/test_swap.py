@@ -15,7 +15,8 @@ from raglan.errors import CheckpointError, IndexMismatch
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.rag import RAG
 from raglan.recipe import load_recipe
-from raglan.train import finished_parts, learning_curves, train
+from raglan.stages import finished_parts, learning_curves
+from raglan.train import train
 from test_kill import small_recipe
 
 

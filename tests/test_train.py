@@ -24,7 +24,8 @@ from raglan.recipe import LessonData, QuestionData, Recipe, load_recipe
 from raglan.records import Example, Passage
 from raglan.retriever import Retriever
 from raglan.scores import Pair, ScoreTable
-from raglan.train import finished_parts, train
+from raglan.stages import finished_parts
+from raglan.train import train
 from test_kill import small_recipe
 
 

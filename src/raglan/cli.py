@@ -144,8 +144,8 @@ def answer(
     """Answer questions from the knowledge base, citing the passages read. Uses the tuned parts if there are any."""
     from raglan.decode.self_rag import cited_text
     from raglan.decode.self_rag.trace import told as told_trace
+    from raglan.stages import Parts, finished_parts
     from raglan.text import check_history, check_query
-    from raglan.train import Parts, finished_parts
 
     overrides = [word for word in questions if _is_override(word)]
     asked = [word for word in questions if not _is_override(word)]
@@ -345,7 +345,7 @@ def export_checkpoint(
     """Write a recipe's query encoder and generator as a RAG checkpoint. Takes the tuned parts if there are any."""
     from raglan.interop import export_rag
     from raglan.knowledge import KnowledgeBase
-    from raglan.train import Parts, finished_parts
+    from raglan.stages import Parts, finished_parts
 
     loaded = load_recipe(recipe, overrides or [])
     begun = bool(KnowledgeBase.versions(loaded.knowledge.path))  # without one nothing was ever trained
@@ -366,7 +366,7 @@ def merge_checkpoint(
     """Add a recipe's LoRA adapter to its base and write one plain model. Takes the tuned generator if there is one."""
     from raglan.interop import merge_adapter
     from raglan.knowledge import KnowledgeBase
-    from raglan.train import Parts, finished_parts
+    from raglan.stages import Parts, finished_parts
 
     loaded = load_recipe(recipe, overrides or [])
     begun = bool(KnowledgeBase.versions(loaded.knowledge.path))

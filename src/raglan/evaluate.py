@@ -68,8 +68,8 @@ from raglan.robustness import (
     quote_figures,
     str_em,
 )
+from raglan.stages import Parts, finished_parts, folder_stamp, learned_from
 from raglan.text import fold_numbers
-from raglan.train import Parts, finished_parts, folder_stamp, learned_from
 
 __all__ = [
     "Evaluation",

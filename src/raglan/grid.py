@@ -41,7 +41,7 @@ from raglan.recipe import (
     Recipe,
 )
 from raglan.records import Answer, Example, Hit
-from raglan.train import Parts, folder_stamp, learned_by, stage_parts
+from raglan.stages import Parts, folder_stamp, learned_by, stage_parts
 
 __all__ = ["CELLS", "Cell", "Grid", "evaluate_grid", "open_grid"]
 

@@ -39,7 +39,7 @@ from raglan.generator import HFGenerator, open_merged
 from raglan.generator.adapter import adapter_base, is_adapter
 from raglan.rag import PRIOR
 from raglan.recipe import GeneratorSettings, MarginalObjective, PromptSettings, Recipe
-from raglan.train import Parts
+from raglan.stages import Parts
 from raglan.vocabulary import save_tokenizer
 from raglan.weights import lacking, read_json, read_tensors, without, without_copies, write_tensors
 

@@ -18,6 +18,7 @@ from raglan.judge import judgements_folder, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.seeds import over_seeds, seed_lines
+from raglan.stages import finished_parts, learning_curves
 from raglan.stress import Robustness, open_robustness, robustness_folder
 from raglan.stress_tables import (
     abstention_shares,
@@ -31,7 +32,6 @@ from raglan.stress_tables import (
 from raglan.sweep import open_sweep
 from raglan.sweep_tables import setting_text, sweep_front, sweep_tables, varied
 from raglan.synthesis_tables import synthesis_tables
-from raglan.train import finished_parts, learning_curves
 
 __all__ = ["write_report", "write_sweep"]
 

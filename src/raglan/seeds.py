@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from raglan.artifact import MANIFEST, read_manifest
 from raglan.evaluate import KIND, compared_systems, evaluation_folder
 from raglan.recipe import Recipe
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 
 __all__ = ["ENOUGH", "over_seeds", "seed_lines"]
 

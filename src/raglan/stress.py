@@ -60,7 +60,7 @@ from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSetting
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.refusals import abstained
 from raglan.robustness import abstention, citation_figures, constant, disagreement, flipped, follows, marks
-from raglan.train import Parts
+from raglan.stages import Parts
 
 __all__ = [
     "CLEAN",

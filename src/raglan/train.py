@@ -9,35 +9,31 @@
                     and manifest.json, written last
     runs/<name>/scores/   language-model scores (lsr), shared by all settings that do not change them
 
-A stage's fingerprint covers its settings and everything that goes into it (knowledge base, questions, the parts as they
-come out of the stages before), so a changed setting trains anew and an unchanged one is not trained twice.
+Which stages there are, what their fingerprints cover and which are finished is in `raglan.stages`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers import set_seed
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
+from raglan.artifact import MANIFEST, read_manifest, write_json, write_manifest
 from raglan.candidates import lsr_examples, lsr_plan, lsr_rows
 from raglan.data import answer_rows, class_texts, learned_answers, load_examples, stage_examples
 from raglan.datapoints import points_figures
 from raglan.dialogue import turn_texts
 from raglan.documents import read_examples
-from raglan.errors import CheckpointError, RecipeError
-from raglan.feedback import FeedbackStore
+from raglan.errors import RecipeError
 from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
-from raglan.knowledge import KnowledgeBase, reencoded
+from raglan.knowledge import reencoded
 from raglan.marked_rows import asked_in, marked_rows
 from raglan.mixture import mix
 from raglan.objective import (
@@ -62,7 +58,6 @@ from raglan.recipe import (
     Recipe,
     SelfRagData,
     ShownData,
-    StageSettings,
 )
 from raglan.recipe import LsrObjective as LsrSettings
 from raglan.recipe import MarginalObjective as MarginalSettings
@@ -70,61 +65,24 @@ from raglan.records import Example
 from raglan.scores import Plan
 from raglan.shown import shown_rows
 from raglan.splits import check_leaks
+from raglan.stages import (
+    KIND,
+    Parts,
+    Stage,
+    finished_parts,
+    folder_stamp,
+    held_out_files,
+    learned_files,
+    learns_classes,
+    stages_of,
+)
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 from raglan.weights import read_json
 
-__all__ = ["Parts", "dry_run", "finished_parts", "learned_by", "learned_from", "stage_parts", "train"]
+__all__ = ["Parts", "dry_run", "finished_parts", "folder_stamp", "train"]
 
 log = logging.getLogger(__name__)
-KIND = "stage"
 ROWS = "rows.json"  # what became of the rows of `data.kind: self_rag` and `shown`
-LEARNED = {"answer": "generator", "lsr": "query_encoder"}
-# How a scorer is reached and how fast it goes changes no score; where a stage starts is told by the stages behind it.
-NOT_LEARNED: Any = {"starts_from": True, "data": {"allow_test"}, "objective": {"scorer": {
-    "endpoint", "api_key_env", "concurrency", "retries", "timeout", "batch_tokens", "head_chunk",
-}}}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The tuned parts so far: folders, or None for the recipe's own."""
-
-    generator: str | None = None
-    query_encoder: Path | None = None
-    passage_encoder: Path | None = None
-    knowledge: Path | None = None
-    prior: Path | None = None
-
-    def open(self, recipe: Recipe) -> RAG:
-        return RAG.open(recipe, **{field.name: getattr(self, field.name) for field in fields(self)})
-
-
-@dataclass(frozen=True)
-class _Stage:
-    name: str
-    settings: StageSettings
-    folder: Path
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result"
-
-    @property
-    def learned(self) -> set[str]:
-        """What the result holds."""
-        objective = self.settings.objective
-        if isinstance(objective, LsrSettings) and objective.learn == "both":
-            return {"query_encoder", "passage_encoder", "knowledge"}
-        if not isinstance(objective, MarginalSettings):
-            return {LEARNED[objective.kind]}
-        tower = {"query_encoder", "knowledge"} if "passage_encoder" in objective.learn else set()
-        return {*objective.learn, *tower}  # a query tower belongs to one passage tower, and so does an index
-
-    def parts(self, before: Parts) -> Parts:
-        new: dict[str, Any] = {name: self.result / name for name in self.learned}
-        if "generator" in new:
-            new["generator"] = str(new["generator"])
-        return replace(before, **new)
 
 
 def train(recipe: Recipe, *, only: str | None = None) -> Parts:
@@ -140,7 +98,7 @@ def train(recipe: Recipe, *, only: str | None = None) -> Parts:
         raise RecipeError(f"there is no stage {only!r}; the recipe has {', '.join(trainings)}")
     wanted = trainings if only is None else [*recipe.behind(only), only]
     parts = Parts()
-    for stage, before in _stages(recipe):
+    for stage, before in stages_of(recipe):
         if stage.name not in wanted:
             continue
         if (stage.result / MANIFEST).is_file():
@@ -166,7 +124,7 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
     if not recipe.trainings():
         raise RecipeError(f"recipe {recipe.name!r} trains nothing", hint="give it `objective` and `data`, or `stages`")
     told: dict[str, Plan | str] = {}
-    for stage, before in _stages(recipe):
+    for stage, before in stages_of(recipe):
         objective = stage.settings.objective
         waits = next((name for name in recipe.behind(stage.name) if told[name] != "done"), None)
         if (stage.result / MANIFEST).is_file():
@@ -184,209 +142,25 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
     return told
 
 
-def finished_parts(recipe: Recipe, *, warn: bool = True) -> list[tuple[str, Parts]]:
-    """("untuned", …), then each finished stage's name with the parts as they stand after it and all that come before.
-
-    `warn`: tell of a stage that was trained with other settings.
-    """
-    version = _trained_on(recipe)
-    found = _finished(recipe, version)
-    if version is not None:
-        log.info("the parts were trained on version %s of the knowledge base", version)
-        return found
-    missing = [name for name in recipe.trainings() if name not in dict(found)]
-    if warn and missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
-        log.warning(
-            "stage %s is trained, but with other settings, documents or questions than the recipe's now; it is not used",
-            missing[0],
-        )
-    return found
-
-
-def _trained_on(recipe: Recipe) -> str | None:
-    """The version of the knowledge base that the stages were trained on; None: the current one, or none was finished.
-
-    What a system knows may be changed without training it again.
-    """
-    if len(_finished(recipe)) > 1:
-        return None
-    for version in reversed(KnowledgeBase.versions(recipe.knowledge.path)):
-        other = _finished(recipe, version)
-        if any(parts.knowledge is not None for _, parts in other):
-            return None  # its own knowledge base holds the documents of that version, and not those there are now
-        if len(other) > 1:
-            return version
-    return None
-
-
-def _finished(recipe: Recipe, version: str | None = None) -> list[tuple[str, Parts]]:
-    found, parts = [("untuned", Parts())], Parts()
-    done: set[str] = set()
-    for stage, _ in _stages(recipe, version):
-        if (stage.result / MANIFEST).is_file() and done.issuperset(recipe.behind(stage.name)):
-            done.add(stage.name)
-            parts = stage.parts(parts)
-            found.append((stage.name, parts))
-    return found
-
-
-def stage_parts(recipe: Recipe, names: Sequence[str]) -> Parts:
-    """What these stages learned, the later before the earlier where two learned the same, and nothing else.
-
-    Raises:
-        CheckpointError: one that is not finished with the recipe's settings, documents and questions as they are now.
-    """
-    parts = Parts()
-    for stage, _ in _stages(recipe):
-        if stage.name not in names:
-            continue
-        if not (stage.result / MANIFEST).is_file():
-            raise CheckpointError(
-                f"stage {stage.name!r} is not trained with the recipe's settings, documents and questions as they are now: "
-                f"{stage.result} holds no finished stage",
-                hint="`raglan train` with the same recipe and overrides trains it, or goes on where it stopped",
-            )
-        read_manifest(stage.result, KIND)
-        parts = stage.parts(parts)
-    return parts
-
-
-def learned_by(settings: StageSettings) -> set[str]:
-    """The parts that a stage's result holds, by their names in `Parts`."""
-    return _Stage("", settings, Path()).learned
-
-
-def learned_from(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The data settings that every finished stage was trained with, as its manifest says."""
-    found = {}
-    for stage, _ in _stages(recipe, _trained_on(recipe)):
-        if (stage.result / MANIFEST).is_file():
-            found[stage.name] = read_manifest(stage.result, KIND)["settings"]["data"]
-    return found
-
-
-def learning_curves(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
-    """The trainer's log of every stage that has one, of the stages whose parts `finished_parts` gives."""
-    curves = {}
-    for stage, _ in _stages(recipe, _trained_on(recipe)):
-        if (stage.folder / "log.json").is_file():
-            curves[stage.name] = json.loads((stage.folder / "log.json").read_text(encoding="utf-8"))
-    return curves
-
-
-def _stages(recipe: Recipe, version: str | None = None) -> list[tuple[_Stage, Parts]]:
-    """Each stage with the parts that go into it; names of folders follow from everything that does.
-
-    `version` of the knowledge base is the current one unless it is named.
-    """
-    ground: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
-    shared = [
-        recipe.prompt.model_dump(mode="json"),
-        recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
-        recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
-        [folder_stamp(name) for name in (
-            recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
-            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe),
-        )],
-    ]  # fmt: skip
-    own: dict[str, list[Any]] = {}
-    stages: dict[str, tuple[_Stage, Parts]] = {}
-    for name, settings in recipe.trainings().items():
-        behind, parts = recipe.behind(name), Parts()
-        for other in behind:
-            parts = stages[other][0].parts(parts)
-        files = files_of(settings.data)
-        contents = [_content(path) for path in files]
-        own[name] = [settings.model_dump(mode="json", exclude=NOT_LEARNED), shared, contents]
-        scorer = getattr(settings.objective, "scorer", None)
-        if scorer is not None:
-            own[name].append(folder_stamp(scorer.model))
-        if isinstance(settings.data, FeedbackData):
-            own[name] += [_store_content(settings.data), [_content(path) for path in _held_out_files(recipe, settings)]]
-        if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(settings):
-            own[name].append(recipe.decode.labels)
-        if isinstance(settings.data, InstructionMix) and len(settings.data.dev) > 1:
-            own[name].append([recipe.decode.model_dump(mode="json"), recipe.retriever.k])  # by which the best step is chosen
-        made_of = [*ground, *(item for other in (*behind, name) for item in own[other])]
-        stages[name] = _Stage(name, settings, recipe.run / "stages" / f"{name}-{fingerprint(made_of)[:8]}"), parts
-    return list(stages.values())
-
-
-def _adapter_folder(recipe: Recipe) -> list[Path]:
-    adapter = recipe.generator.adapter
-    return [] if adapter is None else [Path(adapter.path) / (adapter.subfolder or "")]
-
-
-def files_of(data: Any) -> list[Path]:
-    """The files that a stage's data are read from."""
-    if isinstance(data, InstructionMix):
-        paths = [*(source.path for source in data.sources.values()), *(task.path for task in data.dev.values())]
-        return [path for path in paths if path is not None]
-    keys = ("path", "kiqa", "synthetic", "dev", "replay")
-    named = [path for key in keys if (path := getattr(data, key, None)) is not None]
-    return [*named, *getattr(data, "exclude_documents_of", ())]
-
-
-def _content(path: Path) -> str:
-    return file_fingerprint(path) if path.is_file() else str(path)
-
-
-def _store_content(data: FeedbackData) -> str | None:
-    if data.store is None:
-        return None
-    with FeedbackStore(data.store) as store:
-        return store.fingerprint
-
-
-def _held_out_files(recipe: Recipe, stage: StageSettings) -> list[Path]:
-    """Files of questions that are measured, or named by the stage as not to be learned; those that are there yet."""
-    measured = [recipe.evaluate.questions] if recipe.evaluate is not None else []
-    measured += [task.questions for task in recipe.grid.tasks.values()] if recipe.grid is not None else []
-    data = stage.data
-    written = isinstance(data, SelfRagData | ShownData)  # held-out rows, and no file of questions that are measured
-    asked = data.dev is not None and not written
-    dev = [task.path for task in data.dev.values()] if isinstance(data, InstructionMix) else [data.dev] if asked else []
-    files = [*measured, *dev, *(data.exclude if isinstance(data, FeedbackData) else ())]
-    return [path for path in dict.fromkeys(files) if path.exists()]
-
-
-def _held_out(recipe: Recipe, stage: _Stage) -> list[Example]:
+def _held_out(recipe: Recipe, stage: Stage) -> list[Example]:
     """What feedback must not bring into training; questions files are checked instead, and refused."""
     if not isinstance(stage.settings.data, FeedbackData):
         return []
-    return [example for path in _held_out_files(recipe, stage.settings) for example in read_examples(path)]
+    return [example for path in held_out_files(recipe, stage.settings) for example in read_examples(path)]
 
 
-def _learned_files(data: Any) -> list[Path]:
-    """Files of questions that a stage learns from, beside feedback, which is checked as it is read."""
-    if isinstance(data, InstructionMix):
-        return [source.path for source in data.sources.values() if source.path is not None and source.context != "none"]
-    if isinstance(data, ShownData):
-        return [data.files[name] for name in data.sources]
-    path = data.replay if isinstance(data, FeedbackData) else getattr(data, "path", None)
-    return [path] if path is not None else []
-
-
-def _check_leaks(recipe: Recipe, stage: _Stage) -> None:
+def _check_leaks(recipe: Recipe, stage: Stage) -> None:
     """Raises CorpusError where the stage would learn questions that are measured."""
     if recipe.leak_check == "none":
         return
-    measured = {path: read_examples(path) for path in _held_out_files(recipe, stage.settings)}
-    for path in _learned_files(stage.settings.data) if measured else ():
+    measured = {path: read_examples(path) for path in held_out_files(recipe, stage.settings)}
+    for path in learned_files(stage.settings.data) if measured else ():
         learned = asked_in(path) if isinstance(stage.settings.data, SelfRagData) else read_examples(path, split="train")
         for held, examples in measured.items():
             check_leaks(learned, examples, level=recipe.leak_check, names=(str(path), str(held)))
 
 
-def folder_stamp(name: str | Path | None) -> list[list[Any]]:
-    """What a local model folder holds, by name, size and time; nothing for hub names and the embedded models."""
-    folder = Path(name) if name is not None else Path()
-    if name is None or not folder.is_dir():
-        return []
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
-
-
-def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
+def _train_stage(recipe: Recipe, stage: Stage, before: Parts) -> None:
     began = time.monotonic()
     set_seed(recipe.seed)
     system = before.open(recipe)
@@ -419,7 +193,7 @@ def _train_stage(recipe: Recipe, stage: _Stage, before: Parts) -> None:
 
 
 def _finish(
-    stage: _Stage, recipe: Recipe, system: RAG, objective: Objective, trainer: StageTrainer, rows: int, began: float
+    stage: Stage, recipe: Recipe, system: RAG, objective: Objective, trainer: StageTrainer, rows: int, began: float
 ) -> None:
     """Keep what was learned, then say that the stage is done, then drop the checkpoints."""
     _keep(stage, system, objective, {"rows": rows, "steps": trainer.state.global_step})
@@ -438,7 +212,7 @@ def _finish(
 
 
 def _answer(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings
+    recipe: Recipe, stage: Stage, system: RAG, settings: AnswerSettings
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
     if isinstance(data, InstructionMix):
@@ -463,7 +237,7 @@ def _answer(
 
 
 def _mixed(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: InstructionMix
+    recipe: Recipe, stage: Stage, system: RAG, settings: AnswerSettings, data: InstructionMix
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     if recipe.generator.lora is None:
         system.generator.model.float()
@@ -473,7 +247,7 @@ def _mixed(
 
 
 def _marked(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: SelfRagData
+    recipe: Recipe, stage: Stage, system: RAG, settings: AnswerSettings, data: SelfRagData
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     if recipe.generator.lora is None:
         system.generator.model.float()
@@ -488,7 +262,7 @@ def _marked(
 
 
 def _shown(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: AnswerSettings, data: ShownData
+    recipe: Recipe, stage: Stage, system: RAG, settings: AnswerSettings, data: ShownData
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     if recipe.generator.lora is None:
         system.generator.model.float()
@@ -498,7 +272,7 @@ def _shown(
     return AnswerObjective(system.generator, reduction=settings.reduction), made.rows, made.held_out
 
 
-def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
+def _lsr(recipe: Recipe, stage: Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     table = recipe.run / "scores"
     if settings.refresh != "never" and stage.settings.train.get("dataloader_num_workers", 0):
         raise RecipeError(
@@ -516,12 +290,12 @@ def _lsr(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> t
     return objective, rows, held_out
 
 
-def _lsr_held_out(recipe: Recipe, stage: _Stage, system: RAG) -> list[Example]:
+def _lsr_held_out(recipe: Recipe, stage: Stage, system: RAG) -> list[Example]:
     dev = _lsr_data(stage).dev
     return [] if dev is None else load_examples(dev, system.retriever.base.corpus, limit=500, seed=recipe.seed)
 
 
-def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSettings) -> list[Example]:
+def _lsr_examples(recipe: Recipe, stage: Stage, system: RAG, settings: LsrSettings) -> list[Example]:
     data = _lsr_data(stage)
     graded = settings.target == "given" and settings.evidence == "alone"  # people's judgements need no answer beside them
     if not isinstance(data, FeedbackData):
@@ -530,13 +304,13 @@ def _lsr_examples(recipe: Recipe, stage: _Stage, system: RAG, settings: LsrSetti
     return stage_examples(data, system.retriever.base.corpus, recipe.seed, held_out=held_out, needs=needs)
 
 
-def _lsr_data(stage: _Stage) -> QuestionData | LsrMixData | FeedbackData:
+def _lsr_data(stage: Stage) -> QuestionData | LsrMixData | FeedbackData:
     assert isinstance(stage.settings.data, QuestionData | LsrMixData | FeedbackData)
     return stage.settings.data
 
 
 def _marginal(
-    recipe: Recipe, stage: _Stage, system: RAG, settings: MarginalSettings
+    recipe: Recipe, stage: Stage, system: RAG, settings: MarginalSettings
 ) -> tuple[Objective, Sequence[Any], Sequence[Any]]:
     data, corpus = stage.settings.data, system.retriever.base.corpus
     assert isinstance(data, QuestionData)
@@ -598,20 +372,16 @@ def marginal_rows(examples: Sequence[Example], system: RAG, settings: MarginalSe
     ]
 
 
-def _to_learn(recipe: Recipe, stage: _Stage, system: RAG, examples: Sequence[Example]) -> list[Example]:
+def _to_learn(recipe: Recipe, stage: Stage, system: RAG, examples: Sequence[Example]) -> list[Example]:
     """The examples with the answers the generator is to write: a class's text for its name, where it learns classes."""
-    if isinstance(recipe.decode, ClassifyDecode) and _learns_classes(stage.settings):
+    if isinstance(recipe.decode, ClassifyDecode) and learns_classes(stage.settings):
         examples = class_texts(examples, recipe.decode)
     data = stage.settings.data
     assert not isinstance(data, LsrMixData | SelfRagData | ShownData)
     return learned_answers(examples, data, system.retriever, recipe.seed)
 
 
-def _learns_classes(settings: StageSettings) -> bool:
-    return settings.data.kind != "lessons" and getattr(settings.objective, "tokens", "all") == "first"
-
-
-def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
+def _warn_if_tokens_differ(recipe: Recipe, stage: Stage) -> None:
     """The decoding scores what the stage did not learn, or the other way round."""
     first = getattr(stage.settings.objective, "tokens", None)
     if first == "all" and recipe.decode.kind == "classify" and stage.settings.data.kind == "questions":
@@ -620,7 +390,7 @@ def _warn_if_tokens_differ(recipe: Recipe, stage: _Stage) -> None:
         log.warning("stage %s learns first tokens, and nothing of how an answer ends: decode.kind: classify", stage.name)
 
 
-def _keep(stage: _Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:
+def _keep(stage: Stage, system: RAG, objective: Objective, figures: dict[str, Any]) -> None:
     learned, retriever = stage.learned, system.retriever
     for name in learned:
         shutil.rmtree(stage.result / name, ignore_errors=True)

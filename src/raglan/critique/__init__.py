@@ -46,7 +46,7 @@ from raglan.recipe import (
 )
 from raglan.records import Hit
 from raglan.retriever import Retriever
-from raglan.train import finished_parts
+from raglan.stages import finished_parts
 from raglan.weights import read_json
 
 __all__ = ["Critique", "agreement", "kappa", "read_audit", "shard_of"]
