@@ -45,7 +45,7 @@ from raglan.recipe import (
 from raglan.records import Passage
 from raglan.retriever import Retriever
 from raglan.stages import Parts
-from test_kill import small_recipe
+from tiny import small_recipe
 
 pytest.importorskip("llama_index.core")
 pytest.importorskip("langchain_core")

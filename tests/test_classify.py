@@ -25,8 +25,8 @@ from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, load_recipe
 from raglan.recipe import MarginalObjective as MarginalSettings
 from test_generator import made
-from test_kill import small_recipe
 from test_rag_decode import asked, next_logprobs, sharpened
+from tiny import small_recipe
 
 LABELS = {"SUPPORTS": "yes", "REFUTES": "no", "NOT ENOUGH INFO": "maybe"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raglan import cli
-from test_kill import small_recipe
+from tiny import small_recipe
 
 COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "swap", "schema", "synthesize"]
 

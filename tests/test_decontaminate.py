@@ -23,8 +23,7 @@ from raglan.records import Example
 from raglan.splits import find_leaks, jaccard
 from raglan.text import answer_words, fold_numbers
 from test_cli import run
-from test_kill import small_recipe
-from tiny import concepts
+from tiny import concepts, small_recipe
 
 KRAKOW = Example("krakow", "Which river flows through the Polish city of Kraków?", ("Vistula",))
 SOURCE = Example("source", "长江的源头在哪个省？", ("青海省",))

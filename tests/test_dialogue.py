@@ -25,7 +25,7 @@ from raglan.rag import RAG
 from raglan.recipe import PromptSettings, RetrieveAgain, RewriteSettings, load_recipe
 from raglan.records import Passage
 from test_generator import made
-from test_kill import small_recipe
+from tiny import small_recipe
 
 TURNS = ["who built the old tower?", "the miller", "and the lighthouse?"]
 PASSAGES = [Passage("1", "The tower was built by Odo Marrack, a miller, in 1831.", "Tower"), Passage("2", "In 1790.")]

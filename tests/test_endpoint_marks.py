@@ -23,7 +23,7 @@ from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Hit, Marked, Passage
 from served import KEY, ServedMarks, serving
 from test_cli import run
-from test_kill import small_recipe
+from tiny import small_recipe
 
 QUESTIONS = ("who built the tower?", "when was the light lit?", "where is 北京大學?")
 

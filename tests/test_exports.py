@@ -45,7 +45,7 @@ from raglan.records import Context, DataPoint
 from raglan.scores import open_scorer
 from raglan.stages import Parts
 from test_cli import run
-from test_kill import small_recipe
+from tiny import small_recipe
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}

@@ -14,7 +14,6 @@ from raglan.rag import RAG
 from raglan.recipe import SelfRagDecode, load_recipe
 from raglan.records import Hit
 from test_cli import run
-from test_kill import small_recipe
 from tiny import ScriptedGenerator, decides, said
 
 ON = (0.05, 0.9, 0.05)  # a boundary that retrieves
@@ -52,16 +51,12 @@ def test_where_nothing_further_is_retrieved_it_is_refused(given: dict[str, Any])
 
 
 def test_a_system_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small_recipe(tmp_path)
     tiny.sure_self_rag(tmp_path / "model", sure=10, likes=("retrieve", "is_sup", "is_use"), by=1.7)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text("""
-name: asks
-knowledge: {path: kb, documents: corpus.jsonl, chunk: null, encoder: {model: encoder/encoder, dtype: float32}}
-retriever: {k: 2}
-generator: {model: model, dtype: float32}
-decode: {kind: self_rag, form: long, retrieve: always, max_new_tokens: 6, max_segments: 3, stop: never}
-""")
+    recipe = tiny.asks(
+        tmp_path,
+        generator="model",
+        decode="form: long, retrieve: always, max_new_tokens: 6, max_segments: 3, stop: never",
+    )
     assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     system = RAG.open(load_recipe(recipe))
     told: list[tuple[str, str]] = []

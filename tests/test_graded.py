@@ -18,7 +18,7 @@ from raglan.generator import Graded, open_any
 from raglan.recipe import GeneratorSettings, PromptSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from test_cli import run
-from test_kill import small_recipe
+from tiny import small_recipe
 
 PASSAGES = {
     "mill": "The mill was built in 1831 by Anna Roth.",

@@ -30,8 +30,8 @@ from raglan.recipe import ConcatDecode, EnsembleDecode, GridTask, load_recipe
 from raglan.records import Answer, Example
 from raglan.stages import Parts, finished_parts, stage_parts, stages_of
 from raglan.train import train
-from test_kill import small_recipe
 from test_recipe import GOOD, recipe
+from tiny import small_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "ra_dit_grid.yaml"
 CELLS = ("base", "R-ft", "LM-ft", "both")

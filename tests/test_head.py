@@ -32,9 +32,9 @@ from raglan.objective.marginal import Scored
 from raglan.rag import RAG
 from raglan.recipe import load_recipe
 from test_generator import made
-from test_kill import small_recipe
 from test_marginal import ROWS, batch, objective
 from test_rag_decode import QUERIES, asked, contexts, theirs
+from tiny import small_recipe
 
 OVER = ["sequence", "token"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.recipe import load_recipe
 from raglan.stages import finished_parts
 from test_knowledge import documents, settings
+from tiny import small_recipe
 
 DRIVER = """
 import json, os, random, signal, sys, time
@@ -128,52 +128,6 @@ def test_build_survives_ten_kills(tmp_path: Path) -> None:
     straight = build_knowledge(wanted.model_copy(update={"path": tmp_path / "straight"}))
     rows = np.arange(12000)
     assert np.allclose(last.vectors.vectors(rows), straight.vectors.vectors(rows), atol=1e-5)
-
-
-def small_recipe(folder: Path, *, name: str = "small") -> Path:
-    """A tiny BERT, 30 towers, 60 questions: a recipe with an `answer` and an `lsr` stage that trains in seconds."""
-    chance = random.Random(3)
-    letters = "bcdfgh"
-    rows, questions = [], []
-    for n in range(30):
-        tower, miller = ("".join(chance.choices(letters, k=3)) for _ in range(2))
-        tower = tower if tower not in {row["title"] for row in rows} else tower[::-1]  # one question would be on both sides
-        rows.append({"id": f"p{n}", "title": tower, "text": f"the tower {tower} was built by miller {miller} in {1700 + n}"})
-        for kind, (query, answer) in enumerate(
-            ((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))
-        ):
-            questions.append({"id": f"q{n}-{kind}", "query": query, "answers": [answer], "relevant": [f"p{n}"]})
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for split, part in (("train", questions[:40]), ("dev", questions[40:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    encoder = folder / "encoder" / "encoder"
-    if not encoder.is_dir():
-        tiny.sentence_encoder(folder / "encoder")
-        model, words = tiny.reader(folder=folder / "bert")
-        model.save_pretrained(str(folder / "reader"))
-        words.save_pretrained(str(folder / "reader"))
-    path = folder / f"{name}.yaml"
-    path.write_text(f"""
-name: {name}
-seed: 1
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-prompt: {{max_tokens: 96}}
-generator: {{model: reader, dtype: float32}}
-decode: {{kind: concat, max_new_tokens: 8}}
-train: {{bf16: false, save_steps: 4, logging_steps: 2, per_device_train_batch_size: 8, learning_rate: 3e-3}}
-stages:
-  read:
-    data: {{kind: questions, path: train.jsonl, passages: 2}}
-    objective: {{kind: answer}}
-    train: {{num_train_epochs: 6}}
-  find:
-    data: {{kind: questions, path: train.jsonl, dev: dev.jsonl}}
-    objective: {{kind: lsr, k: 5, candidates: dense, target: mean_prob, tau: 0.1}}
-    train: {{num_train_epochs: 3, learning_rate: 1e-3}}
-evaluate: {{questions: dev.jsonl, k: [1, 5]}}
-""")
-    return path
 
 
 @pytest.mark.timeout(600)

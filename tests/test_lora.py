@@ -22,8 +22,8 @@ from raglan.recipe import EndpointSettings, GeneratorSettings, PromptSettings, R
 from raglan.records import Passage
 from raglan.stages import Parts, finished_parts
 from raglan.weights import read_tensors
-from test_kill import small_recipe
 from test_synthesis import english
+from tiny import small_recipe
 
 pytest.importorskip("peft")
 RECIPE = Path(__file__).parent.parent / "recipes" / "rag_tuning.yaml"

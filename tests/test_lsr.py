@@ -43,7 +43,7 @@ from raglan.scores import Pair, ScoreTable
 from raglan.stages import Parts, finished_parts
 from raglan.train import train
 from test_generator import made, plain_logprobs
-from test_kill import small_recipe
+from tiny import small_recipe
 
 A = [2.0, 1.0, 0.0]
 TOKENS_D = [[0.2, 0.5], [0.75, 0.8], [0.5, 0.6]]

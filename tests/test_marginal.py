@@ -29,8 +29,8 @@ from raglan.recipe import PriorSettings, load_recipe
 from raglan.retriever import Retriever
 from raglan.train import _with_hits, check_rows, train
 from test_generator import made, plain_logprobs
-from test_kill import small_recipe
 from test_rag_decode import next_logprobs
+from tiny import small_recipe
 
 ROWS = [("who built the tower?", "odo"), ("when was the lighthouse built?", "1790"), ("who was the miller?", "a miller")]
 

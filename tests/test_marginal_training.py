@@ -33,9 +33,9 @@ from raglan.recipe import StalenessSettings, load_recipe
 from raglan.train import train
 from raglan.trainer import Refreshing, StageTrainer, last_whole, restore, stage_trainer
 from test_generator import PASSAGES, made
-from test_kill import small_recipe
 from test_marginal import ROWS, batch, objective
 from test_staleness import ALL, joint, weights
+from tiny import small_recipe
 
 ACCEPT = {"staleness": {"kind": "accept"}}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}

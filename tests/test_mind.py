@@ -19,7 +19,7 @@ from raglan.rag import RAG
 from raglan.recipe import QuestionData, Recipe, load_recipe
 from raglan.records import Answer
 from raglan.train import train
-from test_kill import small_recipe
+from tiny import small_recipe
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import offices  # the folder of benchmarks is no package

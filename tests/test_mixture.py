@@ -28,7 +28,7 @@ from raglan.recipe import GeneratorSettings, InstructionMix, PromptSettings, Rec
 from raglan.records import Context, DataPoint, Passage
 from raglan.train import train
 from raglan.trainer import stage_trainer
-from test_kill import small_recipe
+from tiny import small_recipe
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "Background: {passages}\n\nQ: {question}\nA: "

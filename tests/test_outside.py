@@ -12,7 +12,6 @@ import tiny
 from raglan.metrics import answer_recall, substring
 from raglan.robustness import outside_figures
 from test_cli import run
-from test_kill import small_recipe
 
 READ = ["Tower\nBuilt by Odo Marrack in 1831.", "Light\nLit with oil."]
 
@@ -55,17 +54,13 @@ def test_letters_and_words(text: str, gold: list[str], letters: int, words: int)
 
 def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both figures beside quality, of the questions that read passages; without any there is nothing to stand outside of."""
-    small_recipe(tmp_path)
     tiny.sure_self_rag(tmp_path / "model")
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text("""
-name: asks
-knowledge: {path: kb, documents: corpus.jsonl, chunk: null, encoder: {model: encoder/encoder, dtype: float32}}
-retriever: {k: 2}
-generator: {model: model, dtype: float32}
-decode: {kind: self_rag, target_rate: 0.5, max_new_tokens: 3}
-evaluate: {questions: dev.jsonl, k: [1], modes: [closed_book, retrieved], metrics: [match, substring], limit: 8}
-""")
+    recipe = tiny.asks(
+        tmp_path,
+        generator="model",
+        decode="target_rate: 0.5, max_new_tokens: 3",
+        evaluate="modes: [closed_book, retrieved], metrics: [match, substring], limit: 8",
+    )
     assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     code, out, _ = run("evaluate", str(recipe), "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0

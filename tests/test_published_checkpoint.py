@@ -25,7 +25,6 @@ from raglan.records import Passage
 from raglan.reflection import Schema
 from raglan.vocabulary import open_tokenizer, save_tokenizer
 from test_cli import run
-from test_kill import small_recipe
 
 BASE = 32_000  # pieces of Llama-2; the first reflection token comes behind them
 NAMES = [*Schema.numbered(0).spellings, "<pad>"]
@@ -137,15 +136,7 @@ def test_what_is_not_said_is_as_it_was_written(folder: Path, tmp_path: Path, leg
 def test_it_answers_by_the_command_line(
     folder: Path, generator: HFGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_recipe(tmp_path)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text(f"""
-name: asks
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{model: "{folder}", dtype: float32}}
-decode: {{kind: self_rag, retrieve: always, max_new_tokens: 6}}
-""")
+    recipe = tiny.asks(tmp_path, generator=folder, decode="retrieve: always, max_new_tokens: 6")
     assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     code, out, _ = run("answer", str(recipe), "who built the mill?", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0

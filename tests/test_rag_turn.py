@@ -22,8 +22,8 @@ from raglan.recipe import MarginalObjective as MarginalSettings
 from raglan.recipe import RagSequenceDecode, RagTokenDecode, TurnSettings, load_recipe
 from raglan.records import Answer
 from test_generator import made, plain_logprobs
-from test_kill import small_recipe
 from test_rag_decode import asked, next_logprobs, sharpened
+from tiny import small_recipe
 
 QUERIES = ["when was it built?", "who was the miller?", "what year?"]
 HISTORY: list[list[str]] = [["who built the tower?", "a miller", "where?"], [], ["the lighthouse"]]

@@ -26,10 +26,10 @@ from raglan.objective import MarginalRow, Objective
 from raglan.recipe import GeneratorSettings, PromptSettings, load_recipe
 from raglan.stages import finished_parts
 from raglan.train import train
-from test_kill import small_recipe
 from test_marginal import objective
 from test_marginal_training import ALL, EIGHT, make_answer, make_lsr, opened, trainer_of
 from test_staleness import joint
+from tiny import small_recipe
 
 OTHERS: dict[str, tuple[Callable[..., tuple[Objective, Sequence[Any]]], dict[str, Any]]] = {
     "lsr": (make_lsr, {}),

@@ -18,8 +18,8 @@ from raglan.objective import MarginalRow
 from raglan.rag import RAG
 from raglan.recipe import load_recipe
 from test_generator import MODELS, PASSAGES, made, plain_logprobs
-from test_kill import small_recipe
 from test_marginal import objective
+from tiny import small_recipe
 
 EOS, BOS = 2, 1
 ANSWERS = ["odo marrack", "1790", "a", "by the water, in 1655"]

@@ -21,7 +21,6 @@ from raglan.generator import HFGenerator, open_generator
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from test_cli import run
-from test_kill import small_recipe
 from test_self_rag_backends import same_tree
 from test_self_rag_long import NO, nodes
 
@@ -166,16 +165,12 @@ def test_the_alce_file_numbers_its_docs(generator: HFGenerator, tmp_path: Path) 
 def test_by_the_command_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_recipe(tmp_path)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text(f"""
-name: asks
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{model: "{checkpoint}", dtype: float32}}
-decode: {{kind: self_rag, form: long, retrieve: always, max_new_tokens: 6, max_segments: 2, cite: retrieved, n_best: 2}}
-evaluate: {{questions: dev.jsonl, k: [1], modes: [retrieved], limit: 3}}
-""")
+    recipe = tiny.asks(
+        tmp_path,
+        generator=checkpoint,
+        decode="form: long, retrieve: always, max_new_tokens: 6, max_segments: 2, cite: retrieved, n_best: 2",
+        evaluate="modes: [retrieved], limit: 3",
+    )
     call = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
     assert call("build", str(recipe))[0] == 0
     code, out, _ = call("answer", str(recipe), "who built the mill?", "--trace", "--alce", str(tmp_path / "alce.json"))

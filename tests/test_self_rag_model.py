@@ -21,7 +21,6 @@ from raglan.generator.causal import causal_from_encoder
 from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from test_cli import run
-from test_kill import small_recipe
 
 VALUES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LIMIT = 12
@@ -252,16 +251,7 @@ def test_a_generator_without_reflection_tokens_is_refused(tmp_path: Path) -> Non
 def test_by_the_command_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_recipe(tmp_path)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text(f"""
-name: asks
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{model: "{checkpoint}", dtype: float32}}
-decode: {{kind: self_rag, target_rate: 0.5, max_new_tokens: 6, prune: {{kind: bound}}}}
-evaluate: {{questions: dev.jsonl, k: [1], modes: [closed_book, retrieved], limit: 8}}
-""")
+    recipe = tiny.asks(tmp_path, generator=checkpoint, decode="target_rate: 0.5, max_new_tokens: 6, prune: {kind: bound}")
     call = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
     assert call("build", str(recipe))[0] == 0
     code, out, _ = call(
@@ -298,16 +288,9 @@ def test_calibration_by_the_command_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Made-up gold answers, so that some questions need passages: those whose answer is what was written with them."""
-    small_recipe(tmp_path)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text(f"""
-name: asks
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{model: "{checkpoint}", dtype: float32}}
-decode: {{kind: self_rag, retrieve: always, max_new_tokens: 4}}
-evaluate: {{questions: dev.jsonl, k: [1], modes: [closed_book, retrieved]}}
-""")
+    recipe = tiny.asks(
+        tmp_path, generator=checkpoint, decode="retrieve: always, max_new_tokens: 4", evaluate="modes: [closed_book, retrieved]"
+    )
     call = lambda *words: run(*words, capsys=capsys, monkeypatch=monkeypatch)  # noqa: E731
     assert call("build", str(recipe))[0] == 0
     assert call("evaluate", str(recipe), "--json")[0] == 0

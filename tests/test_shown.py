@@ -19,7 +19,7 @@ from raglan.records import Passage
 from raglan.rendering import Rendering, render
 from raglan.shown import shown_rows
 from raglan.train import train
-from test_kill import small_recipe
+from tiny import small_recipe
 
 SAID = "Answer in a word."
 

@@ -24,7 +24,7 @@ from raglan.splits import Split, check_leaks, find_leaks, jaccard, read_split, s
 from raglan.text import question_key
 from raglan.train import train
 from test_cli import run
-from test_kill import small_recipe
+from tiny import small_recipe
 
 HALVES = {"train": 0.5, "test": 0.5}
 

@@ -24,8 +24,8 @@ from raglan.retriever import Retriever
 from raglan.stages import finished_parts
 from raglan.train import train
 from raglan.trainer import stage_trainer
-from test_kill import small_recipe
 from test_marginal import ROWS, batch, objective
+from tiny import small_recipe
 
 ALL = ("query_encoder", "passage_encoder", "generator")
 

@@ -37,7 +37,7 @@ from raglan.stress_tables import (
     robustness_tables,
 )
 from raglan.train import train
-from test_kill import small_recipe
+from tiny import small_recipe
 
 runner = CliRunner()
 BARE = RAG(None, None, ConcatDecode(), 1)  # type: ignore[arg-type]  # nothing of it but the decoding is looked at

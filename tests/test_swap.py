@@ -17,7 +17,7 @@ from raglan.rag import RAG
 from raglan.recipe import load_recipe
 from raglan.stages import finished_parts, learning_curves
 from raglan.train import train
-from test_kill import small_recipe
+from tiny import small_recipe
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from raglan.recipe import QuestionData, Recipe, load_recipe
 from raglan.records import Example
 from raglan.text import words
 from raglan.wordings import wordings
-from test_kill import small_recipe
+from tiny import small_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 THEMSELVES = ("self_rag", "rag_tuning")  # they say what is to be changed

@@ -26,7 +26,7 @@ from raglan.retriever import Retriever
 from raglan.scores import Pair, ScoreTable
 from raglan.stages import finished_parts
 from raglan.train import train
-from test_kill import small_recipe
+from tiny import small_recipe
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -361,6 +363,69 @@ def reader(*, seed: int = 0, folder: Path) -> Any:
     from raglan.generator.reader import reader_from_encoder
 
     return reader_from_encoder(str(bert(folder, seed=seed)))
+
+
+def small_recipe(folder: Path, *, name: str = "small") -> Path:
+    """A tiny BERT, 30 towers, 60 questions: a recipe with an `answer` and an `lsr` stage that trains in seconds."""
+    chance = random.Random(3)
+    letters = "bcdfgh"
+    rows, questions = [], []
+    for n in range(30):
+        tower, miller = ("".join(chance.choices(letters, k=3)) for _ in range(2))
+        tower = tower if tower not in {row["title"] for row in rows} else tower[::-1]  # one question would be on both sides
+        rows.append({"id": f"p{n}", "title": tower, "text": f"the tower {tower} was built by miller {miller} in {1700 + n}"})
+        for kind, (query, answer) in enumerate(
+            ((f"who built {tower}", miller), (f"what year was {tower} built", str(1700 + n)))
+        ):
+            questions.append({"id": f"q{n}-{kind}", "query": query, "answers": [answer], "relevant": [f"p{n}"]})
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, part in (("train", questions[:40]), ("dev", questions[40:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    encoder = folder / "encoder" / "encoder"
+    if not encoder.is_dir():
+        sentence_encoder(folder / "encoder")
+        model, words = reader(folder=folder / "bert")
+        model.save_pretrained(str(folder / "reader"))
+        words.save_pretrained(str(folder / "reader"))
+    path = folder / f"{name}.yaml"
+    path.write_text(f"""
+name: {name}
+seed: 1
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+prompt: {{max_tokens: 96}}
+generator: {{model: reader, dtype: float32}}
+decode: {{kind: concat, max_new_tokens: 8}}
+train: {{bf16: false, save_steps: 4, logging_steps: 2, per_device_train_batch_size: 8, learning_rate: 3e-3}}
+stages:
+  read:
+    data: {{kind: questions, path: train.jsonl, passages: 2}}
+    objective: {{kind: answer}}
+    train: {{num_train_epochs: 6}}
+  find:
+    data: {{kind: questions, path: train.jsonl, dev: dev.jsonl}}
+    objective: {{kind: lsr, k: 5, candidates: dense, target: mean_prob, tau: 0.1}}
+    train: {{num_train_epochs: 3, learning_rate: 1e-3}}
+evaluate: {{questions: dev.jsonl, k: [1, 5]}}
+""")
+    return path
+
+
+def asks(
+    folder: Path, *, generator: Path | str, decode: str, evaluate: str = "modes: [closed_book, retrieved], limit: 8"
+) -> Path:
+    """The corpus and the questions of `small_recipe`, and a recipe that asks a Self-RAG checkpoint about them."""
+    small_recipe(folder)
+    path = folder / "asks.yaml"
+    path.write_text(f"""
+name: asks
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+generator: {{model: "{generator}", dtype: float32}}
+decode: {{kind: self_rag, {decode}}}
+evaluate: {{questions: dev.jsonl, k: [1], {evaluate}}}
+""")
+    return path
 
 
 def _saved(model: Any, words: PreTrainedTokenizerFast, folder: Path) -> Path:

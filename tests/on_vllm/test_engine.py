@@ -27,7 +27,6 @@ from raglan.recipe import GeneratorSettings, PromptSettings, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from raglan.reflection import retrieve_probability
 from test_cli import run
-from test_kill import small_recipe
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 if importlib.util.find_spec("vllm") is not None:
@@ -223,15 +222,7 @@ def test_by_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One recipe, answered by transformers here and by vLLM in a process of its own."""
-    small_recipe(tmp_path)
-    recipe = tmp_path / "asks.yaml"
-    recipe.write_text(f"""
-name: asks
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{model: "{folder}", dtype: float32}}
-decode: {{kind: self_rag, retrieve: always, max_new_tokens: 6}}
-""")
+    recipe = tiny.asks(tmp_path, generator=folder, decode="retrieve: always, max_new_tokens: 6")
     question = "who built the mill?"
     assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     code, out, _ = run("answer", str(recipe), question, "--json", capsys=capsys, monkeypatch=monkeypatch)
