@@ -27,6 +27,7 @@ from raglan.errors import CorpusError, MissingExtra, RecipeError
 from raglan.exports import found_points
 from raglan.knowledge import KnowledgeBase, build_knowledge, passage_text
 from raglan.objective import AnswerObjective, LsrObjective, MarginalObjective
+from raglan.pooled import retrieve_pooled
 from raglan.rag import RAG
 from raglan.recipe import (
     ConcatDecode,
@@ -317,6 +318,14 @@ def test_two_texts_under_one_id_stay_two_passages() -> None:
     found = foreign.retrieve(["a", "b", "a"], 1)
     assert [row[0].passage.text for row in found] == ["one", "two", "one"]
     assert found[0][0].passage.id == "same" == found[2][0].passage.id != found[1][0].passage.id
+
+
+def test_a_pool_takes_them_beside_our_own(retriever: Retriever) -> None:
+    """They are asked with words, and never with vectors that another retriever's encoder made."""
+    foreign = ForeignRetriever(lambda query, k: [(Passage(query, f"of {query}"), 1.0)], "test")
+    (found,) = retrieve_pooled({"own": retriever, "theirs": foreign}, [ASKED], 3)
+    assert [one.retriever for one in found] == ["own", "theirs", "own"]
+    assert found[1].hit.passage.id == ASKED
 
 
 def test_they_cannot_be_trained(retriever: Retriever, system: RAG) -> None:

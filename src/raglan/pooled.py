@@ -59,8 +59,7 @@ def retrieve_each(retrievers: Mapping[str, Retrieves], queries: Sequence[str], k
     vectors: dict[int, np.ndarray] = {}
     found = {}
     for name, retriever in retrievers.items():
-        index = getattr(retriever, "index", None)  # other libraries' retrievers have none
-        if isinstance(retriever, Retriever) and index is not None and index.needs_vectors:
+        if isinstance(retriever, Retriever) and retriever.needs_vectors:
             encoder = id(retriever.encoder)
             if encoder not in vectors:
                 vectors[encoder] = retriever.embed(queries)

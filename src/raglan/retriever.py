@@ -165,6 +165,11 @@ class Retriever:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether queries are embedded before the index is asked: then `retrieve` can be given what `embed` made of them."""
+        return self.index.needs_vectors
+
     def embed(self, queries: Sequence[str]) -> np.ndarray:
         """(B,) queries → (B,D), bit for bit as `search` makes them."""
         parts = [self.encoder.embed_queries(list(queries[start : start + BATCH])) for start in range(0, len(queries), BATCH)]

@@ -89,6 +89,8 @@ class ForeignRetriever(Retriever):
         history, rewrite: as for every retriever.
     """
 
+    needs_vectors = False  # they embed what they are asked themselves
+
     def __init__(
         self, ask: Ask, kind: str, *, temperature: float = 1.0, history: Literal["last_turn", "history", "rewrite"] = "history",
         rewrite: Rewrite | None = None,
@@ -109,7 +111,7 @@ class ForeignRetriever(Retriever):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B,K) float32, 0 where they give none, and rows (B,K) int64; row −1 where fewer than K were found.
 
-        They embed what they are asked themselves: `vectors` are of no use to them.
+        `vectors` are of no use to them.
 
         Raises:
             RecipeError: k below 1. CorpusError: an empty query.

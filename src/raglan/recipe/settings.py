@@ -50,11 +50,10 @@ class StageSettings(Settings):
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
         if self.data.kind in ("instruction_mix", "self_rag", "shown") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
-        if self.data.kind != "self_rag" and getattr(self.objective, "group_weights", None):
-            raise ValueError("objective.group_weights needs data of kind self_rag: other rows have no groups of tokens")
-        for name in ("off_grammar", "repeats"):
-            if self.data.kind != "self_rag" and getattr(self.objective, name, False):
-                raise ValueError(f"objective.{name} needs data of kind self_rag: other rows have no grammar")
+        own = {"group_weights": "groups of tokens", "off_grammar": "grammar", "repeats": "segments"}
+        for name, what in own.items():
+            if self.data.kind != "self_rag" and getattr(self.objective, name, None):
+                raise ValueError(f"objective.{name} needs data of kind self_rag: other rows have no {what}")
         return self
 
 
