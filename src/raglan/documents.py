@@ -9,29 +9,23 @@ the list of what was skipped and why. Files of other kinds in a folder are liste
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
-import logging
 import re
-import warnings
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from raglan.corpus import id_hash
-from raglan.errors import CorpusError, require
+from raglan.errors import CorpusError
+from raglan.files import CONVERTED, TABLES, TEXTS, converted_text, ending_of, file_text, json_lines, table_rows
 from raglan.progress import track
 from raglan.records import Document, Example
-from raglan.text import SPACELESS, check_history, check_query, half_character
+from raglan.text import check_history, check_query, half_character
 
 __all__ = [
     "DocumentStream",
@@ -46,13 +40,7 @@ __all__ = [
     "write_examples",
 ]
 
-TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
-TEXTS = (".md", ".markdown", ".txt")
-CONVERTED = (".html", ".htm", ".pdf", ".docx")
-ENCODINGS = "set knowledge.encoding (as latin-1 or gb18030), convert the file, or set on_error: skip"
-UNREADABLE = "check the file and its permissions, or set on_error: skip"
-LINES = 'each line is one JSON object, as in {"id": "a", "text": "…"}'
 NO_PAIRS = "is no JSON of queries, corpus and relevant_docs"
 PAIRS_FORM = 'the form is {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [corpus ids]}}'
 QUESTIONS = (
@@ -129,7 +117,7 @@ class DocumentStream:
 
     def _documents(self) -> Iterator[Document]:
         for path, base in track(self._places, "reading"):
-            ending = _ending(path)
+            ending = ending_of(path)
             if ending not in (*TABLES, PAIRS, *TEXTS, *CONVERTED):
                 self.skipped.append((str(path), f"files ending in {ending or 'nothing'} are not read"))
             elif (fault := self._fault(path, base, ending)) is not None:
@@ -167,7 +155,7 @@ class DocumentStream:
         if half_character(str(path)) is not None:
             raise CorpusError(f"the file name {str(path)!r} is not UTF-8", hint="rename it, or set on_error: skip")
         if ending in TABLES:
-            for number, row in _rows(path, ending, self.encoding):
+            for number, row in table_rows(path, ending, self.encoding):
                 yield _row_document(row, path, number, self.columns, self.whole)
             return
         if ending == PAIRS:
@@ -220,7 +208,7 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     elif path.suffix.lower() == PAIRS:
         examples = _qa_examples(path)
     elif path.is_file():
-        examples = [_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS)]
+        examples = [_example(row, path, line) for line, row in json_lines(path, "utf-8", cure=QUESTIONS)]
     else:
         raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file or a BEIR folder")
     if not examples:
@@ -237,14 +225,14 @@ def stream_examples(path: Path) -> Iterator[Example]:
     """The questions of a .jsonl(.gz) file one by one, never all held; ids may occur twice. Raises CorpusError."""
     if not path.is_file():
         raise CorpusError(f"there is no question file {path}", hint="give a .jsonl or .jsonl.gz file")
-    return (_example(row, path, line) for line, row in _json_lines(path, "utf-8", cure=QUESTIONS))
+    return (_example(row, path, line) for line, row in json_lines(path, "utf-8", cure=QUESTIONS))
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of a .jsonl(.gz) file. Raises CorpusError: a missing file, or a line that is no JSON object."""
     if not path.is_file():
         raise CorpusError(f"there is no file {path}", hint="give a .jsonl or .jsonl.gz file")
-    return _json_lines(path, "utf-8")
+    return json_lines(path, "utf-8")
 
 
 def read_texts(path: Path) -> list[tuple[str, str]]:
@@ -255,10 +243,10 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
     """
     if not path.is_file():
         raise CorpusError(f"there is no file {path}", hint="give a .txt or .jsonl(.gz) file of raw text")
-    if _ending(path) in (".jsonl", ".jsonl.gz"):
-        rows = [(str(row.get("id", line)), row.get("text")) for line, row in _json_lines(path, "utf-8")]
-    elif _ending(path) == ".txt":
-        rows = list(enumerate(re.split(r"\n\s*\n", _text(path, "utf-8")), 1))  # type: ignore[arg-type]
+    if ending_of(path) in (".jsonl", ".jsonl.gz"):
+        rows = [(str(row.get("id", line)), row.get("text")) for line, row in json_lines(path, "utf-8")]
+    elif ending_of(path) == ".txt":
+        rows = list(enumerate(re.split(r"\n\s*\n", file_text(path, "utf-8")), 1))  # type: ignore[arg-type]
     else:
         raise CorpusError(f"{path} is no file of raw text", hint="paragraphs in a .txt file, or `text` in a .jsonl(.gz) file")
     texts = [(str(name), text.strip()) for name, text in rows if isinstance(text, str) and text.strip()]
@@ -300,137 +288,12 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
             raise CorpusError(f"there is no file or folder {path}", hint="check knowledge.documents in the recipe")
 
 
-def _ending(path: Path) -> str:
-    return ".jsonl.gz" if path.name.lower().endswith(".jsonl.gz") else path.suffix.lower()
-
-
 def _text_document(path: Path, ending: str, name: str, encoding: str) -> Document:
-    text = _text(path, encoding) if ending in TEXTS else _converted(path)
+    text = file_text(path, encoding) if ending in TEXTS else converted_text(path)
     if not text.strip():
         raise CorpusError(f"{path} holds no text", hint="a scanned PDF needs OCR first; or set on_error: skip")
     title = "" if ending not in (".txt", ".pdf") else path.stem.replace("-", " ").replace("_", " ")
     return Document(name, text, title, str(path))
-
-
-def _text(path: Path, encoding: str) -> str:
-    try:
-        return path.read_text(encoding=_marked(encoding))
-    except UnicodeDecodeError as fault:
-        raise CorpusError(
-            f"{path} is not {encoding}: byte {fault.object[fault.start]:#04x} at position {fault.start}",
-            hint=ENCODINGS,
-        ) from None
-    except LookupError:
-        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
-    except OSError as fault:
-        raise CorpusError(f"{path} cannot be read: {fault.strerror}", hint=UNREADABLE) from None
-
-
-def _marked(encoding: str) -> str:
-    """UTF-8 with or without the byte order mark that some programs put in front."""
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-
-
-def _converted(path: Path) -> str:
-    converter = _converter()
-    logging.getLogger("pdfminer").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            text = str(converter.convert(str(path)).text_content)
-    except Exception as fault:  # noqa: BLE001 - any of a dozen parsers may fail in its own way; all mean "unreadable"
-        lines = str(fault).strip().splitlines() or [type(fault).__name__]
-        reason = lines[-1].strip(" -")
-        raise CorpusError(
-            f"{path} cannot be read as {path.suffix}: {reason}", hint="repair or remove it, or set on_error: skip"
-        ) from None
-    return _unwrapped(text) if path.suffix.lower() == ".pdf" else text
-
-
-def _unwrapped(text: str) -> str:
-    """A PDF breaks lines where its page ends; paragraphs are what blank lines part."""
-    joined = re.sub(rf"(?<=[{SPACELESS}])[ \t]*\n[ \t]*(?=[{SPACELESS}])", "", text)
-    return re.sub(r"(?<=\S)[ \t]*\n[ \t]*(?=\S)", " ", joined)
-
-
-@cache
-def _converter() -> Any:
-    """Just these three formats: with all of its converters markitdown reads a broken PDF as plain text."""
-    markitdown = require("markitdown", "to read .html, .pdf and .docx files")
-    converters = require("markitdown.converters", "to read .html, .pdf and .docx files")
-    converter = markitdown.MarkItDown(enable_builtins=False, enable_plugins=False)
-    for kind in (converters.HtmlConverter, converters.PdfConverter, converters.DocxConverter):
-        converter.register_converter(kind())
-    return converter
-
-
-def _rows(path: Path, ending: str, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    if ending in (".jsonl", ".jsonl.gz"):
-        yield from _json_lines(path, encoding)
-    elif ending == ".csv":
-        yield from _csv_rows(path, encoding)
-    else:
-        yield from _parquet_rows(path)
-
-
-def _csv_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**30)
-    number = 0
-    try:
-        with open(path, encoding=_marked(encoding), newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), 1):
-                yield number, row
-    except LookupError:
-        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
-    except UnicodeDecodeError as fault:
-        byte = fault.object[fault.start]
-        raise CorpusError(
-            f"{path} is not {encoding}: byte {byte:#04x} after row {number} ({fault.reason})", hint=ENCODINGS
-        ) from None
-    except (OSError, csv.Error) as fault:
-        raise CorpusError(f"{path} cannot be read after row {number}: {fault}", hint=UNREADABLE) from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    begin = 1
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                yield from enumerate(batch.to_pylist(), begin)
-                begin += batch.num_rows
-    except (OSError, pyarrow.ArrowException) as fault:
-        raise CorpusError(f"{path} cannot be read as .parquet: {fault}", hint=UNREADABLE) from None
-
-
-def _json_lines(path: Path, encoding: str, *, cure: str = ENCODINGS) -> Iterator[tuple[int, dict[str, Any]]]:
-    opened = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding=_marked(encoding)) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_object(line, path, number)
-    except LookupError:
-        raise CorpusError(f"knowledge.encoding {encoding!r} is unknown to Python", hint=ENCODINGS) from None
-    except UnicodeDecodeError as fault:
-        byte = fault.object[fault.start]
-        raise CorpusError(
-            f"{path} is not {encoding}: byte {byte:#04x} after line {number} ({fault.reason})", hint=cure
-        ) from None
-    except (OSError, EOFError, zlib.error) as fault:
-        raise CorpusError(f"{path} cannot be read: {fault}", hint=UNREADABLE) from None
-
-
-def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as fault:
-        raise CorpusError(f"{path}, line {number} is not JSON: {fault}", hint=LINES) from None
-    if not isinstance(value, dict):
-        raise CorpusError(f"{path}, line {number} is {type(value).__name__}, not an object", hint=LINES)
-    if "\\u" in line and (half := half_character(json.dumps(value, ensure_ascii=False))) is not None:
-        raise CorpusError(f"{path}, line {number} holds {half!r}, half a character", hint="mend its \\u escape")
-    return value
 
 
 def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapping[str, str], whole: bool) -> Document:
@@ -494,7 +357,7 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
 def _qa_pairs(path: Path, encoding: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]] | None:
     """queries, corpus and relevant_docs of such a file; None for any other. Raises CorpusError for ids that do not agree."""
     try:
-        value = json.loads(_text(path, encoding))
+        value = json.loads(file_text(path, encoding))
     except (ValueError, RecursionError):
         return None
     parts: list[Any] = [value.get(name) for name in ("queries", "corpus", "relevant_docs")] if isinstance(value, dict) else []
@@ -533,7 +396,7 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
             hint="training reads qrels/train.tsv, evaluation qrels/test.tsv; or give a .jsonl file of questions",
         )
     grades: dict[str, dict[str, int]] = {}
-    for number, judgement in enumerate(_text(judged, "utf-8").splitlines(), 1):
+    for number, judgement in enumerate(file_text(judged, "utf-8").splitlines(), 1):
         cells = judgement.split("\t")
         if number == 1 and not cells[-1].lstrip("-").isdigit():
             continue
@@ -543,7 +406,7 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
                 hint="part the three cells by tabs; the score is a whole number",
             )
         grades.setdefault(cells[0], {})[cells[1]] = int(cells[2])
-    for line, row in _json_lines(queries, "utf-8"):
+    for line, row in json_lines(queries, "utf-8"):
         identity = str(row.get("_id", row.get("id")))
         if identity in grades:
             graded = grades.pop(identity)

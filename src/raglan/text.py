@@ -108,13 +108,7 @@ def check_query(query: str) -> None:
     """Refuse what cannot be a question. Raises CorpusError."""
     if not query.strip():
         raise CorpusError("the question is empty", hint="ask something, as in: raglan answer recipe.yaml 'Who …?'")
-    if len(query) > MAX_QUERY_CHARACTERS:
-        raise CorpusError(
-            f"the question has {len(query):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
-            hint="put long texts among the documents, and ask about them",
-        )
-    if (half := half_character(query)) is not None:
-        raise CorpusError(f"the question holds {half!r}, half a character", hint="give it as valid UTF-8")
+    _check_said(query, "the question")
 
 
 def check_history(history: Sequence[str]) -> None:
@@ -122,13 +116,17 @@ def check_history(history: Sequence[str]) -> None:
     for number, turn in enumerate(history, 1):
         if not turn.strip():
             raise CorpusError(f"turn {number} of the history is empty", hint="leave it out")
-        if len(turn) > MAX_QUERY_CHARACTERS:
-            raise CorpusError(
-                f"turn {number} of the history has {len(turn):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
-                hint="put long texts among the documents, and ask about them",
-            )
-        if (half := half_character(turn)) is not None:
-            raise CorpusError(f"turn {number} of the history holds {half!r}, half a character", hint="give it as valid UTF-8")
+        _check_said(turn, f"turn {number} of the history")
+
+
+def _check_said(text: str, what: str) -> None:
+    if len(text) > MAX_QUERY_CHARACTERS:
+        raise CorpusError(
+            f"{what} has {len(text):,} characters; at most {MAX_QUERY_CHARACTERS:,} are allowed",
+            hint="put long texts among the documents, and ask about them",
+        )
+    if (half := half_character(text)) is not None:
+        raise CorpusError(f"{what} holds {half!r}, half a character", hint="give it as valid UTF-8")
 
 
 def shortened(text: str, longest: int = 60) -> str:
