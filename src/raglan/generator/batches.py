@@ -3,6 +3,8 @@
     input_ids (B,L), attention_mask (B,L)   from lengths, never from ids
     labels (B,T)                            −100 is no answer
     learned (B,T)                           False where a label is only read, as evidence inside an answer is
+
+`HFGenerator.collate` puts them together, and so does `raglan.packing` for rows side by side.
 """
 
 from __future__ import annotations
