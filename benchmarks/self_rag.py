@@ -429,7 +429,7 @@ def _matches(text: str, place: int) -> float:
 
 
 def _fingerprint(text: str, place: int) -> float:
-    return float(crc32(text.encode()))
+    return float(crc32(f"{place} {text}".encode()))
 
 
 def _hundred(row: Row) -> list[Setting]:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from raglan.decode.base import Asked
-from raglan.decode.self_rag import forest
 from raglan.decode.self_rag.cache import CandidateCache, Uncached
-from raglan.decode.self_rag.forest import Forest, Found, Grid
+from raglan.decode.self_rag.forest import Forest, Found, Grid, beyond
 from raglan.decode.self_rag.planting import plant
 from raglan.decode.self_rag.recording import record, replay
 from raglan.decode.self_rag.trees import Trees
@@ -48,7 +47,7 @@ def _script(rng: np.random.Generator, *, alike: bool) -> dict[Any, Any]:
             lines[path] = said(
                 *[(word, float(-rng.random())) for word in words], rel=relevance if read else None,
                 sup=_p(rng, 3) if read and rng.random() < 0.8 else None, use=_p(rng, 5) if rng.random() < 0.6 else None,
-                then="</s>" if rng.random() < 0.3 else _p(rng, 3),
+                then="</s>" if rng.random() < 0.15 else _p(rng, 3),
             )  # fmt: skip
     return lines
 
@@ -76,7 +75,12 @@ class Finds:
 
 
 def _asked(k: int) -> Asked:
-    return Asked(QUESTIONS, [HITS[:k]] * len(QUESTIONS), k=k)
+    """Each question with its own passages, of which some have the same names."""
+    return Asked(QUESTIONS, [[_worded(hit, one) for hit in HITS[:k]] for one in QUESTIONS], k=k)
+
+
+def _worded(hit: Hit, question: str) -> Hit:
+    return replace(hit, passage=replace(hit.passage, text=f"{hit.passage.text} of {question}"))
 
 
 def _decode(**settings: Any) -> SelfRagDecode:
@@ -92,7 +96,7 @@ def _soil(rng: np.random.Generator) -> dict[str, Any]:
     return _drawn(
         rng, passages=("static", "dynamic", "hybrid"), query=("question+last", "question", "last"), dedup=("path", "none"),
         on_length=("finish", "drop"), absent_step=("inherit", "zero", 0.7), absent=("zero", "neutral"),
-        require_by=("token", "probability"), seq=("exp_mean", "prob"), max_new_tokens=(4, 50),
+        require_by=("token", "probability"), seq=("exp_mean", "prob"), max_new_tokens=(4, 50, 50),
     )  # fmt: skip
 
 
@@ -112,7 +116,7 @@ def _own(rng: np.random.Generator, soil: dict[str, Any], shared: dict[str, Any])
     combine = ("mean", "sum", "product") if isinstance(soil["absent_step"], float) else ("product", "by_component", "mean")
     weights = dict(zip(("seq", "rel", "sup", "use"), rng.uniform(0, 1.5, 4).round(1).tolist(), strict=True))
     own = _drawn(
-        rng, threshold=(0.0, 0.3, 0.6, 1.0, None), beam=(1, 2, 3), max_segments=(1, 2, 3), combine=combine,
+        rng, threshold=(0.0, 0.3, 0.6, 1.0, None), beam=(1, 2, 3), max_segments=(1, 2, 3, 3), combine=combine,
         require=REQUIRED, on_empty=("relax", "no_retrieval", "drop"),
     )  # fmt: skip
     if shared.get("target_rate") is not None:
@@ -239,8 +243,8 @@ def test_trees_are_kept(example: CandidateCache, tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_more_than_arrays_is_said(changes: dict[str, Any]) -> None:
-    assert len(forest.unfit(_long(**changes))) == 1
-    assert not forest.unfit(_long(stop="never", n_best=2))
+    assert len(beyond(_long(**changes))) == 1
+    assert not beyond(_long(stop="never", n_best=2))
 
 
 def _replays(cache: CandidateCache, asked: list[str]) -> Any:
@@ -313,6 +317,6 @@ def test_what_live_decoding_would_refuse_is_not_planted(example: CandidateCache)
 
 
 def test_the_means_are_those_of_a_replay_to_the_last_bit() -> None:
-    rng = np.random.default_rng(0)
-    values = rng.random((7, 301))
+    """A sweep's file is the same whichever way it was made."""
+    values = np.random.default_rng(0).random((7, 301))
     assert values.mean(1).tolist() == [float(np.mean(row)) for row in values.tolist()]

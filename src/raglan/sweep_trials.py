@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from raglan.decode.self_rag import forest
 from raglan.decode.self_rag.cache import CandidateCache
-from raglan.decode.self_rag.forest import Forest, Grid
+from raglan.decode.self_rag.forest import Forest, Grid, beyond
 from raglan.decode.self_rag.rules import weights
 from raglan.decode.self_rag.table import Table, unfit, unwritten
 from raglan.decode.self_rag.trees import Trees
@@ -106,7 +105,7 @@ class Trials:
         common = {name: getattr(settings[0], name) for name in COMMON}
         k = max(one.k for one in settings)
         own = Setting(None, None, None, None, None, k, **common).decode(self.decode)
-        if forest.unfit(own):
+        if beyond(own):
             return None
         trees = self.cache.trees
         if trees is None or not trees.of(own, k):

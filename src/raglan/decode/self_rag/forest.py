@@ -6,7 +6,7 @@ Each step is `tree`'s with paths as columns, in the same order, and the arithmet
 `retrieves`, `refusals`, and `path_score`'s sums, products and means term by term. So the answer, whether a question retrieved
 and how many ids were written are those of a replay, to the last bit. A row that comes to what was never written is `lacking`.
 
-Deviation: the best answer alone is known, without the n-best and the trace; what needs more is replayed (`unfit`).
+Deviation: the best answer alone is known, without the n-best and the trace; what needs more is replayed (`beyond`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raglan.decode.self_rag.trees import FAR, FIGURES, NO, NUMBERS, ON, YES, Tre
 from raglan.recipe import RequireSettings, SelfRagDecode
 from raglan.reflection import Components, Weights, largest_step, retrieves, step, target_threshold
 
-__all__ = ["Forest", "Found", "Grid", "unfit"]
+__all__ = ["Forest", "Found", "Grid", "beyond"]
 
 AT_ONCE = 1 << 22  # pairs of children of the rows that are searched together
 SUMS = {"product": ("product",), "by_component": ("seq", "rel", "sup", "read")}  # beside the total
@@ -34,7 +34,7 @@ Figures = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 
-def unfit(settings: SelfRagDecode) -> list[str]:
+def beyond(settings: SelfRagDecode) -> list[str]:
     """What of these settings is more than a search over arrays."""
     budgets = ("max_total_tokens", "max_passages", "max_calls")
     return [
@@ -204,10 +204,10 @@ class _Search:
         banned = np.zeros(on.shape, bool)
         if self.broken is not None:
             grown, banned = self._constrained(grown, live, kind, depth)
-        useful = ~forest.useless.take(grown.node)
-        going = useful[:, : nodes[0].size].reshape(nodes.shape).any(2)
-        if useful.shape[1] > nodes[0].size:  # behind all others, those that go on unaided
-            going |= useful[:, nodes[0].size :]
+        useful, own = ~forest.useless.take(grown.node), nodes.shape[1] * nodes.shape[2]
+        going = useful[:, :own].reshape(nodes.shape).any(2)
+        if useful.shape[1] > own:  # behind all others, those that go on unaided
+            going |= useful[:, own:]
         self._finish(live, self.key, self.tie, on & ~going & ~banned)  # stuck: nothing new is said below these
         self._select(grown, useful)
         self._stop(depth)

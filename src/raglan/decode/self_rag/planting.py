@@ -50,7 +50,7 @@ def plant(
     Returns:
         None where live decoding would raise, has not seen a question, or a tree is larger than `most`: replay those.
     """
-    if settings.form != "long" or settings.released or any(asked.choices):
+    if settings.form != "long" or settings.released or any(asked.choices) or not asked.queries:
         return None
     planter = _Planter(cache, like, settings, most)
     k = asked.k or max(map(len, asked.hits), default=0)
