@@ -159,6 +159,8 @@ def test_the_search_over_arrays_is_the_replay(seed: int) -> None:
         planted = Forest(trees, _decode(**soil, **shared), exact=True)
         thresholds = [planted.threshold if one.target_rate is not None else one.threshold for one in own]
         found = planted.search(replace(Grid.of(own, ks), threshold=thresholds))
+        apart = planted.search(replace(Grid.of(own, ks), threshold=thresholds), at_once=1)
+        assert all(np.array_equal(value, getattr(apart, name)) for name, value in vars(found).items())
         for place, (one, k) in enumerate(zip(own, ks, strict=True)):
             answers = replay(generator, _asked(k), one, cache=cache, retrieve=finds.again)
             _is_the_replay(found, trees, place, answers)
@@ -215,6 +217,74 @@ def test_the_worked_example(example: CandidateCache) -> None:
     combines = ["mean", "sum", "product", "by_component"]
     assert _texts(example, [_long(combine=name) for name in combines]) == ["zero", "one T1T1", "one T1T1", "zero"]
     assert _texts(example, [_long(combine="sum", max_segments=depth) for depth in (1, 2)]) == ["zero", "one T1T1"]
+
+
+def _searched(cache: CandidateCache, generator: ScriptedGenerator, settings: list[SelfRagDecode]) -> Found:
+    """What settings with one way to stop come to, equal to their replays."""
+    assert cache.trees is not None
+    found = Forest(cache.trees, settings[0], exact=True).search(Grid.of(settings, [3] * len(settings)))
+    for place, own in enumerate(settings):
+        _is_the_replay(found, cache.trees, place, replay(generator, TREE, own, cache=cache))
+    return found
+
+
+def test_the_bound_stops_where_live_decoding_does(example: CandidateCache) -> None:
+    combines = ("mean", "sum", "product", "by_component")
+    found = {
+        how: _searched(example, _tree(), [_long(combine=name, stop=how) for name in combines]) for how in ("bound", "never")
+    }
+    assert (found["bound"].text == found["never"].text).all()
+    sooner = found["bound"].generated < found["never"].generated
+    assert sooner[:, 0].tolist() == [True, False, False, False]  # (1.65 + 2.5) ÷ 2 < 2.125
+
+
+def test_of_equal_texts_the_better_path_lives_on() -> None:
+    """T0 and T1 say the same, so T2 has the second place in the beam, and the best answer is below it."""
+    on, script = (0.05, 0.9, 0.05), dict[Any, Any]()
+    script[()] = decides(0.05, 0.9)
+    for title, (word, relevance) in {"T0": ("same", 0.9), "T1": ("same", 0.8), "T2": ("other", 0.7)}.items():
+        script[(title,)] = said(word, rel=(relevance, 1 - relevance), sup=(0.6, 0.3, 0.1), then=on)
+        for below in ("T0", "T1", "T2"):
+            best = (title, below) == ("T2", "T2")
+            script[title, below] = said(f"{title}{below}", rel=(0.9, 0.1) if best else (0.5, 0.5), sup=(0.6, 0.3, 0.1))
+    cache, generator = CandidateCache(), ScriptedGenerator(script)
+    record(generator, TREE, _long(keep_passages="all"), cache=cache)
+    found = _searched(cache, generator, [_long(keep_passages="all", beam=beam) for beam in (1, 2)])
+    assert cache.trees is not None
+    assert [cache.trees.texts[place] for place in found.text[:, 0].tolist()] == ["same T0T0", "other T2T2"]
+
+
+def test_products_that_tie_are_told_apart_by_their_means() -> None:
+    """Both products are 0, as a factor is negative; the one that ends later is less bad. T1 says what T0 does, and lives on."""
+    poor, fair, on = (0.9, 0.1, 0.0, 0.0, 0.0), (0.0, 0.3, 0.7, 0.0, 0.0), (0.05, 0.9, 0.05)
+    script: dict[Any, Any] = {
+        (): decides(0.05, 0.9), ("T0",): said("word", rel=(0.9, 0.1), use=poor),
+        ("T1",): said("word", rel=(0.9, 0.1), use=fair, then=on), ("T2",): said("next", rel=(0.9, 0.1), use=poor),
+    }  # fmt: skip
+    script |= {("T1", below): said(f"more{below}", rel=(0.9, 0.1), use=fair) for below in ("T0", "T1", "T2")}
+    cache, generator = CandidateCache(), ScriptedGenerator(script)
+    only_use = {"seq": 0.0, "rel": 0.0, "sup": 0.0, "use": 1.0}
+    record(generator, TREE, _long(weights=only_use, keep_passages="all"), cache=cache)
+    found = _searched(cache, generator, [_long(weights=only_use, combine="product", keep_passages="all")])
+    assert cache.trees is not None
+    assert cache.trees.texts[found.text[0, 0]] == "word moreT0"
+
+
+def test_a_path_whose_last_way_out_breaks_a_constraint_is_lost() -> None:
+    script: dict[Any, Any] = {
+        (): decides(0.05, 0.9), ("T0",): said("zero", rel=(0.9, 0.1), sup=(0.1, 0.8, 0.1)),
+        ("T1",): said("one", rel=(0.9, 0.1), sup=(0.8, 0.1, 0.1), then=(0.05, 0.9, 0.05)),
+        ("T2",): said("two", rel=(0.9, 0.1), sup=(0.1, 0.8, 0.1)),
+        ("T1", "[No Retrieval]"): said("unaided", use=(0.9, 0.1, 0.0, 0.0, 0.0)),
+    }  # fmt: skip
+    script |= {("T1", below): said(f"more{below}", rel=(0.9, 0.1), sup=(0.1, 0.8, 0.1)) for below in ("T0", "T1", "T2")}
+    asks = [["fully", {"min_use": 3}], ["fully"]]
+    cache, generator = CandidateCache(), ScriptedGenerator(script)
+    own = [_long(require=one, on_empty="no_retrieval") for one in asks]
+    record(generator, TREE, own[0], cache=cache)
+    found = _searched(cache, generator, own)
+    assert cache.trees is not None
+    assert [cache.trees.texts[place] for place in found.text[:, 0].tolist()] == ["", "one unaided"]
 
 
 def test_trees_are_kept(example: CandidateCache, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Which settings of a Self-RAG decoding a sweep tries, and what each comes to.
 
-    every combination of the axes that `sweep` names, or `draws` of them
+every combination of the axes that `sweep` names, or `draws` of them
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the settings of a sweep come to on candidates: as arrays where they are arrays, else answer by answer, replayed.
 
-    short form   `decode.self_rag.table`, one setting after the other, all questions at once
-    long form    `decode.self_rag.forest`, all settings and all questions at once
+short form   `decode.self_rag.table`, one setting after the other, all questions at once
+long form    `decode.self_rag.forest`, all settings and all questions at once
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from raglan.reflection import Components, Weights, largest_step, retrieves, step
 
 __all__ = ["Forest", "Found", "Grid", "beyond"]
 
-AT_ONCE = 1 << 22  # pairs of children of the rows that are searched together
+AT_ONCE = 1 << 22
 SUMS = {"product": ("product",), "by_component": ("seq", "rel", "sup", "read")}  # beside the total
 Quality = Callable[[str, int], float]  # an answer's text and its question's place → figure
 Numbers = NDArray[np.int64]
@@ -126,10 +126,10 @@ class Forest:
         rate = self.settings.target_rate
         return self.settings.threshold if rate is None else target_threshold(self.r[self.trees.roots], rate)
 
-    def search(self, grid: Grid) -> Found:
-        """What each setting comes to on each question."""
+    def search(self, grid: Grid, *, at_once: int = AT_ONCE) -> Found:
+        """What each setting comes to on each question. `at_once`: pairs of children that are in memory together."""
         questions, wide = len(self.trees.roots), max(grid.beam, default=1) * (self.readers.shape[1] + 1)
-        each = max(1, AT_ONCE // (max(1, questions) * wide * wide))
+        each = max(1, at_once // (max(1, questions) * wide * wide))
         parts = [self._searched(grid.part(at, at + each)) for at in range(0, len(grid.k), each)]
         return Found(*(np.concatenate([getattr(one, name) for one in parts]) for name in vars(parts[0])))
 
