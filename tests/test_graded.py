@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from fault_server import KEY, Fault, FaultServer
 from raglan.decode import Asked, self_rag
-from raglan.decode.self_rag.cache import CandidateCache, record
+from raglan.decode.self_rag.cache import CandidateCache
+from raglan.decode.self_rag.recording import record
 from raglan.errors import GeneratorError, RecipeError
 from raglan.generator import Graded, open_any
 from raglan.recipe import GeneratorSettings, PromptSettings, Recipe, SelfRagDecode

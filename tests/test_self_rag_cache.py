@@ -12,7 +12,8 @@ import pytest
 
 from raglan.decode.base import Asked
 from raglan.decode.self_rag import self_rag
-from raglan.decode.self_rag.cache import CandidateCache, Replay, record, replay
+from raglan.decode.self_rag.cache import CandidateCache
+from raglan.decode.self_rag.recording import Replay, record, replay
 from raglan.decode.self_rag.rules import weights
 from raglan.decode.self_rag.table import Table
 from raglan.errors import CheckpointError, RecipeError

@@ -6,7 +6,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from raglan.evaluate import gold
 from raglan.recipe import RequireSettings, SelfRagDecode, SweepSettings, load_recipe
 from raglan.records import Example
 from raglan.reflection import Components
-from raglan.sweep import Setting, Sweep, by_table, open_sweep, settings_of, sweep
+from raglan.sweep import open_sweep
+from raglan.sweep_settings import Setting, settings_of
 from raglan.sweep_tables import sweep_front, sweep_tables, value_text
+from raglan.sweep_trials import Sweep, by_table, sweep
 from test_cli import run
 from test_kill import small_recipe
 
@@ -38,7 +40,10 @@ def _table(n: int = 40, k: int = 3) -> Table:
 
 
 def _swept(table: Table, settings: list[Setting]) -> Sweep:
-    return sweep(settings, lambda one: by_table(table, one, one.decode(SHORT)), metric="em", questions=len(table.r))
+    def tried(settings: Sequence[Setting]) -> list[Setting]:
+        return [by_table(table, one, one.decode(SHORT)) for one in settings]
+
+    return sweep(settings, tried, metric="em", questions=len(table.r))
 
 
 def test_the_grid_is_every_combination_and_draws_are_some_of_them() -> None:
@@ -111,7 +116,8 @@ def test_a_setting_that_cannot_be_answered_has_no_figures_and_no_place() -> None
     whole, half = Setting(0.5, 1, 1, 1, 0.5, 3), Setting(0.1, 1, 1, 1, 0.5, 3)
     known = Setting(0.5, 1, 1, 1, 0.5, 3, quality=0.25, rate=0.5, generated=7.0)
     lacking = Setting(0.1, 1, 1, 1, 0.5, 3, incomplete=2)
-    found = sweep([whole, half], {whole: known, half: lacking}.__getitem__, metric="f1", questions=5)
+    told_of = {whole: known, half: lacking}
+    found = sweep([whole, half], lambda settings: [told_of[one] for one in settings], metric="f1", questions=5)
     assert (found.settings, found.front, found.needs_generation) == ([known], [known], [lacking])
     told = json.loads(json.dumps(found.told(), allow_nan=False))
     assert "quality" not in told["needs_generation"][0]
@@ -240,6 +246,18 @@ def test_a_grid_over_trees(folder: Path, capsys: pytest.CaptureFixture[str], mon
     _, out, err = call("evaluate", recipe, "--sweep")
     assert "settings need generation" in out
     assert "add --fill" in err
+    every = (*folder.glob("runs/tells/candidates/*/rows.npz"), *folder.glob("runs/tells/candidates/*/tokenizer/tokenizer.json"))
+    assert len(every) == 2
+    kept = [rewritten(path, bytes(path.stat().st_size)) for path in every]  # trees are searched as arrays: nothing is replayed
+    searched = json.loads(call("evaluate", recipe, "--sweep", "--json")[1])
+    for path, content in zip(every, kept, strict=True):
+        rewritten(path, content)
+    replayed = json.loads(call("evaluate", recipe, "--sweep", "decode.max_calls=1000", "--json")[1])  # no search over arrays
+    for told in (searched, replayed):
+        assert {**told, "seconds": 0, "made_of": ""} == {**first, "seconds": 0, "made_of": ""}
+    planted = json.loads(call("evaluate", recipe, "--sweep", "decode.absent=neutral", "--json")[1])
+    again = json.loads(call("evaluate", recipe, "--sweep", "decode.absent=neutral", "decode.max_calls=1000", "--json")[1])
+    assert {**planted, "seconds": 0, "made_of": ""} == {**again, "seconds": 0, "made_of": ""}
 
     filled = json.loads(call("evaluate", recipe, "--sweep", "--fill", "--confirm", "--json")[1])
     assert filled["calls"] > 0

@@ -6,55 +6,47 @@
 Written is once what a model says to every question with every passage, and without one; in the long form, a tree of segments.
 From then on thresholds, weights, hard constraints, K and aggregation are arithmetic, and so are beam, depth and the combination
 of a path's steps as far as the tree goes. A sweep tries them on development questions and gives the front on which no setting
-is better in quality, retrieval rate and ids written at once. Short answers are weighed as arrays (`decode.self_rag.table`), all
-else by the live decoding itself on what was written, setting by setting. A setting that comes to a segment that was never
-written has no figures: it needs generation, which `fill` gives it.
+is better in quality, retrieval rate and ids written at once (`sweep_settings` has the settings, `sweep_trials` their figures).
+Short answers are weighed and trees are searched as arrays, all else is answered by the live decoding itself on what was
+written, setting by setting. A setting that comes to a segment that was never written has no figures: it needs generation, which
+`fill` gives it.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from raglan.artifact import file_fingerprint, fingerprint, write_json
 from raglan.data import choices_of, load_examples
 from raglan.decode import Asked
-from raglan.decode.self_rag.cache import FILL, Absent, CandidateCache, Uncached, record, replay
-from raglan.decode.self_rag.rules import weights
-from raglan.decode.self_rag.table import Table, unfit, unwritten
+from raglan.decode.self_rag.cache import CandidateCache, Uncached
+from raglan.decode.self_rag.planting import plant
+from raglan.decode.self_rag.recording import FILL, Absent, record, replay
 from raglan.errors import CheckpointError, RecipeError
 from raglan.evaluate import OF_A_QUESTION, gold
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import regex_match
 from raglan.rag import RAG
-from raglan.recipe import EvaluateSettings, PruneSettings, Recipe, RequireSettings, SelfRagDecode, SweepSettings
-from raglan.recipe.base import Settings
-from raglan.recipe.sweep import ONLY_LONG, ONLY_SHORT, TRIED
+from raglan.recipe import EvaluateSettings, Recipe, SelfRagDecode, SweepSettings
 from raglan.records import Answer, Example, Hit
+from raglan.sweep_settings import NAMES, WEIGHTS, Setting, axes, settings_of, widest
+from raglan.sweep_trials import Sweep, Trials, sweep
 from raglan.text import shortened
 from raglan.train import Parts, finished_parts, folder_stamp
 from raglan.weights import read_json
 
-__all__ = [
-    "Rescored", "Setting", "Sweep", "Trials", "by_table", "candidates_folder", "open_sweep", "rescore", "settings_of", "sweep",
-    "swept", "write_candidates",
-]  # fmt: skip
+__all__ = ["Rescored", "candidates_folder", "open_sweep", "rescore", "swept", "write_candidates"]
 
 log = logging.getLogger(__name__)
 FORMAT = 2  # of what candidates keep
-WEIGHTS = ("seq", "rel", "sup", "use")
-NAMES = {"seq_mode": "seq"}  # of the sweep → of decode
-BAKED = ("rule", "absent", "seq", "seq_tokens")  # of decode, what a table is made with
 
 
 @dataclass(frozen=True)
@@ -77,87 +69,6 @@ class Rescored:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A combination and what it comes to; None is as in the recipe's decode.
-
-    Attributes:
-        seq, rel, sup, use: weights. `k`: passages. `seq_mode`: what decode calls `seq`.
-        quality, rate, generated: quality, retrieval rate, mean ids written a question; NaN until it was measured.
-        confirmed: quality of live answers. `incomplete`: questions that need a segment that was never written.
-    """
-
-    threshold: float | None
-    seq: float | None
-    rel: float | None
-    sup: float | None
-    use: float | None
-    k: int
-    aggregate: str | None = None
-    require: RequireSettings | None = None
-    on_empty: str | None = None
-    prune: PruneSettings | None = None
-    rule: str | None = None
-    absent: str | None = None
-    seq_mode: str | None = None
-    seq_tokens: str | None = None
-    all_irrelevant: str | None = None
-    abstain_margin: float | None = None
-    beam: int | None = None
-    max_segments: int | None = None
-    combine: str | None = None
-    quality: float = math.nan
-    rate: float = math.nan
-    generated: float = math.nan
-    confirmed: float | None = None
-    incomplete: int = 0
-
-    def decode(self, settings: SelfRagDecode) -> SelfRagDecode:
-        """The decoding that this is; `k` is the retriever's, and δ takes the place of a rate."""
-        given = {name: value for name in TRIED if (value := getattr(self, name)) is not None}
-        own = {name: given.pop(name) for name in WEIGHTS if name in given}
-        changes = {NAMES.get(name, name): value for name, value in given.items() if name != "k"}
-        if "threshold" in changes:
-            changes["target_rate"] = None
-        if own:
-            changes["weights"] = settings.weights.model_copy(update=own)
-        return settings.model_copy(update=changes)
-
-    def told(self) -> dict[str, Any]:
-        """As plain JSON, without what is as in decode and what is not known."""
-        unknown = {"quality", "rate", "generated"} if math.isnan(self.quality) else {"incomplete"}
-        every = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in unknown}
-        return {name: _plain(value) for name, value in every.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """All settings, the best quality first, and those that none beats.
-
-    Attributes:
-        needs_generation: settings without figures, as some question comes to a segment that was never written.
-        seconds: of the settings alone. `calls`: model calls, none unless something was filled in.
-        made_of: fingerprint of candidates, decoding and grid.
-    """
-
-    metric: str
-    questions: int
-    settings: list[Setting]
-    front: list[Setting]
-    seconds: float
-    needs_generation: list[Setting] = field(default_factory=list)
-    calls: int = 0
-    made_of: str = ""
-
-    def told(self) -> dict[str, Any]:
-        """As plain JSON."""
-        lists = {name: [one.told() for one in getattr(self, name)] for name in ("settings", "front", "needs_generation")}
-        return {
-            "metric": self.metric, "questions": self.questions, "seconds": self.seconds, "calls": self.calls,
-            "made_of": self.made_of, **lists,
-        }  # fmt: skip
-
-
 def candidates_folder(recipe: Recipe, name: str) -> Path:
     """Where a system's candidates are, or will be."""
     return recipe.run / "candidates" / name
@@ -174,7 +85,7 @@ def write_candidates(recipe: Recipe) -> tuple[Path, CandidateCache]:
     system = parts.open(recipe)
     cache = CandidateCache(_identity(recipe, parts, decode, questions))
     asked = _asked(system, _examples(recipe, system.retriever.base, questions), cache)
-    wide = _widest(decode, recipe.sweep)
+    wide = widest(decode, recipe.sweep)
     record(_generator(system), asked, decode, cache=cache, retrieve=_find(system, cache), wide=wide)
     folder = candidates_folder(recipe, name)
     cache.save(folder)
@@ -199,6 +110,7 @@ def rescore(recipe: Recipe, *, fill: bool = False) -> Rescored:
         asked, before = _asked(system, examples, cache), generator.cost.copy()
         answers = replay(generator, asked, decode, cache=cache, fill=True, retrieve=_find(system, cache))
         calls = (generator.cost - before).calls
+        cache.trees = plant(cache, generator, asked, decode, retrieve=_found_before(cache, system.retriever.base))
         cache.save(candidates_folder(recipe, name))
     else:
         base = KnowledgeBase.open(parts.knowledge or recipe.knowledge.path)
@@ -236,10 +148,12 @@ def swept(recipe: Recipe, *, fill: bool = False, confirm: bool = False) -> Sweep
         return replay(says, asked[k], own, cache=cache, fill=fill, retrieve=find)
 
     before = says.cost.copy()
-    trials = Trials(cache, decode, lambda text, place: measure(text, examples[place]), replayed)
+    planted = partial(plant, cache, says, asked[max(asked)], retrieve=_found_before(cache, base))
+    trials = Trials(cache, decode, lambda text, place: measure(text, examples[place]), replayed, planted=planted, fill=fill)
     found = sweep(settings, trials, metric=how.metric, questions=len(examples))
     found = replace(found, calls=(says.cost - before).calls, made_of=_made_of(recipe))
     if fill:
+        cache.trees = planted(decode)
         cache.save(candidates_folder(recipe, name))
     if confirm:
         assert system is not None
@@ -258,146 +172,6 @@ def open_sweep(recipe: Recipe) -> dict[str, Any] | None:
         return told if told.get("made_of") == _made_of(recipe) else None
     except RecipeError:  # a grid that does not go with the decoding as it is now
         return None
-
-
-def settings_of(how: SweepSettings, decode: SelfRagDecode, *, k: int, seed: int) -> list[Setting]:
-    """Every combination, or `draws` of them.
-
-    Raises:
-        RecipeError: more passages than were written to, or an axis that does not go with `decode`.
-    """
-    if too_many := [one for one in how.k if one > k]:
-        raise RecipeError(
-            f"sweep.k holds {too_many[0]}, and candidates were written for {k} passages",
-            hint="set retriever.k, and raglan evaluate --cache again",
-        )
-    if (how.aggregate or how.abstain_margin) and not decode.labels:
-        name = "aggregate" if how.aggregate else "abstain_margin"
-        raise RecipeError(f"sweep.{name} is for a closed set, and decode.labels is empty", hint="give decode.labels")
-    grid = _axes(how, decode) | {"k": how.k or (k,)}
-    size = math.prod(map(len, grid.values()))
-    if how.draws is None or how.draws >= size:
-        rows: Sequence[Sequence[Any]] = list(itertools.product(*grid.values()))
-    else:
-        places = sorted(random.Random(seed).sample(range(size), how.draws))
-        each = np.unravel_index(places, [len(values) for values in grid.values()])
-        rows = [[values[i] for values, i in zip(grid.values(), row, strict=True)] for row in zip(*each, strict=True)]
-    return [Setting(**dict(zip(grid, row, strict=True))) for row in rows]
-
-
-def _axes(how: SweepSettings, decode: SelfRagDecode) -> dict[str, tuple[Any, ...]]:
-    """Name → values to try; (None,) is as in decode. In the long form only what the recipe says is tried."""
-    said, other = how.model_fields_set, ONLY_LONG if decode.form == "short" else ONLY_SHORT
-    if wrong := sorted(name for name in other if getattr(how, name)):
-        raise RecipeError(f"sweep has {', '.join(wrong)}, and decode.form is {decode.form}", hint="leave out what it has not")
-    grid = {name: getattr(how, name) or (None,) for name in TRIED}
-    if decode.form == "long":
-        grid |= {name: (None,) for name in TRIED if name not in said}
-    for name in ("require", "prune", "combine"):
-        for value in grid[name]:
-            _check(decode, name, value)
-    return _deciding(grid, how, decode)
-
-
-def _deciding(grid: dict[str, tuple[Any, ...]], how: SweepSettings, decode: SelfRagDecode) -> dict[str, tuple[Any, ...]]:
-    """The grid without what decides nothing. Raises RecipeError where that was asked for."""
-    if decode.retrieve != "adaptive":
-        for name in ("threshold", "rule"):
-            if name in how.model_fields_set and grid[name] != (None,):
-                raise RecipeError(f"sweep.{name} decides nothing with decode.retrieve {decode.retrieve}", hint="leave it out")
-        grid = {**grid, "threshold": (None,)}
-    if grid["on_empty"] != (None,) and not (decode.require.any or any(one.any for one in how.require)):
-        raise RecipeError("sweep.on_empty decides nothing without a hard constraint", hint="sweep.require or decode.require")
-    return grid
-
-
-def _check(decode: SelfRagDecode, name: str, value: Any) -> None:
-    """Raises RecipeError if a value does not go with the rest of decode."""
-    if value is None:
-        return
-    try:
-        SelfRagDecode.model_validate(decode.model_copy(update={name: value}).model_dump(exclude_defaults=True))
-    except ValidationError as fault:
-        raise RecipeError(f"sweep.{name} {_plain(value)}: {fault.errors()[0]['msg']}", hint="see decode") from None
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Settings) else value
-
-
-def _widest(decode: SelfRagDecode, how: SweepSettings | None) -> SelfRagDecode:
-    """With the widest beam and the most segments that the sweep tries."""
-    if how is None or decode.form == "short":
-        return decode
-    most = {name: max(getattr(how, name), default=0) for name in ("beam", "max_segments")}
-    return decode.model_copy(update={name: max(getattr(decode, name), value) for name, value in most.items()})
-
-
-class Trials:
-    """What settings come to on candidates: as arrays where they are arrays, else answer by answer, replayed.
-
-    Args:
-        quality: an answer's text and its question's place → figure.
-        replayed: the answers of a decoding and K; None where they need what was never written.
-    """
-
-    def __init__(
-        self, cache: CandidateCache, decode: SelfRagDecode, quality: Callable[[str, int], float],
-        replayed: Callable[[SelfRagDecode, int], list[Answer | None]],
-    ):  # fmt: skip
-        self.cache, self.decode, self.quality, self.replayed = cache, decode, quality, replayed
-        self.arrays = not unwritten(cache)
-        self.tables: dict[tuple[Any, ...], Table] = {}
-
-    def __call__(self, one: Setting) -> Setting:
-        own = one.decode(self.decode)
-        if not self.arrays or unfit(own):
-            return self._answered(one, self.replayed(own, one.k))
-        key = tuple(getattr(own, name) for name in BAKED)
-        if key not in self.tables:
-            self.tables[key] = Table.of(self.cache, own, self.quality)
-        return by_table(self.tables[key], one, own)
-
-    def _answered(self, one: Setting, answers: Sequence[Answer | None]) -> Setting:
-        if lacking := sum(answer is None for answer in answers):
-            return replace(one, incomplete=lacking)
-        told = [(answer.text, answer.trace or {}) for answer in answers if answer is not None]
-        return replace(
-            one, quality=float(np.mean([self.quality(text, place) for place, (text, _) in enumerate(told)])),
-            rate=float(np.mean([bool(trace.get("retrieved")) for _, trace in told])),
-            generated=float(np.mean([trace["cost"]["generated"] for _, trace in told])),
-        )  # fmt: skip
-
-
-def by_table(table: Table, one: Setting, own: SelfRagDecode) -> Setting:
-    """A setting measured by arrays. `own`: the decoding that it is."""
-    assert own.threshold is not None
-    found = table.outcome(
-        own.threshold, weights(own), k=one.k, how=own.aggregate, require=own.require, on_empty=own.on_empty,
-        all_irrelevant=own.all_irrelevant, abstain_margin=own.abstain_margin,
-    )  # fmt: skip
-    figures = (found.quality, found.retrieved, found.generated)
-    quality, rate, generated = (float(values.mean()) for values in figures)
-    return replace(one, quality=quality, rate=rate, generated=generated)
-
-
-def sweep(settings: Sequence[Setting], trial: Callable[[Setting], Setting], *, metric: str = "", questions: int = 0) -> Sweep:
-    """What each setting comes to. `trial` gives it with its figures, or with the number of questions that it cannot answer."""
-    began = time.perf_counter()
-    measured = [trial(one) for one in settings]
-    seconds = time.perf_counter() - began
-    known = [one for one in measured if not one.incomplete]
-    ordered = sorted(known, key=lambda one: (-one.quality, one.rate, one.generated))
-    return Sweep(metric, questions, ordered, _front(ordered), seconds, [one for one in measured if one.incomplete])
-
-
-def _front(ordered: Sequence[Setting]) -> list[Setting]:
-    """Settings that no other equals or beats in everything and beats in something; of equal ones the first."""
-    front: list[Setting] = []
-    for one in ordered:  # whatever beats it stands before it
-        if not any(other.rate <= one.rate and other.generated <= one.generated for other in front):
-            front.append(one)
-    return front
 
 
 def _confirmed(
@@ -530,7 +304,7 @@ def _open(recipe: Recipe, name: str, parts: Parts, decode: SelfRagDecode, questi
 def _made_of(recipe: Recipe) -> str:
     """Names candidates, grid, and what of the decoding is not in the grid."""
     decode, how, (_, parts) = _decode(recipe), recipe.sweep or SweepSettings(), finished_parts(recipe)[-1]
-    tried = [name for name, values in _axes(how, decode).items() if values != (None,)]
+    tried = [name for name, values in axes(how, decode).items() if values != (None,)]
     fixed = decode.model_dump(mode="json", exclude={NAMES.get(name, name) for name in tried if name not in WEIGHTS})
     fixed["weights"] = {name: value for name, value in fixed["weights"].items() if name not in tried}
     if "threshold" in tried:

@@ -217,7 +217,7 @@ class Tree:
         """
         if "stop" in self.settings.released:
             written = [cut_at_retrieval(one, self.schema.yes) for one in written]
-        grown = [self._child(branch, one, cut) for branch, one in zip(branches, written, strict=True)]
+        grown = [self.child(branch, one, cut) for branch, one in zip(branches, written, strict=True)]
         self._children += grown
         self._parents.update((child.number, branch.parent) for child, branch in zip(grown, branches, strict=True))
         again = self._constrain(grown, written)
@@ -243,7 +243,8 @@ class Tree:
         if self.live and self.settled():
             self.live, self.stopped = [], "bound"
 
-    def _child(self, branch: Branch, one: Marked, cut: str) -> Hypothesis:
+    def child(self, branch: Branch, one: Marked, cut: str) -> Hypothesis:
+        """What a branch comes to with what was written to it. `cut`: what a row that reached its limit is finished by."""
         made = self._step(branch, one)
         steps = (*branch.parent.steps, made)
         finish = {"eos": "eos", "length": cut, "stop": ""}[one.finish]
@@ -327,7 +328,7 @@ class Tree:
     def _select(self) -> None:
         settings, useful = self.settings, []
         for child in self._children:
-            if why := self._useless(child):
+            if why := self.useless(child, self._parents[child.number]):
                 self._told(child, why=why)
             else:
                 useful.append(child)
@@ -350,9 +351,9 @@ class Tree:
         self.finished += done
         self.live = [child for child in ordered if not child.finish and child.number in told_once - out]
 
-    def _useless(self, child: Hypothesis) -> str:
+    def useless(self, child: Hypothesis, parent: Hypothesis) -> str:
         """Why a child is not worth keeping: cut where cuts are dropped, without words, or its parent's last words again."""
-        parent, text = self._parents[child.number], child.steps[-1].text
+        text = child.steps[-1].text
         if child.finish == "length" and self.settings.on_length == "drop":
             return "length"
         if not text and not child.finish:
