@@ -315,7 +315,7 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _system(recipe: Recipe, untuned: bool) -> Any:
-    from raglan.train import Parts, finished_parts
+    from raglan.stages import Parts, finished_parts
 
     stage, parts = ("untuned", Parts()) if untuned else finished_parts(recipe)[-1]
     console.print(f"[dim]system: {stage}[/dim]")

@@ -37,10 +37,10 @@ from raglan.metrics import regex_match
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, Recipe, SelfRagDecode, SweepSettings
 from raglan.records import Answer, Example, Hit
+from raglan.stages import Parts, finished_parts, folder_stamp
 from raglan.sweep_settings import NAMES, WEIGHTS, Setting, axes, settings_of, widest
 from raglan.sweep_trials import Sweep, Trials, sweep
 from raglan.text import shortened
-from raglan.train import Parts, finished_parts, folder_stamp
 from raglan.weights import read_json
 
 __all__ = ["Rescored", "candidates_folder", "open_sweep", "rescore", "swept", "write_candidates"]
