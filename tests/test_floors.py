@@ -12,7 +12,8 @@ FLOORS = [
     ["errors", "records", "text", "likelihood", "reflection", "citations", "refusals"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
      "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering"],  # fmt: skip
-    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vocabulary", "characters", "generator", "packing", "calls"],
+    ["documents", "corpus", "dpr", "encoder", "index", "ready", "vectors", "vocabulary", "characters", "generator", "packing",
+     "calls"],  # fmt: skip
     ["decode", "perturb"],
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],

@@ -166,7 +166,7 @@ def test_the_cut_of_terms_is_in_the_fingerprint_and_another_is_refused(tmp_path:
 
 def test_hybrid_by_hand() -> None:
     class Fixed:
-        needs_vectors = False
+        needs_vectors, asks = False, ()
 
         def __init__(self, rows: list[int], scores: list[float]):
             self.rows, self.scores = rows, scores

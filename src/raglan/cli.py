@@ -86,6 +86,8 @@ def build(recipe: RecipePath, overrides: Overrides = None) -> None:
         f"encoder {made['encoder']['model']} ({made['encoder']['dtype']}), indexes "
         f"{', '.join(f'{n} {figures[n]}' if n in figures else n for n in base.settings.indexes)}"
     )
+    for name, own in made.get("encoders", {}).items():
+        typer.echo(f"index {name} has its own encoder {own['model']} ({own['dtype']}), {own['encoded']} passages encoded")
     if made["passages_per_second"]:
         console.print(f"{made['seconds']} s, {made['passages_per_second']} passages/s, peak memory {made['peak_memory_mb']} MB")
     if made.get("encoded", made["passages"]) < made["passages"]:

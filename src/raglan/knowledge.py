@@ -2,24 +2,26 @@
 
     kb/
       current                    one line: the version that answers
-      versions/<id>/             whole, immutable: corpus/ vectors/ indexes/<name>/ manifest.json
+      versions/<id>/             whole, immutable: corpus/ vectors/ vectors-<encoder>/ indexes/<name>/ manifest.json
       building/<fingerprint>/    half made; a rerun with the same settings and documents goes on here
 
-The fingerprint of what goes in (documents' text, chunking, encoder, index settings) names the version, so building twice
+The fingerprint of what goes in (documents' text, chunking, encoders, index settings) names the version, so building twice
 does nothing the second time. Vectors are written shard by shard: a kill costs at most one shard. Documents added, changed or
 removed make a new version, in which only passages that no finished version holds are encoded; a version that is not whole
-gives no vectors. Documents are read twice, once
-to name the version and once to cut them, so that rows of tables need not be kept in memory.
+gives no vectors. Documents are read twice, once to name the version and once to cut them, so that rows of tables need not be
+kept in memory.
+
+The knowledge base's encoder is the one that learns and that weighs passages; its vectors are in `vectors/`. A dense index may
+have an encoder of its own, which only searches: the index embeds what it is asked by itself.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,25 +34,34 @@ from raglan.artifact import fingerprint, point, pointed, publish, read_manifest,
 from raglan.chunk import Chunker
 from raglan.corpus import Corpus, write_corpus
 from raglan.documents import DocumentStream
-from raglan.encoder import Encoder, Text
+from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, CorpusError, IndexMismatch
 from raglan.index import BM25Index, HybridIndex, Index
 from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
-from raglan.progress import counting
 from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import DenseIndex as DenseSettings
+from raglan.recipe import EncoderSettings, KnowledgeSettings
 from raglan.recipe import HybridIndex as HybridSettings
-from raglan.recipe import KnowledgeSettings
 from raglan.records import Passage
 from raglan.text import terms_identity
+from raglan.vectors import (
+    KnownVectors,
+    check_vectors,
+    encode,
+    encoder_text,
+    open_vectors,
+    overlong,
+    passage_text,
+    same_file,
+)
 
 __all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "reencoded"]
 
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
-SHARD = 4096
+VECTORS = "vectors"  # the folder of those by the knowledge base's encoder
 PROBE = 16  # passages encoded to see whose vectors ready-made ones are
 
 
@@ -67,6 +78,8 @@ class KnowledgeBase:
         self.version: str = folder.name
         self.settings = KnowledgeSettings.model_validate(manifest["settings"])
         self.corpus = Corpus(folder / "corpus")
+        self._indexes: dict[str, Index] = {}
+        self._encoders: dict[EncoderSettings, Encoder] = {}
 
     @classmethod
     def open(cls, path: Path, *, version: str | None = None) -> KnowledgeBase:
@@ -96,52 +109,66 @@ class KnowledgeBase:
         found = [f for f in (Path(path) / "versions").glob("*") if (f / "manifest.json").is_file()]
         return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime)]
 
-    @cached_property
+    @property
     def indexes(self) -> dict[str, Index]:
-        return {name: self._index(name) for name in self.settings.indexes}
+        return {name: self.index(name) for name in self.settings.indexes}
 
     def index(self, name: str) -> Index:
-        """The index of that name. Raises CheckpointError with the names there are."""
+        """The index of that name, with its encoder if it has one of its own.
+
+        Raises:
+            CheckpointError: there is none, with the names there are; or its encoder cannot be loaded.
+            IndexMismatch: its encoder is another by now than the one that made its vectors.
+        """
         if name not in self.settings.indexes:
             raise CheckpointError(
                 f"{self.folder} has no index {name!r}; it has {', '.join(self.settings.indexes)}",
                 hint="name one of these, or add it under knowledge.indexes and build again",
             )
-        return self.indexes[name]
+        if name not in self._indexes:
+            self._indexes[name] = self._index(name)
+        return self._indexes[name]
 
     @cached_property
     def vectors(self) -> DenseIndex:
-        """The stored passage vectors, by whatever dense index holds them."""
-        return _dense(self.folder / "vectors")
+        """The stored passage vectors of the knowledge base's encoder."""
+        return open_vectors(self.folder / VECTORS)
 
     def check(self, encoder: Encoder) -> None:
         """Refuse an encoder whose passage tower did not make these vectors."""
-        built = self.manifest["encoder"]
+        self._check(self.manifest["encoder"], encoder)
+
+    def _check(self, built: Mapping[str, Any], encoder: Encoder, *, index: str = "") -> None:
         same = ("passage_fingerprint", "similarity", "dimension")
-        if any(built[key] != encoder.identity[key] for key in same):
-            raise IndexMismatch(
-                f"{self.folder.parent.parent} was built by encoder {built['model']!r} ({built['passage_fingerprint']}, "
-                f"{built['similarity']}), not by {encoder.settings.model!r} ({encoder.passage_fingerprint}, "
-                f"{encoder.similarity})",
-                hint="build it again with this encoder: raglan build recipe.yaml, or name the other one in the recipe",
-            )
+        if all(built[key] == encoder.identity[key] for key in same):
+            return
+        what = f"index {index!r} of {self.folder.parent.parent}" if index else f"{self.folder.parent.parent}"
+        raise IndexMismatch(
+            f"{what} was built by encoder {built['model']!r} ({built['passage_fingerprint']}, "
+            f"{built['similarity']}), not by {encoder.settings.model!r} ({encoder.passage_fingerprint}, "
+            f"{encoder.similarity})",
+            hint="build it again with this encoder: raglan build recipe.yaml, or name the other one in the recipe",
+        )
 
     def _index(self, name: str) -> Index:
         settings = self.settings.indexes[name]
-        if isinstance(settings, HybridSettings):
-            return HybridIndex([self.indexes_part(part) for part in settings.of], settings)
-        return self.indexes_part(name)
-
-    def indexes_part(self, name: str) -> Index:
-        settings = self.settings.indexes[name]
         folder = self.folder / "indexes" / name
-        if isinstance(settings, DenseSettings):
-            return open_dense(folder, self.folder / "vectors", settings)
-        return BM25Index(folder)
+        if isinstance(settings, HybridSettings):
+            return HybridIndex([self.index(part) for part in settings.of], settings)
+        if isinstance(settings, BM25Settings):
+            return BM25Index(folder)
+        if settings.encoder is None:
+            return open_dense(folder, self.folder / VECTORS, settings)
+        built = self.manifest["encoders"][name]
+        return open_dense(folder, self.folder / built["vectors"], settings, encoder=self._encoder(name, settings.encoder))
 
-
-def _dense(vectors: Path) -> DenseIndex:
-    return DenseIndex(sorted(vectors.glob("*.npy")), DenseSettings(kind="dense"), vectors)
+    def _encoder(self, name: str, settings: EncoderSettings) -> Encoder:
+        """An index's own encoder; two indexes of equal settings have one."""
+        if settings not in self._encoders:
+            encoder = Encoder.open(settings)
+            self._check(self.manifest["encoders"][name], encoder, index=name)
+            self._encoders[settings] = encoder
+        return self._encoders[settings]
 
 
 @dataclass
@@ -150,28 +177,28 @@ class _Build:
 
     settings: KnowledgeSettings
     encoder: Encoder
+    others: Mapping[str, Encoder]  # of the indexes that have one of their own
     documents: DocumentStream | None  # None: the corpus is there already
     folder: Path
     source: dict[str, Any]  # what the manifest says of the documents
     digest: str = ""  # of the documents when the version was named
+    beside: Path | None = None  # a finished version of another folder, whose vectors are taken over as well
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
         passages = self._corpus()
-        encoded, seconds = self._vectors(passages)
-        overlong = sum(
-            self.encoder.overlong(self._texts(passages[start : start + SHARD])) for start in range(0, len(passages), SHARD)
-        )
-        if overlong:
-            log.warning(
-                "%d of %d passages are longer than the encoder reads (%d tokens): their ends are in the BM25 index only",
-                overlong, len(passages), self.encoder.passage_tower.max_seq_length,
-            )  # fmt: skip
+        ready = None if self.settings.vectors is None else ReadyVectors(self.settings.vectors, self.encoder.dimension)
+        if ready is not None:
+            self._check(ready, passages)
+        encoded, seconds = self._encode(passages, self.encoder, ready)
+        long = self._overlong(passages, self.encoder)
+        others = {name: self._other(passages, encoder) for name, encoder in self.others.items()}
         figures = {name: self._index(name, passages) for name in self.settings.indexes}
         write_manifest(self.folder, KIND, {
-            "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity, **self.source,
+            "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity,
+            **({"encoders": others} if others else {}), **self.source,
             "passages": len(passages), "encoded": encoded, "dimension": self.encoder.dimension,
-            "overlong": overlong, "index_figures": figures,
+            "overlong": long, "index_figures": figures,
             "corpus": Corpus(self.folder / "corpus").fingerprint, "seconds": round(time.monotonic() - began, 2),
             "passages_per_second": round(encoded / seconds, 1) if encoded else None,
             "peak_memory_mb": peak_memory_mb(),
@@ -206,58 +233,48 @@ class _Build:
         if self.documents is not None and self.documents.digest != self.digest:
             raise CorpusError("the documents have changed while they were read", hint="build again when nobody writes to them")
 
-    def _vectors(self, passages: Corpus) -> tuple[int, float]:
+    def _encode(self, passages: Corpus, encoder: Encoder, ready: ReadyVectors | None = None) -> tuple[int, float]:
         """How many passages were encoded or taken from ready vectors, and the seconds it took."""
-        folder = self.folder / "vectors"
-        folder.mkdir(exist_ok=True)
-        ready = None if self.settings.vectors is None else ReadyVectors(self.settings.vectors, self.encoder.dimension)
-        if ready is not None:
-            self._check(ready, passages)
-        known = KnownVectors([] if ready is not None else self._versions())
-        began = time.monotonic()
-        encoded, done = 0, sum(map(_length, folder.glob("*.npy")))
-        with counting(len(passages), "encoding", done=done) as seen:
-            for start in range(0, len(passages), SHARD):
-                path = folder / f"{start:09d}.npy"
-                hashes = passages.text_hashes[start : start + SHARD]
-                if _length(path) == len(hashes):
-                    continue
-                if (same := known.shard(path.name, start, hashes)) is not None:
-                    _same_file(same, path)
-                    seen(len(hashes))
-                    continue
-                vectors, new = known.of(hashes, self.encoder.dimension)
-                part = passages[start : start + SHARD]
-                if ready is not None:
-                    vectors = self.encoder.normalised(ready.of(part))
-                elif len(new):
-                    vectors[new] = self.encoder.embed_passages(self._texts([part[place] for place in new]), seen=seen)
-                seen(len(part) - (len(new) if ready is None else 0))
-                _write_shard(path, vectors)
-                encoded += len(new)
-        return encoded, max(time.monotonic() - began, 1e-9)
+        known = KnownVectors([] if ready is not None else self._versions(encoder.identity))
+        return encode(passages, encoder, self._vectors(encoder), known=known, ready=ready)
 
-    def _versions(self) -> list[Path]:
-        """Finished versions whose vectors this encoder made, the newest first. Damaged ones are passed over."""
+    def _other(self, passages: Corpus, encoder: Encoder) -> dict[str, Any]:
+        """Vectors by an index's own encoder, and what the manifest says of them."""
+        encoded, _ = self._encode(passages, encoder)
+        long = self._overlong(passages, encoder)
+        return {**encoder.identity, "vectors": self._vectors(encoder).name, "encoded": encoded, "overlong": long}
+
+    def _vectors(self, encoder: Encoder) -> Path:
+        """Encoders of one identity share their vectors."""
+        return self.folder / _vectors_name(encoder.identity, self.encoder.identity)
+
+    def _overlong(self, passages: Corpus, encoder: Encoder) -> int:
+        if long := overlong(passages, encoder):
+            log.warning(
+                "%d of %d passages are longer than encoder %s reads (%d tokens): their ends are in the BM25 index only",
+                long, len(passages), encoder.settings.model, encoder.passage_tower.max_seq_length,
+            )  # fmt: skip
+        return long
+
+    def _versions(self, identity: Mapping[str, Any]) -> list[tuple[Path, Path]]:
+        """Finished versions that hold vectors of this encoder, and these, the newest first. Damaged ones are passed over."""
+        own = [self.settings.path / "versions" / name for name in reversed(KnowledgeBase.versions(self.settings.path))]
         found = []
-        for name in reversed(KnowledgeBase.versions(self.settings.path)):
-            folder = self.settings.path / "versions" / name
+        for folder in [*own, *([self.beside] if self.beside is not None else [])]:
             try:
-                if read_manifest(folder, KIND).get("encoder") == self.encoder.identity:
-                    _check_vectors(folder)
-                    found.append(folder)
+                vectors = folder / _vectors_name(identity, read_manifest(folder, KIND).get("encoder"))
+                if vectors.is_dir() or vectors.name == VECTORS:
+                    check_vectors(folder, vectors)
+                    found.append((folder, vectors))
             except CheckpointError as fault:
-                log.warning("version %s gives no vectors: %s", name, fault)
+                log.warning("version %s gives no vectors: %s", folder.name, fault)
         return found
 
     def _check(self, ready: ReadyVectors, passages: Sequence[Passage]) -> None:
         """A few passages, spread over the corpus, are encoded here and compared."""
         places = sorted({round(at) for at in np.linspace(0, len(passages) - 1, PROBE)})
         probe = [passages[place] for place in places]
-        ready.check(ready.of(probe), self.encoder.embed_passages(self._texts(probe)))
-
-    def _texts(self, passages: Sequence[Passage]) -> list[Text]:
-        return [encoder_text(passage, self.encoder) for passage in passages]
+        ready.check(ready.of(probe), self.encoder.embed_passages([encoder_text(passage, self.encoder) for passage in probe]))
 
     def _index(self, name: str, passages: Sequence[Passage]) -> dict[str, float]:
         settings = self.settings.indexes[name]
@@ -267,68 +284,13 @@ class _Build:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(settings, BM25Settings):
             return build_bm25(map(passage_text, passages), settings, folder, total=len(passages))
-        return build_dense(sorted((self.folder / "vectors").glob("*.npy")), settings, folder)
+        vectors = self._vectors(self.others.get(name, self.encoder))
+        return build_dense(sorted(vectors.glob("*.npy")), settings, folder)
 
 
-class KnownVectors:
-    """Passage vectors of finished versions, found by what their passages say. The first version that has one gives it."""
-
-    def __init__(self, versions: Sequence[Path]):
-        self._sources = [(Corpus(folder / "corpus").text_hashes, folder / "vectors") for folder in versions]
-        self._sorted: dict[int, tuple[np.ndarray, np.ndarray, DenseIndex]] = {}
-
-    def shard(self, name: str, start: int, hashes: np.ndarray) -> Path | None:
-        """A file that holds the vectors of just these passages, in this order."""
-        for known, folder in self._sources:
-            path = folder / name
-            same = np.array_equal(known[start : start + len(hashes)], hashes) and path.is_file()
-            if same and _length(path) == len(hashes):
-                return path
-        return None
-
-    def of(self, hashes: np.ndarray, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n,2) → their vectors (n,D), and the places of those that no version holds, which are left at zero."""
-        vectors = np.zeros((len(hashes), dimension), dtype=np.float32)
-        new = np.arange(len(hashes))
-        for number, (known, folder) in enumerate(self._sources):
-            if not len(new):
-                break
-            if number not in self._sorted:
-                order = np.argsort(known[:, 0], kind="stable")
-                self._sorted[number] = known[order, 0], order, _dense(folder)
-            keys, order, index = self._sorted[number]
-            wanted = hashes[new]
-            rows = order[np.searchsorted(keys, wanted[:, 0]).clip(max=len(order) - 1)]
-            found = (known[rows] == wanted).all(1)
-            vectors[new[found]] = index.vectors(rows[found])
-            new = new[~found]
-        return vectors, new
-
-
-def _check_vectors(version: Path) -> None:
-    """Raises CheckpointError where a version has not one vector a passage: rows are counted through the shards there are."""
-    passages, vectors = len(Corpus(version / "corpus")), sum(map(_length, (version / "vectors").glob("*.npy")))
-    if passages != vectors:
-        raise CheckpointError(
-            f"{version} holds {passages} passages and {vectors} vectors that can be read", hint="remove it and build it again"
-        )
-
-
-def _length(shard: Path) -> int:
-    """How many vectors a shard holds; 0 where it is not there or cannot be read."""
-    try:
-        return len(np.load(shard, mmap_mode="r"))
-    except (OSError, EOFError, ValueError):
-        return 0
-
-
-def _write_shard(path: Path, vectors: np.ndarray) -> None:
-    half = path.with_name(path.name + ".part")
-    with open(half, "wb") as file:
-        np.save(file, vectors)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
+def _vectors_name(identity: Mapping[str, Any], of_base: Mapping[str, Any] | None) -> str:
+    """The folder of an encoder's vectors in a version whose knowledge base has the encoder `of_base`."""
+    return VECTORS if identity == of_base else f"{VECTORS}-{fingerprint(identity)}"
 
 
 def peak_memory_mb() -> int:
@@ -338,28 +300,6 @@ def peak_memory_mb() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def _same_file(old: Path | str, new: Path | str) -> None:
-    """A hard link, or a copy where the file system has none. `new` is there once all of it is on the disk."""
-    try:
-        os.link(old, new)
-    except OSError:
-        half = f"{new}.part"
-        shutil.copyfile(old, half)
-        with open(half, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(half, new)
-
-
-def passage_text(passage: Passage) -> str:
-    """What BM25 sees of a passage, and encoders other than DPR's: its title and its text."""
-    return f"{passage.title}\n{passage.text}" if passage.title else passage.text
-
-
-def encoder_text(passage: Passage, encoder: Encoder) -> Text:
-    """What an encoder sees of a passage: one text, or DPR's pair where there is a title."""
-    return (passage.title, passage.text) if encoder.pairs and passage.title else passage_text(passage)
 
 
 def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
@@ -375,13 +315,14 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
         on_error=settings.on_error, whole=settings.chunk is None,
     )  # fmt: skip
     encoder = Encoder.open(settings.encoder)
-    version = _version(settings, encoder, documents)
+    others = _own_encoders(settings)
+    version = _version(settings, encoder, documents, others)
     final = settings.path / "versions" / version
     if not (final / "manifest.json").is_file():
         working = settings.path / "building" / version
         working.mkdir(parents=True, exist_ok=True)
         source = {"input_files": documents.files, "documents": documents.count, "skipped": documents.skipped}
-        _Build(settings, encoder, documents, working, source, documents.digest).run()
+        _Build(settings, encoder, others, documents, working, source, documents.digest).run()
         publish(working, final)
     point(settings.path / "current", version)
     with suppress(OSError):
@@ -392,30 +333,50 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
 def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBase:
     """The passages of `base` with the vectors of another passage tower, as a version of the knowledge base in `path`.
 
+    Indexes with encoders of their own stay as they are.
+
     It becomes that knowledge base's current version. What others have opened stays as it is; a version that was made
     before is not made again.
     """
     indexes = base.manifest["settings"]["indexes"]
-    version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings)])
+    others = _own_encoders(base.settings)
+    version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings), *_own(others)])
     final = path / "versions" / version
     if not (final / "manifest.json").is_file():
         working = path / "building" / version
         shutil.rmtree(working, ignore_errors=True)
-        shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=_same_file)
+        shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=same_file)
         settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
         source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
-        _Build(settings, encoder, None, working, source).run()
+        _Build(settings, encoder, others, None, working, source, beside=base.folder if others else None).run()
         publish(working, final)
     point(path / "current", version)
     return KnowledgeBase.open(path)
 
 
-def _version(settings: KnowledgeSettings, encoder: Encoder, documents: DocumentStream) -> str:
+def _version(
+    settings: KnowledgeSettings, encoder: Encoder, documents: DocumentStream, others: Mapping[str, Encoder]
+) -> str:  # fmt: skip
     made_of = settings.model_dump(mode="json", include={"chunk", "indexes"})
+    for name, other in others.items():
+        made_of["indexes"][name]["encoder"] = other.settings.model_dump(include={"query_model", "query_prompt"})
     given = settings.vectors
     ready = [] if given is None else [[given.first, *map(_stamp, [given.path, *([given.ids] if given.ids else [])])]]
     texts = ([document.id, document.title, document.text] for document in documents)
-    return streamed_fingerprint([made_of, encoder.identity, *_terms(settings)], texts, lambda: [documents.skipped, *ready])
+    before = [made_of, encoder.identity, *_terms(settings), *_own(others)]
+    return streamed_fingerprint(before, texts, lambda: [documents.skipped, *ready])
+
+
+def _own_encoders(settings: KnowledgeSettings) -> dict[str, Encoder]:
+    """Of the indexes that have one of their own: index → encoder, each opened once."""
+    wanted = {name: i.encoder for name, i in settings.indexes.items() if isinstance(i, DenseSettings) and i.encoder is not None}
+    opened = {asked: Encoder.open(asked) for asked in dict.fromkeys(wanted.values())}
+    return {name: opened[asked] for name, asked in wanted.items()}
+
+
+def _own(others: Mapping[str, Encoder]) -> list[dict[str, Any]]:
+    """What names a version further: nothing where no index has an encoder of its own."""
+    return [{name: encoder.identity for name, encoder in others.items()}] if others else []
 
 
 def _terms(settings: KnowledgeSettings) -> list[str]:

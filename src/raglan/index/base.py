@@ -23,9 +23,15 @@ class Queries:
 
 
 class Index(ABC):
-    """Vectors or terms → (scores, rows)."""
+    """Vectors or terms → (scores, rows).
+
+    Attributes:
+        needs_vectors: whether queries must come with vectors by the knowledge base's encoder.
+        asks: names the query towers that the index embeds queries with itself.
+    """
 
     needs_vectors: bool = False
+    asks: tuple[str, ...] = ()
 
     @abstractmethod
     def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:

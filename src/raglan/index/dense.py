@@ -3,12 +3,15 @@
 The exact search is a bfloat16 pass over everything, in chunks, and a float32 rescoring of the best 4·k (at least 64), where
 bfloat16 is faster; plain float32 elsewhere. Approximate hits are rescored exactly from the vectors as well, so scores are
 true inner products in every case.
+
+An index may have an encoder of its own; then it embeds the words of what it is asked, whatever vectors come with them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 
 from raglan.artifact import file_fingerprint, fingerprint, write_json
-from raglan.encoder import bfloat16_is_faster
+from raglan.encoder import Encoder, bfloat16_is_faster
 from raglan.errors import RecipeError, require
 from raglan.index.base import Index, Queries
 from raglan.recipe import DenseIndex as DenseSettings
@@ -27,22 +30,24 @@ CHUNK = 65_536
 
 
 class DenseIndex(Index):
-    """N vectors of D numbers. `vectors(rows)` gathers them for training."""
+    """N vectors of D numbers. `vectors(rows)` gathers them for training.
 
-    needs_vectors = True
+    Args:
+        encoder: the one that made the vectors, if queries do not come with vectors of that encoder.
+    """
 
-    def __init__(self, shards: Sequence[Path], settings: DenseSettings, folder: Path):
-        self.settings, self.folder, self._shards = settings, folder, list(shards)
+    def __init__(self, shards: Sequence[Path], settings: DenseSettings, folder: Path, *, encoder: Encoder | None = None):
+        self.settings, self.folder, self.encoder, self._shards = settings, folder, encoder, list(shards)
+        self.needs_vectors = encoder is None
         self._arrays = [np.load(path, mmap_mode="r") for path in shards]
         self._faiss: Any = None
+        self._asked: tuple[tuple[str, ...], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return sum(len(array) for array in self._arrays)
 
     def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if queries.vectors is None:
-            raise ValueError("a dense index is searched with vectors")
-        vectors = np.ascontiguousarray(queries.vectors, dtype=np.float32)
+        vectors = self._vectors_of(queries)
         if self.settings.factory is None:
             return exact_search(vectors, self._arrays, k)
         candidates = self._approximate(vectors, max(4 * k, 64))
@@ -55,6 +60,22 @@ class DenseIndex(Index):
     @property
     def fingerprint(self) -> str:
         return fingerprint([[file_fingerprint(path) for path in self._shards], self.settings.model_dump()])
+
+    @cached_property
+    def asks(self) -> tuple[str, ...]:
+        return () if self.encoder is None else (self.encoder.query_fingerprint,)
+
+    def _vectors_of(self, queries: Queries) -> np.ndarray:
+        """(B,D). Those of the own encoder are kept until others are asked for: an index and a hybrid of it ask alike."""
+        if self.encoder is None:
+            if queries.vectors is None:
+                raise ValueError("a dense index is searched with vectors")
+            return np.ascontiguousarray(queries.vectors, dtype=np.float32)
+        asked = self._asked
+        if asked is None or asked[0] != tuple(queries.texts):
+            asked = tuple(queries.texts), self.encoder.embed_queries(queries.texts)
+            self._asked = asked
+        return asked[1]
 
     def _approximate(self, vectors: np.ndarray, k: int) -> np.ndarray:
         if self._faiss is None:
@@ -168,7 +189,7 @@ def _recall_at_10(index: DenseIndex, arrays: Sequence[np.ndarray]) -> float:
     return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(found.tolist(), true.tolist(), strict=True)]))
 
 
-def open_dense(folder: Path, vectors: Path, settings: DenseSettings) -> DenseIndex:
+def open_dense(folder: Path, vectors: Path, settings: DenseSettings, *, encoder: Encoder | None = None) -> DenseIndex:
     """Open what `build_dense` made. Nothing is read before the first search."""
     names = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-    return DenseIndex([vectors / name for name in names], settings, folder)
+    return DenseIndex([vectors / name for name in names], settings, folder, encoder=encoder)

@@ -23,6 +23,7 @@ class HybridIndex(Index):
     def __init__(self, parts: Sequence[Index], settings: HybridSettings):
         self.parts, self.settings = list(parts), settings
         self.needs_vectors = any(part.needs_vectors for part in parts)
+        self.asks = tuple(name for part in parts for name in part.asks)
         self.weights = settings.weights or (1.0,) * len(parts)
 
     def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from raglan.recipe.base import Settings
 
@@ -51,8 +51,17 @@ class DenseIndex(Settings):
     """Inner product over passage vectors: exact, or approximate by a FAISS factory string."""
 
     kind: Literal["dense"]
+    encoder: EncoderSettings | None = Field(
+        None, description="Another encoder for this index alone; default the knowledge base's. It searches and does not learn."
+    )
     factory: str | None = Field(None, description='FAISS factory, as "IVF64,Flat" or "HNSW32"; none means exact.')
     nprobe: int = Field(8, ge=1, description="Lists (IVF) or search width (HNSW) that an approximate search visits.")
+
+    @model_serializer(mode="wrap")
+    def _unsaid(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an encoder of its own an index is named, and its version with it, as it was before it could have one."""
+        told: dict[str, Any] = whole(self)
+        return {name: value for name, value in told.items() if name != "encoder" or value is not None}
 
 
 class BM25Index(Settings):

@@ -43,7 +43,7 @@ class RobustnessSettings(Settings):
     )
     orders: int = Field(4, ge=0, le=24, description="Permutations of the retrieved passages; below 2 for none.")
     retrievers: tuple[str, ...] | None = Field(None, description="Indexes that answer in turn; default all, [] none.")
-    unseen: tuple[str, ...] = Field((), description="Of these, the ones that no training searched with.")
+    unseen: tuple[str, ...] = Field((), description="Of these, the ones that no training searched with, and synthesis neither.")
     depth: int = Field(30, ge=2, le=1000, description="Ranks that hard noise is taken from.")
 
     @model_validator(mode="after")

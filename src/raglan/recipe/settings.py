@@ -146,10 +146,18 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _retrievers_are_indexes(self) -> Recipe:
-        for name in (self.synthesis.retrievers or {}) if self.synthesis is not None else ():
+        if self.synthesis is None:
+            return self
+        for name in self.synthesis.retrievers or ():
             if name not in (*self.knowledge.indexes, "pooled"):
                 known = ", ".join(self.knowledge.indexes)
                 raise ValueError(f"synthesis.retrievers names {name!r}; knowledge.indexes has {known}, and there is pooled")
+        if not self.dealt:
+            raise ValueError("synthesis.retrievers leaves no index for pooled: give one a weight, or do not name it")
+        robustness = self.evaluate.robustness if self.evaluate is not None else None
+        for name in robustness.unseen if robustness is not None else ():
+            if name in self.dealt:
+                raise ValueError(f"evaluate.robustness.unseen names {name!r}, which synthesis searches: give it weight 0 there")
         return self
 
     def _stages_are_named(self) -> None:
@@ -175,6 +183,15 @@ class Recipe(Settings):
         """The name of the index that answers queries."""
         names = list(self.knowledge.indexes)
         return self.retriever.index or ("hybrid" if "hybrid" in names else names[0])
+
+    @property
+    def dealt(self) -> tuple[str, ...]:
+        """The indexes that synthesis searches: those with a weight, and with `pooled` all but those of weight 0."""
+        weights = (self.synthesis.retrievers if self.synthesis is not None else None) or {}
+        named = tuple(name for name, weight in weights.items() if weight and name != "pooled")
+        if named and not weights.get("pooled"):
+            return named
+        return tuple(name for name in self.knowledge.indexes if weights.get(name, 1))
 
     def behind(self, name: str) -> list[str]:
         """The stages that a stage starts from, and those that they start from, in order."""

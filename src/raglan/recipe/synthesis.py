@@ -151,7 +151,8 @@ class SynthesisSettings(Settings):
     )  # fmt: skip
     from_scratch: float = Field(0, ge=0, le=1, description="Share of examples whose passages are written, not found.")
     retrievers: dict[str, Share] | None = Field(
-        None, description="Index → weight; `pooled` takes from all in turn. Default: all indexes, each as often."
+        None,
+        description="Index → weight; `pooled` takes from all in turn that have not weight 0. Default: each as often.",
     )
     passages: PassageSettings = PassageSettings()
     languages: dict[LanguageName, Share] = Field(

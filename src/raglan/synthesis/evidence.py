@@ -113,7 +113,7 @@ class Assembler:
                 f"an example is to show {largest} passages, and the corpus has {len(corpus)}",
                 hint="leave larger numbers out of synthesis.passages.k, or add documents",
             )
-        strange = sorted(set(settings.retrievers or ()) - {*retrievers, POOLED})
+        strange = sorted({name for name, weight in (settings.retrievers or {}).items() if weight} - {*retrievers, POOLED})
         if strange:
             raise RecipeError(f"there is no retriever {strange[0]!r}; there are {', '.join(retrievers)}")
         self.corpus, self.retrievers, self.settings = corpus, dict(retrievers), settings
@@ -145,8 +145,7 @@ class Assembler:
             raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
         base = KnowledgeBase.open(recipe.knowledge.path)
         encoder = Encoder.open(recipe.knowledge.encoder, query_encoder=recipe.retriever.query_encoder)
-        names = [name for name, weight in (asked.retrievers or {}).items() if weight and name != POOLED]
-        every = names if names and POOLED not in (asked.retrievers or {}) else list(recipe.knowledge.indexes)
+        every = list(recipe.dealt)
         first = Retriever(base, encoder, index=every[0])
         tokenizer = open_tokenizer(asked.budget.tokenizer or recipe.generator.model)
         chat = recipe.prompt.layout in ("auto", "chat") and bool(getattr(tokenizer, "chat_template", None))

@@ -1,0 +1,234 @@
+"""Dense indexes with encoders of their own: built, updated, fused, dealt, pooled, and left for evaluation alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import tiny
+from raglan.cli import app
+from raglan.encoder import Encoder
+from raglan.errors import CheckpointError, IndexMismatch, RecipeError
+from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
+from raglan.pooled import retrieve_each
+from raglan.recipe import DenseIndex, EncoderSettings, KnowledgeSettings, load_recipe
+from raglan.retriever import Retriever
+from raglan.synthesis.evidence import Assembler
+from test_kill import small_recipe
+from test_knowledge import documents
+
+runner = CliRunner()
+ASKED = ["who built the tower", "old river water", "the miller founded it", "stone by the lighthouse"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three that find different passages; the last compares by inner product."""
+    path = tmp_path_factory.mktemp("encoders")
+    return [
+        tiny.sentence_encoder(path / str(seed), seed=seed, similarity="dot" if seed == 2 else "cosine") for seed in range(3)
+    ]
+
+
+def by(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"model": str(folder), "dtype": "float32", **more}
+
+
+def settings(tmp_path: Path, encoders: list[Path], **changes: Any) -> KnowledgeSettings:
+    """Indexes a (the knowledge base's encoder), b and c (their own), and fused, of a and b."""
+    indexes = {
+        "bm25": {"kind": "bm25"}, "a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(encoders[1])},
+        "c": {"kind": "dense", "encoder": by(encoders[2])}, "fused": {"kind": "hybrid", "of": ["a", "b"], "depth": 10},
+    }  # fmt: skip
+    values = {
+        "path": tmp_path / "kb", "documents": [tmp_path / "docs"], "chunk": None, "encoder": by(encoders[0]),
+        "indexes": indexes,
+    }  # fmt: skip
+    if not (tmp_path / "docs").exists():
+        documents(tmp_path / "docs")
+    return KnowledgeSettings.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, encoders: list[Path]) -> KnowledgeBase:
+    return build_knowledge(settings(tmp_path_factory.mktemp("base"), encoders))
+
+
+def retriever(base: KnowledgeBase, index: str) -> Retriever:
+    return Retriever(base, Encoder.open(base.settings.encoder), index=index)
+
+
+def found_by(base: KnowledgeBase, folder: Path, k: int) -> list[list[int]]:
+    encoder = Encoder.open(EncoderSettings(**by(folder)))
+    vectors = encoder.embed_passages([f"{passage.title}\n{passage.text}" for passage in base.corpus])
+    return np.argsort(-(encoder.embed_queries(ASKED) @ vectors.T), axis=1, kind="stable")[:, :k].tolist()
+
+
+def test_each_index_finds_what_its_own_encoder_finds(base: KnowledgeBase, encoders: list[Path]) -> None:
+    first, each = retriever(base, "a"), {}
+    for name, folder in zip("abc", encoders, strict=True):
+        hits = first.by(name).retrieve(ASKED, 5)
+        each[name] = [[hit.row for hit in own] for own in hits]
+        assert each[name] == found_by(base, folder, 5)
+    assert each["a"] != each["b"] != each["c"] != each["a"]
+    assert [first.by(name).index.needs_vectors for name in base.settings.indexes] == [False, True, False, False, True]
+    together = retrieve_each({name: first.by(name) for name in base.settings.indexes}, ASKED, 5)
+    assert {name: [[hit.row for hit in own] for own in together[name]] for name in "abc"} == each
+    ranks = zip(first.by("fused").retrieve(ASKED, 5), *(found_by(base, folder, 10) for folder in encoders[:2]), strict=True)
+    for fused, *lists in ranks:
+        gains = {row: sum(1 / (61 + hits.index(row)) for hits in lists if row in hits) for row in {*lists[0], *lists[1]}}
+        assert [hit.row for hit in fused] == sorted(gains, key=lambda row: (-gains[row], row))[:5]
+
+
+def test_what_is_found_is_named_by_the_query_towers_that_ask(base: KnowledgeBase) -> None:
+    first = retriever(base, "a")
+    names = {name: first.by(name).fingerprint for name in base.settings.indexes}
+    assert len(set(names.values())) == len(names)
+    encoder = Encoder.open(base.settings.encoder)
+    query = encoder.split()
+    for parameter in query.parameters():
+        parameter.data += 0.1
+    learned = Retriever(base, encoder, index="a")
+    assert learned.fingerprint != names["a"]
+    assert learned.by("fused").fingerprint != names["fused"]
+    assert learned.by("b").fingerprint == names["b"], "its own encoder did not learn"
+
+
+def test_a_knowledge_base_without_own_encoders_is_what_it_was(tmp_path: Path, encoders: list[Path]) -> None:
+    assert DenseIndex(kind="dense").model_dump() == {"kind": "dense", "factory": None, "nprobe": 8}
+    plain = build_knowledge(settings(tmp_path, encoders, indexes={"a": {"kind": "dense"}}))
+    assert "encoders" not in plain.manifest
+    assert plain.manifest["settings"]["indexes"] == {"a": {"kind": "dense", "factory": None, "nprobe": 8}}
+    assert sorted(path.name for path in plain.folder.iterdir()) == ["corpus", "indexes", "manifest.json", "vectors"]
+
+
+def test_only_new_passages_are_encoded_by_any_encoder(tmp_path: Path, encoders: list[Path]) -> None:
+    first = build_knowledge(settings(tmp_path, encoders))
+    assert {name: own["encoded"] for name, own in first.manifest["encoders"].items()} == {"b": 40, "c": 40}
+    assert build_knowledge(settings(tmp_path, encoders)).version == first.version
+    rows = (tmp_path / "docs" / "corpus.jsonl").read_text().splitlines()[1:]
+    rows.append(json.dumps({"id": "new", "title": "", "text": "who built the tower"}))
+    (tmp_path / "docs" / "corpus.jsonl").write_text("\n".join(rows) + "\n")
+    second = build_knowledge(settings(tmp_path, encoders))
+    assert second.manifest["encoded"] == 1
+    assert {name: own["encoded"] for name, own in second.manifest["encoders"].items()} == {"b": 1, "c": 1}
+    for name, folder in zip("abc", encoders, strict=True):
+        found = [[hit.row for hit in own] for own in retriever(second, name).retrieve(ASKED, 3)]
+        assert found == found_by(second, folder, 3)
+    other = settings(tmp_path, encoders, encoder=by(encoders[1]))  # b's encoder is now the knowledge base's, too
+    third = build_knowledge(other)
+    assert (third.manifest["encoded"], third.manifest["encoders"]["b"]["encoded"]) == (0, 0)
+    assert third.manifest["encoders"]["b"]["vectors"] == "vectors"
+    asks = other.indexes["b"].model_copy(update={"encoder": EncoderSettings(**by(encoders[1], query_prompt="who "))})
+    fourth = build_knowledge(other.model_copy(update={"indexes": {**other.indexes, "b": asks}}))
+    assert fourth.version != third.version, "another way of asking is another version"
+    assert fourth.manifest["encoders"]["b"]["encoded"] == 0
+
+
+def test_an_encoder_that_learns_leaves_the_others_their_vectors(base: KnowledgeBase, tmp_path: Path) -> None:
+    encoder = Encoder.open(base.settings.encoder)
+    for parameter in encoder.passage_tower.parameters():
+        parameter.data += 0.05
+    learned = reencoded(base, encoder.snapshot(), tmp_path / "learned")
+    assert learned.manifest["encoded"] == 40
+    assert {name: own["encoded"] for name, own in learned.manifest["encoders"].items()} == {"b": 0, "c": 0}
+    again = Retriever(learned, encoder.snapshot(), index="b").retrieve(ASKED, 3)
+    assert [[hit.row for hit in own] for own in again] == [
+        [hit.row for hit in own] for own in retriever(base, "b").retrieve(ASKED, 3)
+    ]
+
+
+def test_an_encoder_that_is_gone_or_another_is_told_of_when_the_index_is_opened(tmp_path: Path, encoders: list[Path]) -> None:
+    own = tiny.sentence_encoder(tmp_path / "own", seed=7)
+    indexes = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(own)}}
+    built = build_knowledge(settings(tmp_path, encoders, indexes=indexes))
+    tiny.sentence_encoder(tmp_path / "own", seed=8)
+    with pytest.raises(IndexMismatch, match=r"index 'b' of .* was built by encoder") as fault:
+        KnowledgeBase.open(tmp_path / "kb").index("b")
+    assert "raglan build" in str(fault.value.hint)
+    (own / "modules.json").rename(tmp_path / "modules.json")
+    (own / "config.json").unlink(missing_ok=True)
+    again = KnowledgeBase.open(tmp_path / "kb")
+    with pytest.raises(CheckpointError, match=r"encoder .*own.* cannot be loaded"):
+        again.index("b")
+    assert Retriever(again, Encoder.open(built.settings.encoder), index="a").retrieve(ASKED, 2), "the others still answer"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, encoders: list[Path]) -> Path:
+    """Three encoders; c is left for evaluation."""
+    path = small_recipe(tmp_path_factory.mktemp("dealt"))
+    tree = yaml.safe_load(path.read_text())
+    del tree["stages"]
+    tree["knowledge"]["indexes"] = {
+        "bm25": {"kind": "bm25"}, "a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(encoders[1])},
+        "c": {"kind": "dense", "encoder": by(encoders[2])},
+    }  # fmt: skip
+    tree["retriever"] = {"k": 3, "index": "a"}
+    few = {"noise": [], "distractors": [], "orders": 0, "gold": ["present"], "ratios": [0.0], "unseen": ["c"]}
+    tree["evaluate"] |= {"modes": ["retrieved"], "k": [1], "limit": 5, "robustness": few, "metrics": ["match"]}
+    weights = {"relation": {"R1": 1}, "task": {"factoid": 1}, "answer_format": {"span": 1}, "query_format": {"wh_question": 1}}
+    tree["synthesis"] = {
+        "path": "out", "n": 12, "questions": "dev.jsonl", "weights": weights, "decontaminate": "none", "split": {},
+        "retrievers": {"bm25": 1, "a": 1, "b": 1, "c": 0, "pooled": 1}, "passages": {"k": {3: 1}, "gold_absent": 0},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(tree))
+    built = runner.invoke(app, ["build", str(path)])
+    assert built.exit_code == 0, built.exception
+    assert f"index b has its own encoder {encoders[1]}" in built.stdout
+    return path
+
+
+def test_synthesis_deals_and_pools_several_encoders(recipe: Path) -> None:
+    done = runner.invoke(app, ["synthesize", str(recipe)])
+    assert done.exit_code in (0, 3), done.output
+    rows = [json.loads(line) for line in (recipe.parent / "out" / "examples.jsonl").read_text().splitlines()]
+    synths = [row["synth"] for row in rows]
+    dealt = {synth["factors"]["retriever"] for synth in synths}
+    assert dealt == {"bm25", "a", "b", "pooled"}
+    by_cell: dict[str, set[str]] = {name: set() for name in dealt}
+    for synth in synths:
+        by_cell[synth["factors"]["retriever"]] |= {one["retriever"] for one in synth["passages"] if one["origin"] == "search"}
+    assert by_cell["b"] <= {"b"}
+    assert by_cell["b"]
+    assert "c" not in set().union(*by_cell.values()), "weight 0 is in no pool either"
+
+
+def test_pooled_takes_from_all_that_are_not_left_out(recipe: Path) -> None:
+    def pool(*overrides: str) -> set[str]:
+        return set(Assembler.open(load_recipe(recipe, overrides)).retrievers)
+
+    assert pool() == {"bm25", "a", "b"}
+    none = "evaluate.robustness.unseen=[]"
+    assert pool("synthesis.retrievers={b: 1}", none) == {"b"}
+    assert pool("synthesis.retrievers={pooled: 1}", none) == {"bm25", "a", "b", "c"}
+
+
+def test_evaluation_swaps_encoders_and_marks_the_one_never_searched(recipe: Path) -> None:
+    done = runner.invoke(app, ["evaluate", str(recipe)])
+    assert done.exit_code == 0, done.exception
+    assert "c (unseen)" in done.stdout
+    assert "b (unseen)" not in done.stdout
+    told = json.loads(runner.invoke(app, ["evaluate", str(recipe), "--json"]).stdout)["robustness"]["untuned"]
+    assert {"retriever/bm25", "retriever/a", "retriever/b", "retriever/c"} <= set(told["conditions"])
+    assert (told["retrievers"]["own"], told["retrievers"]["unseen"]) == ("a", ["c"])
+    assert {"worst", "spread"} <= set(told["retrievers"])
+    (file,) = (recipe.parent / "runs").rglob("answers.jsonl")
+    shown = [json.loads(line)["conditions"] for line in file.read_text().splitlines()]
+    assert any(row["retriever/a"]["passages"] != row["retriever/c"]["passages"] for row in shown)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("evaluate.robustness.unseen=[b]", "unseen names 'b', which synthesis searches"),
+    ("synthesis.retrievers={pooled: 1, bm25: 0, a: 0, b: 0, c: 0}", "leaves no index for pooled"),
+    ("knowledge.indexes.b.encoder.modle=x", "did you mean 'model'"),
+])  # fmt: skip
+def test_recipes_that_cannot_be(recipe: Path, change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(recipe, [change])
