@@ -26,7 +26,6 @@ help:
 	@echo "make bench-self-rag time, passes and memory of Self-RAG decoding against a loop (20 minutes, one core)"
 	@echo "make bench-self-rag-learns  train and measure a small Self-RAG on the example corpus and on SQuAD (an hour on 2 cores)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms; its memory; a large journal (7 minutes on 2 cores, 3 GB)"
-	@echo "make bench-calls  the call engine against a bare client at 200 ms (a minute on 2 cores)"
 	@echo "make bench-synthesis  examples a second of the offline teacher over 10,000 passages (two minutes of one core)"
 	@echo "make bench-synthesis-faults  2,000 cells synthesized while everything fails, with 20 x kill -9 (ten minutes)"
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
