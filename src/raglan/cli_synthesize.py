@@ -120,39 +120,59 @@ def export(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Write a training file for others, and <name>.meta.jsonl beside it, line for line. It is checked before it appears."""
-    from raglan.exports import SYNTHETIC, Lengths, export_pairs, export_points, holds_pairs, holds_points
+    from raglan.exports import SYNTHETIC, Lengths
 
     wanted = _form(form)
+    given = {
+        "--prompt": prompt, "--separate-context": separate_context, "--shape": shape, "--target": target, "-k": k,
+        "--model": model, "--tokenizer": tokenizer, "--untuned": untuned or None, "--from": by, "--split": split,
+    }  # fmt: skip
+    _suits(source, wanted, given)
+    lengths = Lengths.of(model, tokenizer=tokenizer)
     if wanted in SYNTHETIC:
-        given = {"--prompt": prompt, "--separate-context": separate_context, "--shape": shape, "--target": target, "-k": k}
-        _applies({name: (value, False, "examples were written with it") for name, value in given.items()})
-        _tell(_synthetic(source, output, wanted, by, split, limit, Lengths.of(model, tokenizer=tokenizer)))
+        _tell(_synthetic(source, output, wanted, by, split, limit, lengths))
         return
-    _applies({"--split": (split, False, f"{wanted} is not made of a synthesized dataset alone")})
-    _one_of("--shape", shape or "messages", ("prompt_completion", "messages"))
-    pairs, points = holds_pairs(source), holds_points(source)
-    _fits(source, wanted, pairs=pairs)
-    labels, recipe = wanted == "sentence-transformers", by is not None and _is_recipe(by)
-    _applies({
-        "--prompt": (prompt, not labels, "labels have no prompt of their own"),
-        "--separate-context": (separate_context, not labels, "labels have a column for each passage"),
-        "--model": (model, not labels, "lengths of labels are not checked"),
-        "--tokenizer": (tokenizer, not labels, "lengths of labels are not checked"),
-        "--target": (target, labels, "only sentence-transformers has labels"),
-        "--shape": (shape, wanted == "trl" and not pairs, "only trl rows of data points or questions have two shapes"),
-        "--untuned": (untuned or None, recipe, "only the parts of a recipe are tuned"),
-        "--from": (by, labels or not points, "data points have their passages"),
-        "-k": (k, not points and (by is not None or not pairs), "nothing is retrieved"),
-    })  # fmt: skip
     found = _Found(by, k, limit, untuned)
-    asked: Any = {"prompt": prompt, "separate_context": separate_context, "lengths": Lengths.of(model, tokenizer=tokenizer)}
     if wanted == "sentence-transformers":
-        done = _labels(source, output, found, target)
-    elif pairs:
-        done = export_pairs(found.pairs(source), output, form=wanted, **asked)
-    else:
-        done = export_points(found.points(source), output, form=wanted, shape=cast(Any, shape or "prompt_completion"), **asked)
-    _tell(done)
+        _tell(_labels(source, output, found, target))
+        return
+    _tell(_rows(source, output, wanted, found, shape, prompt=prompt, separate_context=separate_context, lengths=lengths))
+
+
+def _suits(source: Path, form: str, given: dict[str, Any]) -> None:
+    """Refuse options that say nothing of this form and source. `given`: option → what was said, None where nothing was."""
+    from raglan.exports import SYNTHETIC, holds_pairs, holds_points
+
+    if form in SYNTHETIC:
+        own = ("--prompt", "--separate-context", "--shape", "--target", "-k")
+        _applies({name: (given[name], False, "examples were written with it") for name in own})
+        return
+    _applies({"--split": (given["--split"], False, f"{form} is not made of a synthesized dataset alone")})
+    _one_of("--shape", given["--shape"] or "messages", ("prompt_completion", "messages"))
+    pairs, points, by = holds_pairs(source), holds_points(source), given["--from"]
+    _fits(source, form, pairs=pairs)
+    labels, recipe = form == "sentence-transformers", by is not None and _is_recipe(by)
+    suits = {
+        "--prompt": (not labels, "labels have no prompt of their own"),
+        "--separate-context": (not labels, "labels have a column for each passage"),
+        "--model": (not labels, "lengths of labels are not checked"),
+        "--tokenizer": (not labels, "lengths of labels are not checked"),
+        "--target": (labels, "only sentence-transformers has labels"),
+        "--shape": (form == "trl" and not pairs, "only trl rows of data points or questions have two shapes"),
+        "--untuned": (recipe, "only the parts of a recipe are tuned"),
+        "--from": (labels or not points, "data points have their passages"),
+        "-k": (not points and (by is not None or not pairs), "nothing is retrieved"),
+    }
+    _applies({name: (given[name], *told) for name, told in suits.items()})
+
+
+def _rows(source: Path, output: Path, form: Any, found: _Found, shape: str | None, **asked: Any) -> Any:
+    """Pairs of answers, or data points and questions, as rows of a form. `asked`: prompt, separate_context, lengths."""
+    from raglan.exports import export_pairs, export_points, holds_pairs
+
+    if holds_pairs(source):
+        return export_pairs(found.pairs(source), output, form=form, **asked)
+    return export_points(found.points(source), output, form=form, shape=cast(Any, shape or "prompt_completion"), **asked)
 
 
 def _tell(done: Any) -> None:
