@@ -30,8 +30,8 @@ import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from raglan.recipe import KnowledgeSettings, load_recipe
-import raglan.knowledge as knowledge, raglan.train as training
-knowledge.SHARD = 16
+import raglan.knowledge as knowledge, raglan.train as training, raglan.vectors as vectors
+vectors.SHARD = 16
 what, path, longest = sys.argv[1], sys.argv[2], float(sys.argv[3])
 kills, chance = int(sys.argv[4]), random.Random(1)
 while True:

@@ -20,7 +20,7 @@ import torch
 from transformers import BertModel
 
 import tiny
-from raglan import knowledge
+from raglan import knowledge, vectors
 from raglan.artifact import fingerprint, streamed_fingerprint
 from raglan.corpus import Corpus, write_corpus
 from raglan.documents import DocumentStream, read_documents
@@ -93,7 +93,7 @@ def passage_words(passage: Passage) -> str:
 
 @pytest.mark.parametrize("shard", [7, 4096])
 def test_only_new_passages_are_encoded(shard: int, tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(knowledge, "SHARD", shard)
+    monkeypatch.setattr(vectors, "SHARD", shard)
     first = [row(n) for n in range(30)]
     changed = [*first[:10], row(10, "anew"), *first[11:]]
     steps = [
@@ -193,7 +193,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_version_gives_no_vectors_and_stops_no_build(
     damage: Callable[[Path], None], tmp_path: Path, encoder_folder: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(knowledge, "SHARD", 7)
+    monkeypatch.setattr(vectors, "SHARD", 7)
     rows = [row(n) for n in range(30)]
     first = built(tmp_path, encoder_folder, rows)
     damage(first.folder)
@@ -211,7 +211,7 @@ def no_links(*_: Any, **__: Any) -> None:
 
 def test_a_copy_that_is_broken_off_is_no_shard(tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
     """Where shards cannot be linked; as if killed in the middle of the second copy."""
-    monkeypatch.setattr(knowledge, "SHARD", 7)
+    monkeypatch.setattr(vectors, "SHARD", 7)
     monkeypatch.setattr(os, "link", no_links)
     rows = [row(n) for n in range(30)]
     built(tmp_path, encoder_folder, rows)
@@ -237,7 +237,7 @@ def test_a_copy_that_is_broken_off_is_no_shard(tmp_path: Path, encoder_folder: P
 
 @pytest.mark.parametrize("left", [0.5, 0.0])
 def test_a_torn_shard_is_encoded_anew(left: float, tmp_path: Path, encoder_folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(knowledge, "SHARD", 7)
+    monkeypatch.setattr(vectors, "SHARD", 7)
     rows = [row(n) for n in range(30)]
     base = built(tmp_path, encoder_folder, rows)
     building = tmp_path / "kb" / "building" / base.version
