@@ -618,6 +618,15 @@ def test_retries_without_a_header_come_after_growing_jittered_gaps(desk: Desk, s
     assert (np.array(seen) >= 0.95 * np.array(waited) - 0.002 * speed).all(), "the server was asked before that"
 
 
+def test_a_pause_that_the_server_asks_for_holds_the_engines_next_run_too(desk: Desk) -> None:
+    desk.server.faults = lambda number, request: Fault(429, headers={"Retry-After": "60"}) if number == 0 else None
+    with desk.engine(speed=100.0, attempts=1) as engine:
+        assert [outcome.cls for outcome in engine.run([ask(0)])] == ["transient"]
+        assert [outcome.cls for outcome in engine.run([ask(1)])] == ["ok"]
+    first, second = desk.server.log
+    assert (second.at - first.at) * 100 >= 0.95 * 60
+
+
 @pytest.mark.parametrize("fault", [Fault(401), Fault(429, code="insufficient_quota"), Fault(404)], ids=lambda f: str(f.status))
 def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:  # T21
     desk.server.faults = lambda number, request: fault if number == 20 else None

@@ -125,6 +125,16 @@ class Gate:
         self._halved, self._good = float("-inf"), 0
         self._turn, self._changed = asyncio.Lock(), asyncio.Event()
 
+    def begin(self) -> None:
+        """Before a run, in its loop: nobody is under way. Pause, limit, buckets and breaker go on from the run before.
+
+        A breaker that has stopped a run is new: who asks again says that the endpoint is well.
+        """
+        self._turn, self._changed = asyncio.Lock(), asyncio.Event()
+        self.active, self.breaker.probing = 0, False
+        if self.breaker.over:
+            self.breaker = Breaker(self.clock)
+
     async def enter(self, tokens: float, ready: Callable[[], bool]) -> bool:
         """Wait for leave to send. Whether this request is the breaker's probe.
 
