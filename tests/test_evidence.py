@@ -645,3 +645,16 @@ def test_a_judge_that_says_yes_to_everything_is_not_paid_on_and_on(folder: Path)
         assert isinstance(end, Reject)
         assert (end.reason, len(set(asked))) == ("answered_everywhere", EVERYWHERE)
     assert isinstance(judge(says=False).show(draft), Sheet)
+
+
+def test_what_answers_and_stays_as_support_is_no_reason_to_give_a_wide_sheet_up(folder: Path) -> None:
+    wide = cell(k=20, noise=("hard", "random", *["random"] * 17))
+    own = Assembler.open(recipe(folder), judge=lambda *_: True)
+    draft = Draft(Job(wide), "What is told of the mills?", (), (own.corpus[0],))
+    sheet = shown(own.show(draft))
+    roles = [slot.role for slot in sheet.slots]
+    assert roles.count("support") > EVERYWHERE, "relabelled, each in its place"
+    absent = replace(wide, relation="R5", evidence=0, positions=(), noise=("random",) * 20, absent_policy="abstain")
+    end = own.show(replace(draft, job=Job(absent)))
+    assert isinstance(end, Reject)
+    assert end.reason == "answered_everywhere", "where gold is absent none of them has a place"

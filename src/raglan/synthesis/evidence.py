@@ -13,7 +13,8 @@ the budget. A draft that cannot be shown comes back as a `Reject`, with its reas
     over_budget          gold does not fit, or no passage at all
     answer_shown         R5, and an answer stands there all the same
     no_false_value       R6 or R7 of one passage, and nothing to exchange
-    answered_everywhere  a judge finds an answer in 16 passages: of so wide a question noise would be sought, and paid, for ever
+    answered_everywhere  a judge finds an answer in 16 passages that have no place: of so wide a question noise would be sought,
+                         and paid, for ever; those that stay, as support, are not counted
 
 R6 and R7 need two passages. A teacher may write both; of a single one the second is made here: R6 the same with a false value,
 R7 the same with a former one, both dated. In R5 the policy is not inherited: it is dealt to the cell, and said. It is said in
@@ -76,7 +77,7 @@ COMMON = 4  # words: longer answers are not counted, and so never taken for comm
 POOL = 200  # answers of others that a false value is sought among
 LOOKED_AT = 64  # different questions, until which a retriever may prove not to be constant
 OUTDATED = "R7"
-EVERYWHERE = 16  # passages of one sheet that a judge finds an answer in, until it is given up
+EVERYWHERE = 16  # passages that a judge finds an answer in and that cannot stand in the sheet, until it is given up
 CONTRADICTED = ("conflict_resolution", "temporal")  # tasks that are always told what to do about it
 _HAN = re.compile(f"[{SPACELESS}]")
 
@@ -122,6 +123,7 @@ class Assembler:
         common = [answer for answer in self.answers if len(words(answer)) <= COMMON]
         known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), common)
         self._judge = judge
+        self._most = EVERYWHERE  # passages of the sheet under way that may answer
         self._answering: set[str] = set()  # hashes of passages of the sheet under way that the judge finds an answer in
         self.guard = Guard(known, judge=None if judge is None else self._judged)
         self.prompt = Prompt(PromptSettings(), tokenizer, layout="chat" if chat else "joined").within(
@@ -169,14 +171,16 @@ class Assembler:
         says = self._judge(example, passage)
         if says:
             self._answering.add(content_hash(passage))
-        if len(self._answering) >= EVERYWHERE:
+        if len(self._answering) >= self._most:
             raise _Unfit("answered_everywhere", f"in {len(self._answering)} passages")
         return says
 
     def _sheet(self, draft: Draft) -> Sheet:
-        self._answering.clear()
         _check_whole(draft)
         cell, seed = draft.job.cell, str(draft.job.seed("evidence"))
+        stays = self.settings.found == "relabel" and cell.relation != ABSENT
+        self._answering.clear()
+        self._most = EVERYWHERE + (len(cell.noise) if stays else 0)  # each of them has its place
         found = self._found(draft)
         evidence = self._evidence(draft, found, seed)
         slots = self._filled(draft, evidence, found, seed)
