@@ -33,6 +33,7 @@ from raglan.synthesis.run import Done, synthesize
 from raglan.synthesis.writing import Draft, Job, Made
 from raglan.verification import PaidJudge, Shown, Verdict, Verifier, Written
 from raglan.verification.entailment import Entailment, entailment_label
+from raglan.verification.judge import CONTROL
 from test_cli import run
 from test_synthesis import Altered, offline
 from test_synthesis import recipe as rules
@@ -57,6 +58,8 @@ def name(body: dict[str, Any]) -> str:
 
 def reply(body: dict[str, Any]) -> str:
     """An author's; of every second question no short answer is known. And a judge's, by what it is shown."""
+    if body["messages"] == [*CONTROL]:
+        return "here"
     if len(body["messages"]) == 1:  # how the server takes schemas
         return author(body)
     system, asked = (message["content"] for message in body["messages"][:2])
@@ -193,6 +196,58 @@ def test_a_judges_outage_stops_the_run_and_is_no_verdict(
     assert not any(row["ordinal"] for row in lines(stopped.folder / "attempts.jsonl")), "nothing is written in their place"
     server.faults = lambda n, request: None
     assert judged(server, tmp_path, plan).exit_code == 0
+
+
+def test_a_judgement_that_never_comes_stops_one_run_and_is_a_reject_of_the_next(
+    server: FaultServer, tmp_path: Path, plan: Plan
+) -> None:
+    never: set[str] = set()
+
+    def bad(number: int, request: Request) -> Fault | None:
+        if name(request.body) != "Compared":
+            return None
+        query = part(request.body["messages"][1]["content"], "Question")
+        never.update([] if never else [query])
+        return Fault(500) if query in never else None
+
+    server.faults = bad
+    stopped = judged(server, tmp_path, plan, piece=1, attempts=2)  # so that nothing else is asked beside it
+    assert (stopped.exit_code, stopped.told["stopped"].split(":")[0]) == (3, "breaker")
+    assert not any(row["reason"] == "judge_unreachable" for row in lines(stopped.folder / "rejects.jsonl"))
+    done = judged(server, tmp_path, plan, piece=1, attempts=2)
+    assert (done.exit_code, done.told["stopped"], done.told["kept"]) == (0, "", 24)
+    (row,) = (row for row in lines(done.folder / "rejects.jsonl") if row["reason"] == "judge_unreachable")
+    assert (row["query"] in never, "500" in row["detail"]) == (True, True)
+    assert done.told["funnel"]["verify: judge_unreachable"] == 1
+    told = done.told
+    assert told["attempts"] == told["kept"] + told["surplus"] + len(lines(done.folder / "rejects.jsonl")), "all accounted for"
+    control = [request for request in server.log if request.body["messages"] == [*CONTROL]]
+    assert [request.body["model"] for request in control] == ["j"]
+
+
+@pytest.mark.parametrize("recovers", ["at the control question", "later"])
+def test_an_outage_rejects_nothing_however_often_the_run_is_begun_again(
+    server: FaultServer, tmp_path: Path, plan: Plan, recovers: str
+) -> None:
+    well = [False]
+
+    def away(number: int, request: Request) -> Fault | None:
+        well[0] |= request.body["messages"] == [*CONTROL] and recovers == "at the control question"
+        return Fault(503) if request.body["model"] == "j" and not well[0] else None
+
+    server.faults = lambda n, request: Fault(401) if name(request.body) == "Compared" else None
+    assert judged(server, tmp_path, plan).told["stopped"].startswith("fatal")  # how the judge takes schemas is known by now
+    server.faults = away
+    runs = [judged(server, tmp_path, plan, attempts=1) for _ in range(4)]
+    if recovers == "later":
+        assert {run.told["stopped"].split(":")[0] for run in runs} == {"breaker"}
+        assert len({len(lines(run.folder / "attempts.jsonl")) for run in runs}) == 1
+        well[0] = True
+        runs.append(judged(server, tmp_path, plan, attempts=1))
+    assert runs[-1].told["stopped"] == ""
+    assert runs[-1].exit_code == 0
+    rejects = lines(runs[-1].folder / "rejects.jsonl")
+    assert not any(row["reason"] in ("judge_unreachable", "support_missing") for row in rejects)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def open_checks(recipe: Recipe, journal: Journal | None, stack: ExitStack, *, re
     judge = None
     if isinstance(support, JudgeSupport):
         engine = _engine(asked, support.endpoint, _price(asked, support, "support"), journal, stack)
-        judge = PaidJudge(engine, max_tokens=support.max_tokens)
+        judge = PaidJudge(engine, max_tokens=support.max_tokens, give_up=support.give_up)
         inputs["judge"] = judge.fingerprint
     closed = _closed_book(recipe, asked, journal, stack) if recall else None
     if closed is not None:

@@ -139,6 +139,7 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
             owner[name] = {key: value for key, value in (owner[name] or {}).items() if key not in OF_A_SERVER}
     for owner in (verify["support"], verify["closed_book"] or {}):
         owner.pop("price", None)
+        owner.pop("give_up", None)
     return told
 
 

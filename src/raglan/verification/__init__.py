@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
 from raglan.verification.checks import CLOSED, FREE, YES_NO, Verdict, concluded, holds
-from raglan.verification.judge import PaidJudge, Waits, settled
+from raglan.verification.judge import UNREACHABLE, PaidJudge, Waits, settled
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -166,7 +166,7 @@ class Verifier:
             if verdict.outcome == "fail":
                 return verdict.reason
             if verdict.outcome == "missing" and verdict.check not in self.may_be_missing:
-                return f"{verdict.check}_missing"
+                return UNREACHABLE if verdict.reason == UNREACHABLE else f"{verdict.check}_missing"
         return ""
 
     def _support(self, one: Written) -> Verdict:

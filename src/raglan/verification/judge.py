@@ -8,13 +8,17 @@ all that was noted together, at the endpoint's full concurrency, when no other e
 again. So the judge shares ledger and cap with whoever writes, a run that is begun again pays for no judgement twice, and what
 is decided does not depend on the order of replies.
 
-A reply that fails, or says that it cannot tell, is missing and never a pass. Prompts are data, judge.yaml.
+A reply that fails, or says that it cannot tell, is missing and never a pass. Where all that is asked fails for passing reasons
+the run stops, since an outage is no verdict. But what has failed so in `give_up` runs, and once more right after the server has
+answered a control question, is missing, too (`judge_unreachable`): what never comes stops no run for ever. Prompts are data,
+judge.yaml.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -31,8 +35,21 @@ from raglan.text import SPACELESS, half_character
 from raglan.verification.checks import Verdict
 from raglan.verification.written import Written
 
-__all__ = ["Compared", "Holds", "PaidJudge", "Supported", "Waits", "guard_messages", "pieces", "settled", "support_messages"]
+__all__ = [
+    "UNREACHABLE",
+    "Compared",
+    "Holds",
+    "PaidJudge",
+    "Supported",
+    "Waits",
+    "guard_messages",
+    "pieces",
+    "settled",
+    "support_messages",
+]
 
+AWAY, UNREACHABLE = "transient", "judge_unreachable"
+CONTROL = ({"role": "user", "content": "Reply with the one word: here"},)  # any reply will do
 HAN = re.compile(f"[{SPACELESS}]")
 T = TypeVar("T")
 R = TypeVar("R", bound="_Reply")
@@ -73,11 +90,16 @@ class Waits(Exception):
     """The judgement has to be asked for first."""
 
 
+class _Unreachable(GeneratorError):
+    """The judgement never comes, and the server answers other questions."""
+
+
 class PaidJudge:
     """One endpoint's judgements.
 
     Args:
         engine: its journal may be another engine's too, in turns.
+        give_up: the run, of those in which all tries of a judgement fail for passing reasons, that gives it up.
 
     Attributes:
         book: while somebody reckons with them, the calls that each example needs: its id → key → step.
@@ -85,14 +107,15 @@ class PaidJudge:
         noted: how often somebody has had to wait.
     """
 
-    def __init__(self, engine: CallEngine, *, max_tokens: int = 300):
-        self.engine, self.max_tokens = engine, max_tokens
+    def __init__(self, engine: CallEngine, *, max_tokens: int = 300, give_up: int = 2):
+        self.engine, self.max_tokens, self.give_up = engine, max_tokens, give_up
         self.book: dict[str, dict[str, str]] | None = None
         self.history: Sequence[str] = ()
         self.facts: Sequence[str] = ()
         self.noted = 0
         self._wanted: dict[str, Ask] = {}
         self._failed: dict[str, str] = {}
+        self._given_up: set[str] = set()  # of these
 
     @property
     def fingerprint(self) -> str:
@@ -109,13 +132,16 @@ class PaidJudge:
         self._wanted.clear()
 
     def verdict(self, one: Written) -> Verdict | None:
-        """Support, as the judge sees it; None where it cannot tell.
+        """Support, as the judge sees it; None where it cannot tell, missing where it has been given up.
 
         Raises:
             Waits: it has to be asked first. GeneratorError: it was, and gave no reply that counts.
         """
         compares = bool(one.facts or one.answers)
-        said = self._said("judge/support", one.id, support_messages(one), Compared if compares else Supported)
+        try:
+            said = self._said("judge/support", one.id, support_messages(one), Compared if compares else Supported)
+        except _Unreachable as why:
+            return Verdict("support", "missing", UNREACHABLE, why.message)
         if said.verdict == "unclear":
             return None
         if said.verdict == "unsupported":
@@ -141,23 +167,49 @@ class PaidJudge:
             CallsStopped: cap, fatal answer, interrupt, or all failed for passing reasons; what has come is kept.
         """
         wanted, self._wanted = self._wanted, {}
-        came, away = 0, dict[str, str]()
         try:
-            for outcome in self.engine.run(wanted.values()):
-                came, key = came + 1, self.engine.key(outcome.ask)
-                if outcome.cls != "ok":
-                    self._failed[key] = f"{outcome.cls}: {outcome.error}"
-                if outcome.cls == "transient":
-                    away[key] = outcome.error
-            if away and len(away) == came:
-                raise CallsStopped(
-                    f"the judge at {self.engine.host} answers nothing: {next(iter(away.values()))}", reason="breaker",
-                    hint="run the same command again when it is well",
-                )  # fmt: skip
+            away = self._away(wanted)
+            if away and len(away) == len(wanted):
+                self._give_up(away)
         except CallsStopped:  # an outage is no verdict: others would be paid for in place of what nobody has judged
-            for key in away:
-                del self._failed[key]
+            for key in wanted.keys() & self._failed.keys():
+                if self._failed[key].startswith(AWAY):
+                    del self._failed[key]
             raise
+
+    def _away(self, wanted: Mapping[str, Ask]) -> dict[str, Ask]:
+        """Ask; which of these failed for passing reasons."""
+        away = {}
+        for outcome in self.engine.run(wanted.values()):
+            key = self.engine.key(outcome.ask)
+            if outcome.cls == "ok":
+                self._failed.pop(key, None)
+            else:
+                self._failed[key] = f"{outcome.cls}: {outcome.error}"
+            if outcome.cls == AWAY:
+                away[key] = outcome.ask
+        return away
+
+    def _give_up(self, away: Mapping[str, Ask]) -> None:
+        """Give up what has failed in as many runs as it may, and does so right after the server has answered something else.
+
+        Raises:
+            CallsStopped: it is not so.
+        """
+        most = self.give_up * self.engine.settings.attempts
+        if all(self.engine.journal.tries(key)[0] >= most for key in away) and self._answers():
+            self._given_up |= set(self._away(away))
+            return
+        raise CallsStopped(
+            f"the judge at {self.engine.host} answers nothing: {self._failed[next(iter(away))].removeprefix(f'{AWAY}: ')}",
+            reason="breaker", hint="run the same command again when it is well",
+        )  # fmt: skip
+
+    def _answers(self) -> bool:
+        """Whether the server replies to a control question, one that has had no reply yet."""
+        draws = (Ask("judge/control", CONTROL, None, {"max_tokens": self.max_tokens}, draw) for draw in itertools.count())
+        control = next(ask for ask in draws if self.engine.known(ask) is None)
+        return all(outcome.cls != AWAY for outcome in self.engine.run([control]))
 
     def _said(self, step: str, ref: str, messages: tuple[dict[str, str], ...], schema: type[R]) -> R:
         ask = Ask(step, messages, schema, {"temperature": 0.0, "max_tokens": self.max_tokens}, ref=ref)
@@ -165,7 +217,8 @@ class PaidJudge:
         if self.book is not None:
             self.book.setdefault(ref, {})[key] = step
         if key in self._failed:
-            raise GeneratorError(f"the judge gave no verdict: {self._failed[key]}")
+            kind = _Unreachable if key in self._given_up else GeneratorError
+            raise kind(f"the judge gave no verdict: {self._failed[key]}")
         found = self.engine.known(ask)
         if found is None:
             self._wanted[key] = ask
