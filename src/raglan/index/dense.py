@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ class DenseIndex(Index):
     def __init__(self, shards: Sequence[Path], settings: DenseSettings, folder: Path, *, encoder: Encoder | None = None):
         self.settings, self.folder, self.encoder, self._shards = settings, folder, encoder, list(shards)
         self.needs_vectors = encoder is None
+        self.asks = () if encoder is None else (encoder.query_fingerprint,)
         self._arrays = [np.load(path, mmap_mode="r") for path in shards]
         self._faiss: Any = None
         self._asked: tuple[tuple[str, ...], np.ndarray] | None = None
@@ -60,10 +60,6 @@ class DenseIndex(Index):
     @property
     def fingerprint(self) -> str:
         return fingerprint([[file_fingerprint(path) for path in self._shards], self.settings.model_dump()])
-
-    @cached_property
-    def asks(self) -> tuple[str, ...]:
-        return () if self.encoder is None else (self.encoder.query_fingerprint,)
 
     def _vectors_of(self, queries: Queries) -> np.ndarray:
         """(B,D). Those of the own encoder are kept until others are asked for: an index and a hybrid of it ask alike."""
