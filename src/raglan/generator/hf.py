@@ -10,9 +10,10 @@ head is caught by a hook, so any architecture will do, and the first batch is co
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -43,7 +44,7 @@ from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.reader import ReaderForConditionalGeneration, reader_from_encoder
 from raglan.generator.special import name_tokens
 from raglan.generator.trees import Tree, grown, reads_trees, room, tree_batch, tree_length
-from raglan.likelihood import chunked_token_logprobs
+from raglan.likelihood import chunked_divergence, chunked_token_logprobs
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.memory import give_back, keep_freed
 from raglan.progress import track
@@ -79,8 +80,7 @@ class HFGenerator(Generator, MarkedGenerator):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         config = model.config
         self.is_seq2seq = bool(config.is_encoder_decoder)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.reader = base if isinstance(base, ReaderForConditionalGeneration) else None
+        self.reader = _reader_of(model)
         named = [c.eos_token_id for c in (config, model.generation_config) if getattr(c, "eos_token_id", None) is not None]
         listed = [end for ends in named for end in (ends if isinstance(ends, list) else [ends])]
         own = tokenizer.eos_token_id
@@ -250,11 +250,50 @@ class HFGenerator(Generator, MarkedGenerator):
             GeneratorError: the embedded reader, whose distribution is a mixture without a head.
         """
         moved = {name: value.to(self.device) for name, value in batch.items()}
+        labels, states = self._label_states(moved, model or self.model)
+        return self._beside(labels, states, scored(moved), ids)
+
+    def forward_held(
+        self, batch: dict[str, Tensor], ids: Tensor | None, start: HFGenerator, rows: Tensor, model: nn.Module | None = None, *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward_beside`, and at the labels of `rows` (B,) KL(start ‖ self) over the vocabulary, (B,T), 0 at all others.
+
+        Args:
+            start: what `frozen` gave. It reads those rows alone, without gradient and without dropout.
+            autocast: the precision in which the model as the trainer wrapped it computes.
+
+        Raises:
+            GeneratorError: the embedded reader with ids.
+        """
+        moved, rows = {name: value.to(self.device) for name, value in batch.items()}, rows.to(self.device)
         given = scored(moved)
-        labels, states = (self._packed_states if "at" in moved else self._scored_states)(moved, model or self.model)
-        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
-        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
-        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
+        held = given & rows[:, None]
+        if self.reader is not None and ids is None:
+            return self._reader_held(moved, start, rows, model or self.model, autocast)
+        labels, states = self._label_states(moved, model or self.model)
+        values = self._beside(labels, states, given, ids)
+        nothing = values.new_zeros(given.shape)
+        if not held.any():
+            return values, nothing
+        with torch.no_grad(), autocast():
+            _, before = start._label_states(moved if "at" in moved else _only(moved, rows), start.model)
+        before = before[held[given]] if "at" in moved else before
+        found = chunked_divergence(
+            self.head_logits, [states[held[given]]], start.head_logits, [before], chunk=self.settings.head_chunk
+        )
+        return values, nothing.masked_scatter(held, found)
+
+    def frozen(self) -> HFGenerator:
+        """This generator as it is now, while this one goes on to learn: a copy of what learns, which shares all that does not.
+
+        With LoRA that is a copy of the adapter, and of nothing else.
+        """
+        start = copy.copy(self)
+        shared: dict[int, Any] = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        start.model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
+        start.reader = _reader_of(start.model)
+        return start
 
     @torch.no_grad()
     def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -433,6 +472,41 @@ class HFGenerator(Generator, MarkedGenerator):
         kept = list(ids[:-1]) if ids and ids[-1] in self.ends else list(ids)
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
         return restore_surface(text, list(sources)) if self.reader is not None else text
+
+    def _label_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The N labels that are scored, (N,), and what the head reads for them, (N,D), of rows apart or packed."""
+        return (self._packed_states if "at" in batch else self._scored_states)(batch, model)
+
+    def _beside(self, labels: Tensor, states: Tensor, given: Tensor, ids: Tensor | None) -> Tensor:
+        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
+        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
+        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
+
+    def _reader_held(
+        self, batch: dict[str, Tensor], start: HFGenerator, rows: Tensor, model: nn.Module,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward_held` of the embedded reader, whose words' probabilities need more than its decoder's states."""
+        assert self.reader is not None
+        assert start.reader is not None
+        given, batch = scored(batch), _aligned(batch)
+        real = scored(batch)
+        batch.pop("learned", None)
+        output = model(**batch)
+        values = output.target_logprobs.new_zeros(given.shape).masked_scatter(given, output.target_logprobs[real])
+        nothing = torch.zeros_like(values)
+        if not rows.any():
+            return values[..., None], nothing
+        own = _only(batch, rows)
+        with torch.no_grad(), autocast():
+            before = start.model(**own)
+        about = own["input_ids"], own["attention_mask"], own["labels"]
+        found = chunked_divergence(
+            self.reader.word_logprobs, [output.states[rows], output.encoder_last_hidden_state[rows], *about],
+            start.reader.word_logprobs, [before.states, before.encoder_last_hidden_state, *about],
+            chunk=max(1, self.settings.head_chunk // given.shape[1]),
+        )  # fmt: skip
+        return values[..., None], nothing.masked_scatter(given & rows[:, None], found[real[rows]])
 
     def _reader_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         output = model(**batch)
@@ -702,6 +776,17 @@ def scored(batch: dict[str, Tensor]) -> Tensor:
     """Which labels of a batch have a log-probability that counts, (B,T): those that are there, and are not only read."""
     there = batch["labels"] >= 0
     return there & batch["learned"].bool() if "learned" in batch else there
+
+
+def _only(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Those rows of a batch, (B,)."""
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def _reader_of(model: Any) -> ReaderForConditionalGeneration | None:
+    """The embedded reader, if a model or what its adapter is on is one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base if isinstance(base, ReaderForConditionalGeneration) else None
 
 
 def _moved(values: Tensor, first: Tensor) -> Tensor:
