@@ -82,8 +82,8 @@ class AnswerObjective(Objective):
         if groups is not None:
             token_logprobs = token_logprobs * self.weights[groups].to(token_logprobs.device)
         for name, (weight, values) in against.items():
-            count = (mask & held[:, None]).sum().clamp_min(1) if name == "hold" else mask.sum()
-            figures[f"loss/{name}"] = -values.detach().sum(), count
+            own = mask if name != "hold" or held is None else mask & held[:, None]
+            figures[f"loss/{name}"] = -values.detach().sum(), own.sum().clamp_min(1)
             token_logprobs = token_logprobs + weight * values
         if weights is not None:
             token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)
@@ -144,7 +144,7 @@ class AnswerObjective(Objective):
 
 
 class _Against:
-    """What is learned beside the likelihood of rows: of Self-RAG's log-probabilities of what should not be written, and of any
+    """What is learned beside the likelihood of rows: of Self-RAG's, log-probabilities of what should not be written; of any,
     how far the generator is from what it was."""
 
     def __init__(self, generator: HFGenerator, off_grammar: float, repeats: float, hold: float):
@@ -168,11 +168,12 @@ class _Against:
             marked = None
         ids = None if marked is None else self._ids(batch["labels"], marked[0])
         asked = None if ids is None else ids.clamp_min(0)
+        terms: dict[str, tuple[float, Tensor]] = {}
         if self.start is None or held is None:
-            values, terms = self.generator.forward_beside(batch, asked, module), {}
+            values = self.generator.forward_beside(batch, asked, module)
         else:
             values, divergence = self.generator.forward_held(batch, asked, self.start, held, module, autocast=autocast)
-            terms = {"hold": (self.hold, -divergence)}
+            terms["hold"] = self.hold, -divergence
         if marked is not None and ids is not None:
             terms |= self._off_path(values, ids, marked[1], scored(batch))
         return values[..., 0], terms
