@@ -1,25 +1,32 @@
-"""What fifty corrections are worth: people correct a tuned system, it learns from them, and is asked again.
+"""What corrections are worth, and what they cost: people correct a tuned system, it learns from them, and is asked again.
 
-    make bench-feedback     (after `make demo`, whose system it starts from; about 10 minutes on 2 cores)
-    python benchmarks/feedback.py --steps 2                                   a look at whether it runs, in a minute or two
-    python benchmarks/feedback.py stages.find.objective.k=5                   changes of the training
+    make bench-feedback     (after `make demo`, whose system it starts from; about 15 minutes on 2 cores)
+    python benchmarks/feedback.py --steps 2                                   a look at whether it runs, in some minutes
+    python benchmarks/feedback.py stages.read.objective.hold=0                changes of the training
 
-The demo's tuned system has answered questions on documents that no training question is about. Of those that it answers wrong
-N are corrected: the answers by a Label Studio export, the passages that it found, judged relevant or not, by an Argilla export.
-Both files are written here, from the gold answers and gold passages, in place of people. They are imported into one store and
-one `raglan train` learns from it: the generator the answers, the query encoder the passages. Everything goes through the
-command line.
+The demo's tuned system has answered held-out questions, on documents that no training question is about. Who is measured is
+chosen before anybody looks at an answer: the documents are dealt into two folds. People look at the questions on one fold's
+documents, and at no others: of those that are answered wrong the answers are corrected, by a Label Studio export, and the
+passages that were found are judged, by an Argilla export. Both files are written here, from the gold answers and gold passages,
+in place of people. They are imported into a store and one `raglan train` learns from it: the generator the answers, the query
+encoder the passages. Then the same the other way round, from the demo's system again. Everything goes through the command line.
 
-Before and after are compared on the corrected questions, on paraphrases of them (made by rules; a question's paraphrases count
-as one), and on the held-out questions that nobody corrected, which say what was gained or lost beside. Differences are paired
-over questions, 95 % intervals by bootstrap.
+Compared, of both folds together, before and after:
+
+- corrected: the corrected questions, each with the system that learned from its fold;
+- paraphrases of them, made by rules; a question's paraphrases count as one;
+- others: all held-out questions, right or wrong before, each with the system that learned from the *other* fold, where nobody
+  looked at it nor at anything on its document; and of these those that were right before. Those can only fall, whatever is
+  done, and those that were wrong can only rise: whoever is chosen by being right must be expected to do worse the second time.
+
+Beside it stands a control, the same training on known questions alone, as many rows and steps and no correction among them:
+what training goes on to do by itself. Differences are paired over questions, 95 % intervals by bootstrap.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 import shutil
@@ -36,13 +43,25 @@ from raglan.evaluate import Evaluation, evaluation_folder, open_evaluation
 from raglan.metrics import Interval, bootstrap, paired_bootstrap
 from raglan.recipe import Recipe, load_recipe
 from raglan.records import Example
-from raglan.train import Parts, finished_parts
+from raglan.stages import Parts, finished_parts
 
 ROOT = Path(__file__).parent.parent
 VESSEN = ROOT / "examples" / "vessen" / "vessen.yaml"
 FOLDER = ROOT / "build" / "feedback"
 FIGURES = ("retrieved/em", "retrieved/f1", "recall@1", "recall@3")
-SETS = ("corrected", "paraphrases", "others")
+SETS = ("corrected", "paraphrases", "others", "others right before", "others wrong before")
+ARMS = ("before", "control", "after")
+DIFFERENCES = (("before", "after"), ("control", "after"), ("before", "control"))
+TRAINING: dict[str, dict[str, Any]] = {
+    "read": {
+        "objective": {"kind": "answer", "hold": 1.0, "hold_rows": "replayed"},
+        "train": {"learning_rate": 1e-4, "num_train_epochs": 4, "per_device_train_batch_size": 16},
+    },
+    "find": {
+        "objective": {"kind": "lsr", "k": 10, "candidates": "dense", "target": "given", "tau": 0.5},
+        "train": {"learning_rate": 1e-5, "num_train_epochs": 3, "per_device_train_batch_size": 32},
+    },
+}
 SAME = {  # what the demo's recipe says of the same things
     "knowledge": ("path", "documents", "chunk", "encoder", "indexes"),
     "prompt": ("max_tokens",),
@@ -117,106 +136,160 @@ def judgements(rows: Sequence[dict[str, Any]], passages: int) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def recipe_of(parts: Parts, demo: Recipe, name: str, extra: dict[str, Any]) -> Path:
+def recipe_of(parts: Parts, demo: Recipe, path: Path, extra: dict[str, Any]) -> Path:
     """A recipe like the demo's, that starts from these parts."""
     said = demo.model_dump(mode="json")
     tree = {key: {field: said[key][field] for field in fields} for key, fields in SAME.items()}
     tree |= {
-        "name": name, "seed": demo.seed, "runs": "runs",
+        "name": path.stem, "seed": demo.seed, "runs": "runs",
         "generator": {"model": str(parts.generator), "freeze": ["word_embeddings"]},
         "retriever": {"index": demo.index, "k": demo.retriever.k, "query_encoder": str(parts.query_encoder)}, **extra,
     }  # fmt: skip
-    path = FOLDER / f"{name}.yaml"
     path.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
     return path
 
 
-def measured(recipe: Path, questions: str) -> Evaluation:
-    change = f"evaluate.questions={questions}.jsonl"
-    raglan("evaluate", str(recipe), change, "--json")
-    loaded = load_recipe(recipe, [change])
+def document_of(example: Example) -> str:
+    (document,) = {item["document"] for item in example.metadata["evidence"]}
+    return str(document)
+
+
+def folds_of(examples: Sequence[Example], seed: int) -> list[list[Example]]:
+    """The questions on one half of the documents, and on the other."""
+    documents = sorted({document_of(example) for example in examples})
+    random.Random(seed).shuffle(documents)
+    first = set(documents[: len(documents) // 2])
+    return [[example for example in examples if (document_of(example) in first) == own] for own in (True, False)]
+
+
+class Fold:
+    """People look at some questions, a system learns what they say of them, and is asked those and all others."""
+
+    def __init__(self, folder: Path, looked_at: Sequence[Example], others: Sequence[Example], rows: dict[str, dict[str, Any]]):
+        folder.mkdir(parents=True)
+        self.folder, self.others = folder, others
+        self.corrected = [example for example in looked_at if not rows[example.id]["figures"]["retrieved/em"]]
+        self.wrong = [rows[example.id] for example in self.corrected]
+        again = [other for example in self.corrected for other in paraphrases(example)]
+        write_examples(folder / "others.jsonl", others)
+        write_examples(folder / "measured.jsonl", [*self.corrected, *again, *others])
+
+    def collect(self, passages: int) -> None:
+        """Two exports, imported into one store."""
+        store = str(self.folder / "people.sqlite")
+        for tool, told in (("label-studio", corrections(self.wrong)), ("argilla", judgements(self.wrong, passages))):
+            path = self.folder / f"{tool}.json"
+            path.write_text(json.dumps(told), encoding="utf-8")
+            print(raglan("feedback", "import", str(path), "--from", tool, "--store", store), end="")
+        print(raglan("feedback", "list", "--store", store), end="")
+
+    def recipes(self, parts: Parts, demo: Recipe, changes: Sequence[str]) -> dict[str, Path]:
+        """`after` learns what people said, with known questions beside; `control` as many known questions, and nothing else."""
+        known = str(VESSEN.parent / "questions" / "train.jsonl")
+        data: dict[str, Any] = {"kind": "feedback", "store": "people.sqlite", "replay": known, "replay_times": 3}
+        own = {"read": {"passages": 3}, "find": {}}
+        stages: dict[str, Any] = {name: {"data": {**data, **own[name]}, **said} for name, said in TRAINING.items()}
+        after = recipe_of(
+            parts, demo, self.folder / "after.yaml", {"evaluate": {"questions": "others.jsonl"}, "stages": stages}
+        )
+        bound = load_recipe(after, changes).stages
+        for name, stage in bound.items():
+            said = stage.model_dump(mode="json")
+            count = len(self.corrected) + round(len(self.corrected) * said["data"]["replay_times"])
+            stages[name] = {**said, "data": {"kind": "questions", "path": known, "limit": count, **own[name]}}
+        if "hold_rows" in stages["read"]["objective"]:
+            stages["read"]["objective"]["hold_rows"] = "all"  # all rows are replayed
+        evaluate = {"evaluate": {"questions": "others.jsonl"}}
+        control = recipe_of(parts, demo, self.folder / "control.yaml", {**evaluate, "stages": stages})
+        return {"control": control, "after": after}
+
+    def values(self, found: dict[str, Evaluation], figure: str) -> dict[str, dict[str, dict[str, float]]]:
+        """By set of questions and by arm, a value a question; of its paraphrases the mean."""
+        asked = {arm: by_question(evaluation, figure) for arm, evaluation in found.items()}
+        right = by_question(found["before"], "retrieved/em")
+        corrected, others = [example.id for example in self.corrected], [example.id for example in self.others]
+        names = {
+            "corrected": corrected, "paraphrases": [f"{name}~" for name in corrected], "others": others,
+            "others right before": [name for name in others if right[name] == 1],
+            "others wrong before": [name for name in others if right[name] == 0],
+        }  # fmt: skip
+        return {
+            key: {arm: {n: own[n] for n in chosen if n in own} for arm, own in asked.items()} for key, chosen in names.items()
+        }
+
+
+def measured(recipe: Path) -> Evaluation:
+    raglan("evaluate", str(recipe), "--json")
+    loaded = load_recipe(recipe)
     assert loaded.evaluate is not None
     return open_evaluation(evaluation_folder(loaded, loaded.evaluate, "untuned", Parts()))
 
 
-def by_question(evaluation: Evaluation, figure: str) -> list[float]:
-    """A value a question; of its paraphrases the mean."""
+def by_question(evaluation: Evaluation, figure: str) -> dict[str, float]:
+    """A value a question; `name~` is the mean over the paraphrases of the question `name`."""
     groups: dict[str, list[float]] = {}
     for row, value in zip(evaluation.rows, evaluation.values(figure), strict=True):
-        groups.setdefault(row["id"].partition("~")[0], []).append(value)
-    return [statistics.fmean(v for v in values if not math.isnan(v)) if not all(map(math.isnan, values)) else math.nan
-            for values in groups.values()]  # fmt: skip
+        name, tilde, _ = row["id"].partition("~")
+        groups.setdefault(name + tilde, []).append(value)
+    return {name: statistics.fmean(values) for name, values in groups.items()}
 
 
 def told(value: Interval, *, sign: str = "") -> str:
     return f"{100 * value.mean:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"
 
 
+def lines(folds: Sequence[Fold], found: Sequence[dict[str, Evaluation]]) -> list[str]:
+    """The table, of both folds together."""
+    shown = ["| questions | figure | before | control | after | after − before | after − control | control − before |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for figure in FIGURES:
+        parts = [fold.values(own, figure) for fold, own in zip(folds, found, strict=True)]
+        for name in SETS:
+            arms = {arm: [value for part in parts for value in part[name][arm].values()] for arm in ARMS}
+            told_of = [told(bootstrap(arms[arm])) for arm in ARMS]
+            told_of += [told(paired_bootstrap(arms[first], arms[second]), sign="+") for first, second in DIFFERENCES]
+            shown.append(f"| {name} ({len(arms['before'])}) | {figure} | {' | '.join(told_of)} |")
+    return shown
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("overrides", nargs="*", help="settings of the training to change: a.b=c")
-    words.add_argument("--corrections", type=int, default=50)
     words.add_argument("--passages", type=int, default=3, help="judged passages a corrected question")
-    words.add_argument("--seed", type=int, default=0, help="which wrong answers are corrected")
+    words.add_argument("--seed", type=int, default=0, help="which documents are in which fold")
     words.add_argument("--steps", type=int, help="so many training steps in every stage, the demo's too: to see that it runs")
     asked = words.parse_args()
     few = [f"train.max_steps={asked.steps}"] if asked.steps else []
     shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
 
     for command in ("build", "train", "evaluate"):  # found done, after `make demo`
         raglan(command, str(VESSEN), *few)
     demo = load_recipe(VESSEN, few)
     stage, parts = finished_parts(demo)[-1]
     assert demo.evaluate is not None
-    rows = open_evaluation(evaluation_folder(demo, demo.evaluate, stage, parts)).rows
-    wrong = [row for row in rows if not row["figures"]["retrieved/em"]]
-    random.Random(asked.seed).shuffle(wrong)
-    chosen = sorted(wrong[: asked.corrections], key=lambda row: row["id"])
-    names = {row["id"] for row in chosen}
-    examples = {example.id: example for example in read_examples(demo.evaluate.questions)}
-    write_examples(FOLDER / "corrected.jsonl", [examples[row["id"]] for row in chosen])
-    write_examples(FOLDER / "paraphrases.jsonl", [p for row in chosen for p in paraphrases(examples[row["id"]])])
-    write_examples(FOLDER / "others.jsonl", [example for name, example in examples.items() if name not in names])
-    (FOLDER / "label-studio.json").write_text(json.dumps(corrections(chosen)), encoding="utf-8")
-    (FOLDER / "argilla.json").write_text(json.dumps(judgements(chosen, asked.passages)), encoding="utf-8")
+    rows = {row["id"]: row for row in open_evaluation(evaluation_folder(demo, demo.evaluate, stage, parts)).rows}
+    dealt = folds_of(read_examples(demo.evaluate.questions), asked.seed)
+    folds = [
+        Fold(FOLDER / f"fold-{number}", looked_at, others, rows)
+        for number, (looked_at, others) in enumerate(zip(dealt, reversed(dealt), strict=True), 1)
+    ]
+    evaluate = {"evaluate": {"questions": "measured.jsonl", "modes": ["retrieved"], "k": [1, 3, 5, 10]}}
+    found = []
+    for fold in folds:
+        fold.collect(asked.passages)
+        systems = {"before": parts}
+        for arm, recipe in fold.recipes(parts, demo, asked.overrides).items():
+            raglan("train", str(recipe), *(asked.overrides if arm == "after" else ()), *few)
+            changes = [*(asked.overrides if arm == "after" else ()), *few]
+            systems[arm] = finished_parts(load_recipe(recipe, changes))[-1][1]
+        recipes = {arm: recipe_of(own, demo, fold.folder / f"asked-{arm}.yaml", evaluate) for arm, own in systems.items()}
+        found.append({arm: measured(recipe) for arm, recipe in recipes.items()})
 
-    store = str(FOLDER / "people.sqlite")
-    for tool in ("label-studio", "argilla"):
-        print(raglan("feedback", "import", str(FOLDER / f"{tool}.json"), "--from", tool, "--store", store), end="")
-    print(raglan("feedback", "list", "--store", store), end="")
-    replay = {"replay": str(VESSEN.parent / "questions" / "train.jsonl"), "replay_times": 3}
-    tune = recipe_of(parts, demo, "tune", {
-        "evaluate": {"questions": "others.jsonl"},
-        "stages": {
-            "read": {
-                "data": {"kind": "feedback", "store": "people.sqlite", "passages": 3, **replay},
-                "objective": {"kind": "answer"},
-                "train": {"learning_rate": 1e-4, "num_train_epochs": 4, "per_device_train_batch_size": 16},
-            },
-            "find": {
-                "data": {"kind": "feedback", "store": "people.sqlite", **replay},
-                "objective": {"kind": "lsr", "k": 10, "candidates": "dense", "target": "given", "tau": 0.5},
-                "train": {"learning_rate": 1e-5, "num_train_epochs": 3, "per_device_train_batch_size": 32},
-            },
-        },
-    })  # fmt: skip
-    changes = [*asked.overrides, *few]
-    raglan("train", str(tune), *changes)
-    learned = finished_parts(load_recipe(tune, changes))[-1][1]
-    evaluate = {"evaluate": {"questions": "others.jsonl", "modes": ["retrieved"], "k": [1, 3, 5, 10]}}
-    systems = [recipe_of(p, demo, name, evaluate) for name, p in (("before", parts), ("after", learned))]
-
-    print(f"\n{len(wrong)} of {len(rows)} held-out questions answered wrong; {len(chosen)} corrected, "
-          f"{len(chosen) * asked.passages} passages judged\n")  # fmt: skip
-    print("| questions | figure | before | after | difference, paired |\n|---|---|---|---|---|")
-    for questions in SETS:
-        before, after = (measured(system, questions) for system in systems)
-        for figure in FIGURES:
-            values = [by_question(evaluation, figure) for evaluation in (before, after)]
-            shown = [told(bootstrap(value)) for value in values]
-            gain = told(paired_bootstrap(*values), sign="+")
-            print(f"| {questions} ({len(values[0])}) | {figure} | {' | '.join(shown)} | {gain} |")
+    corrected = sum(len(fold.corrected) for fold in folds)
+    each = " and ".join(f"{len(fold.corrected)} of {len(looked_at)}" for fold, looked_at in zip(folds, dealt, strict=True))
+    print(f"\n{corrected} of {len(rows)} held-out questions answered wrong and corrected ({each}), "
+          f"{corrected * asked.passages} passages judged\n")  # fmt: skip
+    print("\n".join(lines(folds, found)))
 
 
 if __name__ == "__main__":

@@ -185,7 +185,11 @@ def _replayed(data: FeedbackData, corpus: Corpus, seed: int, learned: Sequence[E
     if data.replay is None:
         return []
     examples, _ = without(load_examples(data.replay, corpus, split="train"), learned)
-    answered = [replace(example, answers=example.answers[:1]) for example in examples if example.answers]
+    answered = [
+        replace(example, answers=example.answers[:1], metadata={**example.metadata, "replayed": True})
+        for example in examples
+        if example.answers
+    ]
     return random.Random(seed).sample(answered, min(len(answered), round(len(learned) * data.replay_times)))
 
 
@@ -297,7 +301,7 @@ def answer_rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows for the `answer` objective: each question with its passages, or one row a passage; a row for each answer.
 
-    A row of an example with `metadata["weight"]` has that weight.
+    A row of an example with `metadata["weight"]` has that weight; one of a question that is replayed is marked `replayed`.
 
     Args:
         keep: a folder for the rows' data points, line for line (`raglan.datapoints`).
@@ -335,11 +339,11 @@ def _made_rows(
                 continue
             cut += prompt.truncated
             starved += prompt.starved
-            weight = {"weight": example.metadata["weight"]} if "weight" in example.metadata else {}
+            about = {name: example.metadata[name] for name in ("weight", "replayed") if name in example.metadata}
             shown = given[: len(given) - prompt.dropped_passages]
             for answer in example.answers:
                 count += 1
-                yield _Made({**generator.row(prompt, answer), **weight}, example, answer, shown, prompt, searched)
+                yield _Made({**generator.row(prompt, answer), **about}, example, answer, shown, prompt, searched)
     if starved:
         least = generator.prompt.settings.min_passage_tokens
         log.warning("%d of %d prompts leave a passage fewer than %d tokens: raise prompt.max_tokens", starved, count, least)

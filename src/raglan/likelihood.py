@@ -19,7 +19,7 @@ al. 2023 (arXiv 2310.01352) equations 2, 4 and 5; REPLUG, Shi et al. 2023 (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "answer_nll",
     "attribution",
     "choice_scores",
+    "chunked_divergence",
     "chunked_token_logprobs",
     "chunked_uniform_logprobs",
     "lsr_divergence",
@@ -349,10 +350,30 @@ def chunked_token_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], tar
         values: Tensor = _TargetLogprob.apply(_wide(head(rows)), wanted)
         return values
 
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(score, rows, wanted, use_reentrant=False) for rows, wanted in parts])
-    return torch.cat([score(rows, wanted) for rows, wanted in parts])
+    return _made_again(score, zip(hidden.split(chunk), targets.split(chunk), strict=True))
+
+
+def chunked_divergence(
+    head: Callable[..., Tensor], read: Sequence[Tensor], start_head: Callable[..., Tensor], start_read: Sequence[Tensor], *,
+    chunk: int = 128,
+) -> Tensor:  # fmt: skip
+    """KL(π_start ‖ π) = Σ_v π_start(v) (log π_start(v) − log π(v)) over the vocabulary at each position. (N,…) → what is left.
+
+    What a model that learns is held by to what it was: learning without forgetting (Li & Hoiem 2016, arXiv 1606.09282), with
+    the whole distribution at temperature 1 for the old task's outputs. It is 0, and so is its gradient, where both agree. By
+    hand, for the logits s of π: ∂KL/∂s_v = π(v) − π_start(v). As in `chunked_token_logprobs`, the (n,V) live a chunk at a time.
+
+    Args:
+        head: `read`'s rows → logits (n,…,V), with gradient. read: tensors of N rows each, as (N,D) states.
+        start_head, start_read: the same of π_start; no gradient goes there.
+    """
+
+    def score(*rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            start = _wide(start_head(*rows[len(read) :])).log_softmax(-1)
+        return passage_divergence(_wide(head(*rows[: len(read)])).log_softmax(-1), start, direction="target_first")
+
+    return _made_again(score, zip(*(part.split(chunk) for part in (*read, *start_read)), strict=True))
 
 
 def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], weights: Tensor, *, chunk: int = 128) -> Tensor:
@@ -369,10 +390,14 @@ def chunked_uniform_logprobs(hidden: Tensor, head: Callable[[Tensor], Tensor], w
         return torch.where(possible, mixed, 0.0).sum(-1) / possible.sum(-1).clamp_min(1)
 
     step = max(1, chunk // weights.shape[1])
-    parts = zip(hidden.split(step), _wide(weights).split(step), strict=True)
+    return _made_again(score, zip(hidden.split(step), _wide(weights).split(step), strict=True))
+
+
+def _made_again(score: Callable[..., Tensor], parts: Iterable[tuple[Tensor, ...]]) -> Tensor:
+    """The scores of all parts in line; where gradients are wanted, each part is computed again on the way back."""
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(score, rows, log_w, use_reentrant=False) for rows, log_w in parts])
-    return torch.cat([score(rows, log_w) for rows, log_w in parts])
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
+    return torch.cat([score(*part) for part in parts])
 
 
 class _TargetLogprob(torch.autograd.Function):

@@ -222,10 +222,12 @@ def _answer(
     if isinstance(data, ShownData):
         return _shown(recipe, stage, system, settings, data)
     assert not isinstance(data, LsrMixData)
-    objective = AnswerObjective(system.generator, reduction=settings.reduction, tokens=settings.tokens)
-    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
     if recipe.generator.lora is None:
         system.generator.model.float()  # full weights learn in float32, whatever they are served in
+    objective = AnswerObjective(
+        system.generator, reduction=settings.reduction, tokens=settings.tokens, hold=settings.hold, hold_rows=settings.hold_rows
+    )
+    examples = _to_learn(recipe, stage, system, stage_examples(data, corpus, recipe.seed, held_out=_held_out(recipe, stage)))
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed, keep=stage.folder / "data")
     held_out: Sequence[Any] = []
     if data.dev is not None:
@@ -242,7 +244,7 @@ def _mixed(
     if recipe.generator.lora is None:
         system.generator.model.float()
     mixture = mix(data, system, seed=recipe.seed, folder=stage.folder)
-    objective = AnswerObjective(system.generator, reduction=settings.reduction, measure=mixture.measure)
+    objective = AnswerObjective(system.generator, reduction=settings.reduction, measure=mixture.measure, hold=settings.hold)
     return objective, mixture.rows, mixture.held_out
 
 
@@ -256,7 +258,7 @@ def _marked(
     write_json(stage.folder / ROWS, made.figures)
     objective = AnswerObjective(
         system.generator, reduction=settings.reduction, group_weights=settings.group_weights,
-        off_grammar=settings.off_grammar, repeats=settings.repeats,
+        off_grammar=settings.off_grammar, repeats=settings.repeats, hold=settings.hold,
     )  # fmt: skip
     return objective, made.rows, made.held_out
 
@@ -269,7 +271,7 @@ def _shown(
     made = shown_rows(data, system.generator, seed=recipe.seed)
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_json(stage.folder / ROWS, made.figures)
-    return AnswerObjective(system.generator, reduction=settings.reduction), made.rows, made.held_out
+    return AnswerObjective(system.generator, reduction=settings.reduction, hold=settings.hold), made.rows, made.held_out
 
 
 def _lsr(recipe: Recipe, stage: Stage, system: RAG, settings: LsrSettings) -> tuple[Objective, Sequence[Any], Sequence[Any]]:

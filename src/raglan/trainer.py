@@ -65,6 +65,7 @@ def stage_trainer(
             hint="torchrun --nproc-per-node N -m raglan train recipe.yaml, or CUDA_VISIBLE_DEVICES=0",
         )
     trainer.objective = objective
+    objective.autocast = trainer.accelerator.autocast
     trainer.model_accepts_loss_kwargs = False  # the objective counts what it is divided by
     trainer.loss_is_scaled_for_ga = True
     patience = getattr(settings.objective, "patience", None)

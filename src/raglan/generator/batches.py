@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["UNSCORED", "learned", "left_aligned", "padded", "scored"]
+__all__ = ["UNSCORED", "learned", "left_aligned", "only_rows", "padded", "scored"]
 
 UNSCORED = -100
 
@@ -51,6 +51,11 @@ def left_aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "labels": _moved(labels, labels >= 0),
         **({"learned": _moved(batch["learned"], labels >= 0)} if "learned" in batch else {}),
     }  # fmt: skip
+
+
+def only_rows(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Those rows of a batch, (B,)."""
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def _moved(values: Tensor, first: Tensor) -> Tensor:

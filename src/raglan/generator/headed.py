@@ -6,19 +6,21 @@ a hook, so any architecture will do, and the first batch is compared with the mo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from raglan.errors import GeneratorError
-from raglan.generator.batches import left_aligned, scored
+from raglan.generator.batches import left_aligned, only_rows, scored
 from raglan.generator.reader import ReaderForConditionalGeneration
-from raglan.likelihood import chunked_token_logprobs
+from raglan.likelihood import chunked_divergence, chunked_token_logprobs
 from raglan.recipe import GeneratorSettings
 
-__all__ = ["HeadedModel"]
+__all__ = ["HeadedModel", "reader_of"]
 
 
 class HeadedModel:
@@ -62,11 +64,50 @@ class HeadedModel:
             GeneratorError: the embedded reader, whose distribution is a mixture without a head.
         """
         moved = {name: value.to(self.device) for name, value in batch.items()}
+        labels, states = self._label_states(moved, model or self.model)
+        return self._beside(labels, states, scored(moved), ids)
+
+    def forward_held(
+        self, batch: dict[str, Tensor], ids: Tensor | None, start: HeadedModel, rows: Tensor, model: nn.Module | None = None, *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward_beside`, and at the labels of `rows` (B,) KL(start ‖ self) over the vocabulary, (B,T), 0 at all others.
+
+        Args:
+            start: what `frozen` gave. It reads those rows alone, without gradient and without dropout.
+            autocast: the precision in which the model as the trainer wrapped it computes.
+
+        Raises:
+            GeneratorError: the embedded reader with ids.
+        """
+        moved, rows = {name: value.to(self.device) for name, value in batch.items()}, rows.to(self.device)
         given = scored(moved)
-        labels, states = (self._packed_states if "at" in moved else self._scored_states)(moved, model or self.model)
-        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
-        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
-        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
+        held = given & rows[:, None]
+        if self.reader is not None and ids is None:
+            return self._reader_held(moved, start, rows, model or self.model, autocast)
+        labels, states = self._label_states(moved, model or self.model)
+        values = self._beside(labels, states, given, ids)
+        nothing = values.new_zeros(given.shape)
+        if not held.any():
+            return values, nothing
+        with torch.no_grad(), autocast():
+            _, before = start._label_states(moved if "at" in moved else only_rows(moved, rows), start.model)
+        before = before[held[given]] if "at" in moved else before
+        found = chunked_divergence(
+            self.head_logits, [states[held[given]]], start.head_logits, [before], chunk=self.settings.head_chunk
+        )
+        return values, nothing.masked_scatter(held, found)
+
+    def frozen(self) -> Self:
+        """This generator as it is now, while this one goes on to learn: a copy of what learns, which shares all that does not.
+
+        With LoRA that is a copy of the adapter, and of nothing else.
+        """
+        start = copy.copy(self)
+        shared: dict[int, Any] = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        start.model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
+        start.reader = reader_of(start.model)
+        return start
 
     @torch.no_grad()
     def judged(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -105,6 +146,41 @@ class HeadedModel:
     @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
+
+    def _label_states(self, batch: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The N labels that are scored, (N,), and what the head reads for them, (N,D), of rows apart or packed."""
+        return (self._packed_states if "at" in batch else self._scored_states)(batch, model)
+
+    def _beside(self, labels: Tensor, states: Tensor, given: Tensor, ids: Tensor | None) -> Tensor:
+        wanted = labels[:, None] if ids is None else torch.cat([labels[:, None], ids.to(labels.device)[given]], dim=1)
+        values = chunked_token_logprobs(states, self.head_logits, wanted, chunk=self.settings.head_chunk)
+        return values.new_zeros(*given.shape, wanted.shape[1]).masked_scatter(given[..., None], values)
+
+    def _reader_held(
+        self, batch: dict[str, Tensor], start: HeadedModel, rows: Tensor, model: nn.Module,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward_held` of the embedded reader, whose words' probabilities need more than its decoder's states."""
+        assert self.reader is not None
+        assert start.reader is not None
+        given, batch = scored(batch), left_aligned(batch)
+        real = scored(batch)
+        batch.pop("learned", None)
+        output = model(**batch)
+        values = output.target_logprobs.new_zeros(given.shape).masked_scatter(given, output.target_logprobs[real])
+        nothing = torch.zeros_like(values)
+        if not rows.any():
+            return values[..., None], nothing
+        own = only_rows(batch, rows)
+        with torch.no_grad(), autocast():
+            before = start.model(**own)
+        about = own["input_ids"], own["attention_mask"], own["labels"]
+        found = chunked_divergence(
+            self.reader.word_logprobs, [output.states[rows], output.encoder_last_hidden_state[rows], *about],
+            start.reader.word_logprobs, [before.states, before.encoder_last_hidden_state, *about],
+            chunk=max(1, self.settings.head_chunk // given.shape[1]),
+        )  # fmt: skip
+        return values[..., None], nothing.masked_scatter(given & rows[:, None], found[real[rows]])
 
     def _reader_logprobs(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
         output = model(**batch)
@@ -209,3 +285,9 @@ class HeadedModel:
         whole = {"input_ids", "attention_mask"} if self.is_seq2seq else set()
         most = self.settings.head_chunk
         return {name: value[:1] if name in whole else value[:1, :most] for name, value in inputs.items()}
+
+
+def reader_of(model: Any) -> ReaderForConditionalGeneration | None:
+    """The embedded reader, if a model or what its adapter is on is one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base if isinstance(base, ReaderForConditionalGeneration) else None

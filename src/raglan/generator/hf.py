@@ -29,8 +29,7 @@ from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, 
 from raglan.generator.batches import UNSCORED, learned, padded, scored
 from raglan.generator.causal import CopierForCausalLM
 from raglan.generator.contexts import HFContexts, prompt_contexts
-from raglan.generator.headed import HeadedModel
-from raglan.generator.reader import ReaderForConditionalGeneration
+from raglan.generator.headed import HeadedModel, reader_of
 from raglan.generator.trees import Tree, grown, reads_trees, room, tree_batch, tree_length
 from raglan.marked_prompt import MarkedPrompt, read_schema
 from raglan.memory import give_back
@@ -63,8 +62,7 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         config = model.config
         self.is_seq2seq = bool(config.is_encoder_decoder)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.reader = base if isinstance(base, ReaderForConditionalGeneration) else None
+        self.reader = reader_of(model)
         named = [c.eos_token_id for c in (config, model.generation_config) if getattr(c, "eos_token_id", None) is not None]
         listed = [end for ends in named for end in (ends if isinstance(ends, list) else [ends])]
         own = tokenizer.eos_token_id

@@ -86,9 +86,10 @@ class ReaderEncoding(ModelOutput):
 
 @dataclass
 class ReaderOutput(Seq2SeqLMOutput):
-    """As usual, and with labels log p of each label, (B,T), instead of logits."""
+    """As usual, and with labels log p of each label, (B,T), and the decoder's states, (B,T,D), instead of logits."""
 
     target_logprobs: Tensor | None = None
+    states: Tensor | None = None
 
 
 class LockedDropout(nn.Module):
@@ -120,7 +121,6 @@ class BlockEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> ReaderEncoding:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        copyable = mask.bool() & (input_ids != self.block_start) & (input_ids != self.block_end)
         rows, columns, present = _blocks(input_ids, mask, self.block_start)
         places, found = [], []
         for group in _like_sizes(present.sum(1)):
@@ -133,6 +133,10 @@ class BlockEncoder(nn.Module):
         at = tuple(torch.cat(parts) for parts in zip(*places, strict=True))
         values = torch.cat(found)
         states = values.new_zeros(*input_ids.shape, values.shape[-1]).index_put(at, values)
+        return self.encoding(states, input_ids, mask)
+
+    def encoding(self, states: Tensor, input_ids: Tensor, mask: Tensor) -> ReaderEncoding:
+        copyable = mask.bool() & (input_ids != self.block_start) & (input_ids != self.block_end)
         return ReaderEncoding(last_hidden_state=states, source_ids=input_ids, copyable=copyable, visible=mask.bool())
 
 
@@ -233,7 +237,10 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 logits=logits, past_key_values=past, encoder_last_hidden_state=encoder_outputs.last_hidden_state
             )
         answer = self.target_logprobs(hidden, previous, encoder_outputs, labels)
-        return ReaderOutput(loss=-answer.sum() / (labels >= 0).sum(), target_logprobs=answer)
+        return ReaderOutput(
+            loss=-answer.sum() / (labels >= 0).sum(), target_logprobs=answer, states=hidden,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        )  # fmt: skip
 
     def decode(
         self,
@@ -286,6 +293,11 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
         probs.scatter_add_(2, encoding.source_ids[:, None, :].expand_as(copy), acts[..., :1] * copy)
         probs[..., self.config.eos_token_id] += acts[..., 2]
         return probs.clamp_min(TINY).log()
+
+    def word_logprobs(self, hidden: Tensor, encoded: Tensor, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """`next_token_logprobs` (B,T,V) at labels (B,T), from the states that `forward` gave for them."""
+        previous = self.prepare_decoder_input_ids_from_labels(labels)
+        return self.next_token_logprobs(hidden, previous, self.encoder.encoding(encoded, input_ids, mask))
 
     def target_logprobs(self, hidden: Tensor, decoder_input_ids: Tensor, encoding: ReaderEncoding, targets: Tensor) -> Tensor:
         """log p(y_t | x, z, y_<t) of the targets only, (B,T), 0 where a target is −100: what training reads.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ class Objective(ABC):
         division: how losses of accumulated parts of a batch, and of ranks, come together: each is divided by the `items` of
             all (`items`), or is a mean that weighs as much as its share of them (`mean`), or is added as it is (`none`).
         step: the optimizer's steps so far, kept by the trainer.
+        autocast: the precision of the module as the trainer wrapped it, for what is computed beside it.
     """
 
     module: nn.Module
     division: str = "mean"
     step: int = 0
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @abstractmethod
     def loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from raglan.recipe.base import Settings
 from raglan.recipe.decode import TurnSettings
@@ -59,6 +59,18 @@ class AnswerObjective(Settings):
     repeats: float = Field(
         0.0, ge=0, description="Of `self_rag` rows: weight of a loss against what a segment's text has said already."
     )
+    hold: float = Field(
+        0.0, ge=0, description="λ of λ·KL(generator as the stage begins ‖ generator), over the vocabulary at each answer token."
+    )
+    hold_rows: Literal["all", "replayed"] = Field(
+        "all", description="The rows that `hold` counts on; `replayed` are those of `data.replay`."
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_hold(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without it nothing is told of it, so that stages which were trained before there was such a setting are found."""
+        told: dict[str, Any] = usual(self)
+        return told if self.hold else {name: value for name, value in told.items() if name not in ("hold", "hold_rows")}
 
 
 Target = Literal["prob", "sum_logprob", "mean_logprob", "mean_prob", "given"]

@@ -47,6 +47,12 @@ class StageSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _replayed_rows_are_there_to_be_held(self) -> StageSettings:
+        if getattr(self.objective, "hold_rows", "all") == "replayed" and getattr(self.data, "replay", None) is None:
+            raise ValueError("objective.hold_rows replayed needs data of kind feedback with replay: no other rows are replayed")
+        return self
+
+    @model_validator(mode="after")
     def _mixed_rows_hold_whole_answers(self) -> StageSettings:
         if self.data.kind in ("instruction_mix", "self_rag", "shown") and getattr(self.objective, "tokens", "all") == "first":
             raise ValueError("objective.tokens first needs data of kind questions")
