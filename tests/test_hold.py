@@ -24,7 +24,8 @@ from raglan.packing import pack_rows
 from raglan.rag import RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
 from raglan.recipe import FeedbackData, GeneratorSettings, PromptSettings, Recipe, load_recipe
-from raglan.train import finished_parts, train
+from raglan.stages import finished_parts
+from raglan.train import train
 from raglan.trainer import StageTrainer
 from test_cli import run
 from test_feedback import corrected

@@ -69,8 +69,6 @@ from raglan.stages import (
     KIND,
     Parts,
     Stage,
-    finished_parts,
-    folder_stamp,
     held_out_files,
     learned_files,
     learns_classes,
@@ -79,7 +77,7 @@ from raglan.stages import (
 from raglan.trainer import Interrupt, Refreshing, Researching, StageTrainer, last_whole, restore, stage_trainer
 from raglan.weights import read_json
 
-__all__ = ["Parts", "dry_run", "finished_parts", "folder_stamp", "train"]
+__all__ = ["dry_run", "train"]
 
 log = logging.getLogger(__name__)
 ROWS = "rows.json"  # what became of the rows of `data.kind: self_rag` and `shown`

@@ -26,7 +26,7 @@ from raglan.artifact import fingerprint, write_manifest
 from raglan.encoder import bfloat16_is_faster
 from raglan.errors import GeneratorError
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
-from raglan.generator.batches import UNSCORED, learned, padded, scored
+from raglan.generator.batches import UNSCORED, learned, padded
 from raglan.generator.causal import CopierForCausalLM
 from raglan.generator.contexts import HFContexts, prompt_contexts
 from raglan.generator.headed import HeadedModel, reader_of
@@ -42,7 +42,7 @@ from raglan.reflection import Schema
 from raglan.text import restore_surface, shortened
 from raglan.vocabulary import rows_of, save_tokenizer
 
-__all__ = ["HFGenerator", "padded", "scored"]
+__all__ = ["HFGenerator"]
 
 log = logging.getLogger(__name__)
 MOST = 1 << 40  # no limit
