@@ -16,11 +16,13 @@ Compared, of both folds together, before and after:
 - corrected: the corrected questions, each with the system that learned from its fold;
 - paraphrases of them, made by rules; a question's paraphrases count as one;
 - others: all held-out questions, right or wrong before, each with the system that learned from the *other* fold, where nobody
-  looked at it nor at anything on its document; and of these those that were right before. Those can only fall, whatever is
-  done, and those that were wrong can only rise: whoever is chosen by being right must be expected to do worse the second time.
+  looked at it nor at any question on its document; and of these those that were right before. Those can only fall, whatever is
+  done, and those that were wrong can only rise: whoever is chosen by being right must be expected to do worse the second time;
+- beside: the questions on the documents that people looked at which had been answered right, so that nothing was said of them.
 
-Beside it stands a control, the same training on known questions alone, as many rows and steps and no correction among them:
-what training goes on to do by itself. Differences are paired over questions, 95 % intervals by bootstrap.
+Beside it stands a control, the same training on known questions alone, as many rows and steps and no correction among them,
+all of them held: what training goes on to do by itself. What was chosen for being right is to be compared with it. Differences
+are paired over questions, 95 % intervals by bootstrap over documents; one training a fold, so they tell nothing of its luck.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 VESSEN = ROOT / "examples" / "vessen" / "vessen.yaml"
 FOLDER = ROOT / "build" / "feedback"
 FIGURES = ("retrieved/em", "retrieved/f1", "recall@1", "recall@3")
-SETS = ("corrected", "paraphrases", "others", "others right before", "others wrong before")
+SETS = ("corrected", "paraphrases", "others", "others right before", "others wrong before", "beside, right before")
 ARMS = ("before", "control", "after")
 DIFFERENCES = (("before", "after"), ("control", "after"), ("before", "control"))
 TRAINING: dict[str, dict[str, Any]] = {
@@ -168,11 +170,13 @@ class Fold:
     def __init__(self, folder: Path, looked_at: Sequence[Example], others: Sequence[Example], rows: dict[str, dict[str, Any]]):
         folder.mkdir(parents=True)
         self.folder, self.others = folder, others
+        self.beside = [example for example in looked_at if rows[example.id]["figures"]["retrieved/em"]]
+        self.documents = {example.id: document_of(example) for example in (*looked_at, *others)}
         self.corrected = [example for example in looked_at if not rows[example.id]["figures"]["retrieved/em"]]
         self.wrong = [rows[example.id] for example in self.corrected]
         again = [other for example in self.corrected for other in paraphrases(example)]
         write_examples(folder / "others.jsonl", others)
-        write_examples(folder / "measured.jsonl", [*self.corrected, *again, *others])
+        write_examples(folder / "measured.jsonl", [*self.corrected, *again, *self.beside, *others])
 
     def collect(self, passages: int) -> None:
         """Two exports, imported into one store."""
@@ -212,6 +216,7 @@ class Fold:
             "corrected": corrected, "paraphrases": [f"{name}~" for name in corrected], "others": others,
             "others right before": [name for name in others if right[name] == 1],
             "others wrong before": [name for name in others if right[name] == 0],
+            "beside, right before": [example.id for example in self.beside],
         }  # fmt: skip
         return {
             key: {arm: {n: own[n] for n in chosen if n in own} for arm, own in asked.items()} for key, chosen in names.items()
@@ -246,8 +251,11 @@ def lines(folds: Sequence[Fold], found: Sequence[dict[str, Evaluation]]) -> list
         parts = [fold.values(own, figure) for fold, own in zip(folds, found, strict=True)]
         for name in SETS:
             arms = {arm: [value for part in parts for value in part[name][arm].values()] for arm in ARMS}
-            told_of = [told(bootstrap(arms[arm])) for arm in ARMS]
-            told_of += [told(paired_bootstrap(arms[first], arms[second]), sign="+") for first, second in DIFFERENCES]
+            named = [(fold, key) for fold, part in zip(folds, parts, strict=True) for key in part[name]["before"]]
+            groups = [fold.documents[key.removesuffix("~")] for fold, key in named]
+            told_of = [told(bootstrap(arms[arm], groups=groups)) for arm in ARMS]
+            pairs = [(arms[first], arms[second]) for first, second in DIFFERENCES]
+            told_of += [told(paired_bootstrap(*pair, groups=groups), sign="+") for pair in pairs]
             shown.append(f"| {name} ({len(arms['before'])}) | {figure} | {' | '.join(told_of)} |")
     return shown
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils import convert_outputs_to_fp32
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -318,6 +319,33 @@ def replayed_rows(recipe: Recipe) -> list[dict[str, Any]]:
     rows = answer_rows(examples, data, system.retriever, system.generator, recipe.seed)
     assert [bool(row.get("replayed")) for row in rows] == [False] * 6 + [True] * 18
     return rows[6:]
+
+
+def test_a_reader_with_bfloat16_weights_under_a_trainer(tmp_path: Path) -> None:
+    """accelerate gives a model's outputs as float32, and the weights that make words of them need not be."""
+    model, words = tiny.reader(folder=tmp_path / "bert")
+    model.save_pretrained(str(tmp_path / "reader"))
+    words.save_pretrained(str(tmp_path / "reader"))
+    lora = {"r": 4, "target_modules": ["query", "value"]}
+    settings = GeneratorSettings(model=str(tmp_path / "reader"), dtype="bfloat16", lora=lora)
+    generator = open_generator(settings, PromptSettings(max_tokens=300))
+    start = generator.frozen()
+    learn(generator)
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def wrapped(**batch: Any) -> Any:
+        with autocast():
+            return generator.model(**batch)
+
+    held = torch.tensor([True, True, False, True])
+    asked = generator.collate(ROWS), None, start, held, convert_outputs_to_fp32(wrapped)
+    values, found = generator.forward_held(*asked, autocast=autocast)
+    (found.sum() - values.sum()).backward()
+    assert found[2].eq(0).all()
+    assert found[held].sum() > 0
+    assert gradients(generator).isfinite().all()
 
 
 def test_without_hold_a_stage_has_the_name_that_it_had(path: Path) -> None:

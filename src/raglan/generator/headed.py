@@ -74,7 +74,7 @@ class HeadedModel:
         """`forward_beside`, and at the labels of `rows` (B,) KL(start ‖ self) over the vocabulary, (B,T), 0 at all others.
 
         Args:
-            start: what `frozen` gave. It reads those rows alone, without gradient and without dropout.
+            start: what `frozen` gave. It reads those rows alone (of packed rows, all), without gradient and without dropout.
             autocast: the precision in which the model as the trainer wrapped it computes.
 
         Raises:

@@ -296,6 +296,8 @@ class ReaderForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def word_logprobs(self, hidden: Tensor, encoded: Tensor, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """`next_token_logprobs` (B,T,V) at labels (B,T), from the states that `forward` gave for them."""
+        kind = self.get_input_embeddings().weight.dtype  # a trainer's wrapper gives float32, whatever the weights are
+        hidden, encoded = hidden.to(kind), encoded.to(kind)
         previous = self.prepare_decoder_input_ids_from_labels(labels)
         return self.next_token_logprobs(hidden, previous, self.encoder.encoding(encoded, input_ids, mask))
 

@@ -83,7 +83,8 @@ class AnswerObjective(Objective):
             token_logprobs = token_logprobs * self.weights[groups].to(token_logprobs.device)
         for name, (weight, values) in against.items():
             own = mask if name != "hold" or held is None else mask & held[:, None]
-            figures[f"loss/{name}"] = -values.detach().sum(), own.sum().clamp_min(1)
+            if own.any():
+                figures[f"loss/{name}"] = -values.detach().sum(), own.sum()
             token_logprobs = token_logprobs + weight * values
         if weights is not None:
             token_logprobs = token_logprobs * weights[:, None].to(token_logprobs.device)

@@ -79,7 +79,7 @@ class Replies:
             "scored_keys": _keys(self.scored), "scored_lengths": np.array([len(s) for s in scored], np.int64),
             "scored": _joined(scored, np.float32),
         }  # fmt: skip
-        np.savez(path, allow_pickle=False, **arrays)
+        np.savez(path, **arrays)
 
     @classmethod
     def open(cls, path: Path) -> Replies:
@@ -112,7 +112,7 @@ class CandidateCache:
         schema, eos, exact: the vocabulary, its end token, and whether every mark came back.
         found: of each question, rows and scores of its `k` passages. `searches`: the same of further searches, by their text.
         tokenizer, positions: of the model that wrote; the tokenizer's folder until it is opened.
-        trees: of the long form, what was written of each question; None where that is no arrays, or was filled in later.
+        trees: of the long form, what was written of each question; None where that is no arrays.
         continued: of a context, the continuation that was last written behind it; not kept on disk.
     """
 

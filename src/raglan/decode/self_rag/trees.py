@@ -64,18 +64,21 @@ class Trees:
     def save(self, folder: Path) -> None:
         """Write both files."""
         arrays = {"numbers": self.numbers, "figures": self.figures, "children": self.children, "roots": self.roots}
-        np.savez(folder / "trees.npz", allow_pickle=False, **arrays)
-        told = {"planted": self.planted, "k": self.k, "texts": list(self.texts)}
+        np.savez(folder / "trees.npz", **arrays)
+        told = {"planted": self.planted, "k": self.k, "texts": list(self.texts), "columns": [NUMBERS, FIGURES]}
         (folder / "trees.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def open(cls, folder: Path) -> Trees | None:
-        """The trees of candidates; None where none were planted."""
+        """The trees of candidates; None where none were planted, or others than are planted now."""
         if not (folder / "trees.npz").is_file():
             return None
         told = json.loads((folder / "trees.json").read_text(encoding="utf-8"))
+        if told.get("columns") != [list(NUMBERS), list(FIGURES)]:
+            return None
         with np.load(folder / "trees.npz", allow_pickle=False) as rows:
-            return cls(told["planted"], told["k"], told["texts"], **rows)
+            arrays = (rows[name] for name in ("numbers", "figures", "children", "roots"))
+            return cls(told["planted"], told["k"], told["texts"], *arrays)
 
     def of(self, settings: SelfRagDecode, k: int) -> bool:
         """Whether they are those of these settings and K."""
