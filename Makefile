@@ -23,7 +23,7 @@ help:
 	@echo "make bench-swap   one tuned system on two knowledge bases that disagree (10 minutes on 2 cores)"
 	@echo "make bench-ra-dit R-ft, LM-ft and both on SQuAD and NQ (after bench-squad; two hours of one core)"
 	@echo "make bench-feedback what corrections by people are worth, and cost (after demo; 15 minutes on 2 cores)"
-	@echo "make bench-self-rag time, passes and memory of Self-RAG decoding against a loop (20 minutes, one core)"
+	@echo "make bench-self-rag time, passes and memory of Self-RAG decoding against a loop (10 minutes, one core)"
 	@echo "make bench-self-rag-learns  train and measure a small Self-RAG on the example corpus and on SQuAD (an hour on 2 cores)"
 	@echo "make bench-calls  the call engine against a bare client at 200 ms; its memory; a large journal (7 minutes on 2 cores, 3 GB)"
 	@echo "make bench-synthesis  examples a second of the offline teacher over 10,000 passages (two minutes of one core)"

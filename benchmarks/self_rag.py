@@ -1,6 +1,6 @@
 """Time, forward passes, positions and kept numbers of Self-RAG decoding, raglan against a loop over passages, in one run.
 
-    make bench-self-rag                                    (about 20 minutes of CPU on one core; needs no data)
+    make bench-self-rag                                    (about 10 minutes of CPU on one core; needs no data)
     python benchmarks/self_rag.py --quick                  (once each, and fewer questions)
     python benchmarks/self_rag.py --repeats 1 --rows A     (one row)
 

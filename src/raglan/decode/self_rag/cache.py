@@ -67,7 +67,7 @@ class Replies:
         """Write them as arrays."""
         states, written, scored = list(self.states.values()), list(self.written.values()), list(self.scored.values())
         rows = [_kept(marked) for marked in written]
-        arrays = {
+        arrays: dict[str, Any] = {
             "state_keys": _keys(self.states), "state_marks": stacked([marks for marks, _ in states]),
             "state_best": np.array([best for _, best in states], np.int64),
             "written_keys": _keys(self.written), "lengths": np.array([len(m.ids) for m in written], np.int64),

@@ -147,8 +147,10 @@ class Forest:
             if (search.live == self.none).all():
                 break
         shape = (len(grid.k), len(self.trees.roots))
-        every = (self.text.take(search.best), search.retrieved, search.generated, search.lacking)
-        return Found(*(one.reshape(shape) for one in every))
+        return Found(
+            self.text.take(search.best).reshape(shape), search.retrieved.reshape(shape), search.generated.reshape(shape),
+            search.lacking.reshape(shape),
+        )  # fmt: skip
 
 
 class _Search:
@@ -380,8 +382,8 @@ class _Grown:
     def joined(self, more: _Grown) -> _Grown:
         """With others behind them."""
         sums = {name: np.concatenate([values, more.sums[name]], 1) for name, values in self.sums.items()}
-        own = (np.concatenate([getattr(self, name), getattr(more, name)], 1) for name in ("node", "key", "tie"))
-        return _Grown(*own, sums)
+        node, key = np.concatenate([self.node, more.node], 1), np.concatenate([self.key, more.key], 1)
+        return _Grown(node, key, np.concatenate([self.tie, more.tie], 1), sums)
 
 
 def _power(base: Figures, exponent: Numbers) -> Figures:
