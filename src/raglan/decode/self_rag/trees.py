@@ -63,8 +63,9 @@ class Trees:
 
     def save(self, folder: Path) -> None:
         """Write both files."""
-        arrays: dict[str, Any] = {"numbers": self.numbers, "figures": self.figures, "children": self.children, "roots": self.roots}
-        np.savez(folder / "trees.npz", **arrays)
+        np.savez(
+            folder / "trees.npz", numbers=self.numbers, figures=self.figures, children=self.children, roots=self.roots
+        )  # fmt: skip
         told = {"planted": self.planted, "k": self.k, "texts": list(self.texts), "columns": [NUMBERS, FIGURES]}
         (folder / "trees.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
