@@ -740,6 +740,21 @@ def test_the_breaker_probes_and_gives_up() -> None:
     assert breaker.over
 
 
+def test_storms_hours_apart_do_not_add_up() -> None:
+    def stormy(between: int) -> Breaker:
+        breaker = Breaker(Hand())
+        for _ in range(5):
+            for _ in range(50):
+                breaker.told(failed=True, probe=False)
+            breaker.told(failed=False, probe=True)
+            for _ in range(between):
+                breaker.told(failed=False, probe=False)
+        return breaker
+
+    assert stormy(between=20).over
+    assert not stormy(between=60).over
+
+
 # the journal
 
 

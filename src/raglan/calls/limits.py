@@ -4,6 +4,7 @@
     pause       Retry-After holds the whole endpoint, every slot, as long as it says
     concurrency halves on a 429, once for all requests that were under way together; +1 after 50 successes
     breaker     more than half of the last 50 requests failed for passing reasons: 30 s of silence, one probe; the 5th stops
+                the run, unless 50 successes lie behind the last one: then it counts from nought again
     back-off    a retry waits uniform(0, min(60 s, 0.5 s · 2^attempt))
 
 All on the monotonic clock, so that setting the machine's clock moves nothing. One place asks the wall clock: a Retry-After that
@@ -27,7 +28,7 @@ from email.utils import parsedate_to_datetime
 __all__ = ["Breaker", "Bucket", "Clock", "Gate", "backoff", "retry_after"]
 
 WINDOW, OPEN_SECONDS, OPENINGS = 50, 30.0, 5
-RAISE_AFTER = 50
+RAISE_AFTER = HEALED_AFTER = 50
 TOLD = 30.0
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Breaker:
         self.clock = clock
         self.recent: deque[bool] = deque(maxlen=WINDOW)
         self.openings, self.until = 0, 0.0
+        self._good = 0  # successes behind the last opening
         self.half_open = self.probing = False
 
     @property
@@ -95,6 +97,9 @@ class Breaker:
         """Take in how a request went; those that were under way when it opened say nothing new."""
         if self.half_open and not probe:
             return
+        self._good += not failed
+        if self._good >= HEALED_AFTER:  # storms hours apart are not one
+            self.openings = 0
         if probe:
             self.probing = False
             if failed:
@@ -108,6 +113,7 @@ class Breaker:
 
     def _open(self) -> None:
         self.openings += 1
+        self._good = 0
         self.until = self.clock.now() + OPEN_SECONDS
         self.half_open = True
         self.recent.clear()
