@@ -835,6 +835,19 @@ def test_the_end_of_a_torn_journal_is_asked_again(desk: Desk) -> None:
     assert desk.server.log[-1].again
 
 
+def test_failures_of_a_repair_are_the_calls_and_what_is_given_up_is_remembered(desk: Desk) -> None:
+    desk.server.faults = lambda number, request: Fault(500) if number else Fault(text="none")
+    with desk.engine(structured="strict", attempts=3) as engine:
+        (outcome,), key = list(engine.run([ask(0, Word)])), engine.key(ask(0, Word))
+        assert (outcome.cls, outcome.calls, engine.journal.failures(key)) == ("transient", 4, 3)
+        engine.journal.give_up(key, "it never comes")
+    desk.server.faults = lambda number, request: None
+    with desk.engine(structured="strict") as engine:
+        assert (engine.journal.failures(key), engine.journal.given_up(key)) == (3, "it never comes")
+        assert [again.cls for again in engine.run([ask(0, Word)])] == ["ok"]
+        assert engine.journal.failures(key) == 0
+
+
 def test_places_are_found_among_many_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "LATELY", 50)
     found, twin = places.Places(), {}

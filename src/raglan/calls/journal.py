@@ -4,6 +4,7 @@
     crc32 {"kind": "outcome", "key", "attempt", "class", "finish", "usage", "cost", "settled", "took", "body" | "error"
            [, "for"]}                                                                    written before it is used
     crc32 {"kind": "probe",   "host", "model", "mode"}                                  how the endpoint takes schemas
+    crc32 {"kind": "given_up", "key", "error"}                                          a call that is never asked for again
 
 Only `ok` outcomes answer a later look-up; failures stay for audit. `for` is the call whose reply this one repairs or completes:
 it answers a look-up of that one too. A kill between a malformed reply and its repair goes on
@@ -71,6 +72,8 @@ class Journal:
         self.modes: dict[tuple[str, str], str] = {}
         self._answers = Places()  # of ok calls: where their outcomes are
         self._tries: dict[str, tuple[int, int]] = {}  # of a call without ok: intents, and how many of these the server settled
+        self._failed: dict[str, int] = {}  # of a call without ok: requests, its repair's too, that failed for passing reasons
+        self._given_up: dict[str, str] = {}  # call → why
         self._halves: dict[str, int] = {}  # malformed or cut off, and not yet repaired or completed → offset
         self._turn = threading.Lock()
         self._dirty, self._broken = False, ""
@@ -141,6 +144,20 @@ class Journal:
     def tries(self, key: str) -> tuple[int, int]:
         """Requests that an unanswered call has had, and how many of them the server has settled."""
         return self._tries.get(key, (0, 0))
+
+    def failures(self, key: str) -> int:
+        """Requests of an unanswered call, and of what was to mend its reply, that failed for passing reasons."""
+        return self._failed.get(key, 0)
+
+    def give_up(self, key: str, error: str) -> None:
+        """Write that a call is never to be asked for again; whoever asks heeds that, not the journal."""
+        with self._turn:
+            self._append({"kind": "given_up", "key": key, "error": error})
+            self._given_up[key] = error
+
+    def given_up(self, key: str) -> str | None:
+        """Why a call was given up; None where it was not."""
+        return self._given_up.get(key)
 
     def sync(self) -> None:
         """Bring what is written to the disk."""
@@ -223,6 +240,8 @@ class Journal:
             self._settled(record, offset)
         elif kind == "probe":
             self.modes[record["host"], record["model"]] = record["mode"]
+        elif kind == "given_up":
+            self._given_up[record["key"]] = record["error"]
 
     def _intended(self, key: str) -> None:
         intents, settled = self._tries.get(key, (0, 0))
@@ -234,17 +253,20 @@ class Journal:
         intents, settled = self._tries.get(key, (1, 0))
         self._tries[key] = (intents, settled + bool(line["settled"]))
         mended = line.get("for")
+        names = [key] if mended is None else [key, mended]
+        if line["class"] == "transient":
+            for name in names:
+                self._failed[name] = self.failures(name) + 1
         if mended is not None and line["class"] not in ("transient", "fatal"):
             self._halves.pop(mended, None)
         elif line["class"] in ("malformed", "truncated"):
             self._halves[key] = offset
         if line["class"] != "ok":
             return
-        for name in (key, mended):
-            if name is not None:
-                self._answers.put(name, offset)
-                self._tries.pop(name, None)
-                self._halves.pop(name, None)
+        for name in names:
+            self._answers.put(name, offset)
+            for unanswered in (self._tries, self._failed, self._halves):
+                unanswered.pop(name, None)
 
 
 def read_ledger(folder: Path) -> Ledger:
