@@ -20,7 +20,7 @@ from fault_server import KEY, PRICE, Fault, FaultServer, Request, audit, author
 from raglan.calls import CallEngine
 from raglan.calls.journal import Journal
 from raglan.calls.limits import Clock
-from raglan.errors import CheckpointError, GeneratorError, RecipeError
+from raglan.errors import CallsStopped, CheckpointError, GeneratorError, RecipeError
 from raglan.generator import open_generator
 from raglan.recipe import ClosedBookSettings, EndpointSettings, GeneratorSettings, MoneySettings, PromptSettings, Recipe
 from raglan.records import Example, Passage
@@ -31,7 +31,7 @@ from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.recall import ClosedBook, _words
 from raglan.synthesis.run import Done, synthesize
 from raglan.synthesis.writing import Draft, Job, Made
-from raglan.verification import PaidJudge, Shown, Verdict, Verifier, Written
+from raglan.verification import PaidJudge, Shown, Verdict, Verified, Verifier, Written
 from raglan.verification.entailment import Entailment, entailment_label
 from raglan.verification.judge import CONTROL
 from test_cli import run
@@ -56,10 +56,15 @@ def name(body: dict[str, Any]) -> str:
     return str(body.get("response_format", {}).get("json_schema", {}).get("name", ""))
 
 
+def is_control(request: Request) -> bool:
+    return request.body["messages"] == [*CONTROL]
+
+
 def reply(body: dict[str, Any]) -> str:
     """An author's; of every second question no short answer is known. And a judge's, by what it is shown."""
     if body["messages"] == [*CONTROL]:
-        return "here"
+        agrees = {"agrees": "unclear"} if name(body) == "Compared" else {}
+        return json.dumps({"reason": "A trial.", "verdict": "unclear"} | agrees)
     if len(body["messages"]) == 1:  # how the server takes schemas
         return author(body)
     system, asked = (message["content"] for message in body["messages"][:2])
@@ -103,14 +108,14 @@ def asked(folder: Path) -> Recipe:
 
 def judged(
     server: FaultServer, folder: Path, plan: Plan, *, piece: int = 128, closed: ClosedBookSettings | None = None,
-    cap: str | None = None, attempts: int = 6,
+    cap: str | None = None, **settings: Any,
 ) -> Done:  # fmt: skip
     """A dataset with a teacher and a judge on one server, of two names."""
     wanted, money = asked(folder), MoneySettings.model_validate({"price": PRICE, "cap_usd": cap})
     with closing(Journal(folder / "calls")) as journal:
         writes, judges = (
             CallEngine(
-                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8, attempts=attempts),
+                EndpointSettings(base_url=server.url, model=model, api_key_env="CALLS_KEY", concurrency=8, **settings),
                 journal, money=money, clock=Clock(100.0),
             )
             for model in ("m", "j")
@@ -198,31 +203,37 @@ def test_a_judges_outage_stops_the_run_and_is_no_verdict(
     assert judged(server, tmp_path, plan).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "first", [Fault(500), Fault(text="Yes."), Fault(text="{", finish="length")], ids=["judgement", "repair", "larger limit"]
+)
 def test_a_judgement_that_never_comes_stops_one_run_and_is_a_reject_of_the_next(
-    server: FaultServer, tmp_path: Path, plan: Plan
+    server: FaultServer, tmp_path: Path, plan: Plan, first: Fault
 ) -> None:
     never: set[str] = set()
 
     def bad(number: int, request: Request) -> Fault | None:
-        if name(request.body) != "Compared":
+        if name(request.body) != "Compared" or is_control(request):
             return None
         query = part(request.body["messages"][1]["content"], "Question")
-        never.update([] if never else [query])
+        if not never:
+            never.add(query)
+            return first
         return Fault(500) if query in never else None
 
     server.faults = bad
-    stopped = judged(server, tmp_path, plan, piece=1, attempts=2)  # so that nothing else is asked beside it
+    limits: dict[str, Any] = {"piece": 1, "attempts": 2, "larger_limit": 500}  # so that nothing else is asked beside it
+    stopped = judged(server, tmp_path, plan, **limits)
     assert (stopped.exit_code, stopped.told["stopped"].split(":")[0]) == (3, "breaker")
     assert not any(row["reason"] == "judge_unreachable" for row in lines(stopped.folder / "rejects.jsonl"))
-    done = judged(server, tmp_path, plan, piece=1, attempts=2)
+    done = judged(server, tmp_path, plan, **limits)
     assert (done.exit_code, done.told["stopped"], done.told["kept"]) == (0, "", 24)
     (row,) = (row for row in lines(done.folder / "rejects.jsonl") if row["reason"] == "judge_unreachable")
     assert (row["query"] in never, "500" in row["detail"]) == (True, True)
     assert done.told["funnel"]["verify: judge_unreachable"] == 1
     told = done.told
     assert told["attempts"] == told["kept"] + told["surplus"] + len(lines(done.folder / "rejects.jsonl")), "all accounted for"
-    control = [request for request in server.log if request.body["messages"] == [*CONTROL]]
-    assert [request.body["model"] for request in control] == ["j"]
+    assert [(request.body["model"], name(request.body)) for request in server.log if is_control(request)] == [("j", "Compared")]
+    audit(server, tmp_path / "calls")
 
 
 @pytest.mark.parametrize("recovers", ["at the control question", "later"])
@@ -232,7 +243,7 @@ def test_an_outage_rejects_nothing_however_often_the_run_is_begun_again(
     well = [False]
 
     def away(number: int, request: Request) -> Fault | None:
-        well[0] |= request.body["messages"] == [*CONTROL] and recovers == "at the control question"
+        well[0] |= is_control(request) and recovers == "at the control question"
         return Fault(503) if request.body["model"] == "j" and not well[0] else None
 
     server.faults = lambda n, request: Fault(401) if name(request.body) == "Compared" else None
@@ -248,6 +259,83 @@ def test_an_outage_rejects_nothing_however_often_the_run_is_begun_again(
     assert runs[-1].exit_code == 0
     rejects = lines(runs[-1].folder / "rejects.jsonl")
     assert not any(row["reason"] in ("judge_unreachable", "support_missing") for row in rejects)
+
+
+def observatories(count: int) -> list[Written]:
+    told = "It was the year 1800."
+    return [Written(f"{n}", f"When did the observatory {n} open?", told, (Shown(told),), language="en") for n in range(count)]
+
+
+def verified(
+    server: FaultServer, folder: Path, ones: list[Written], **settings: Any
+) -> tuple[list[Verified | None], CallsStopped | None]:
+    """One run's verdicts."""
+    shared = {"base_url": server.url, "model": "j", "api_key_env": "CALLS_KEY", "concurrency": 8, "structured": "strict"}
+    money, clock = MoneySettings.model_validate({"price": PRICE}), Clock(1000.0)
+    with CallEngine(EndpointSettings.model_validate(shared | settings), folder, money=money, clock=clock) as engine:
+        return Verifier(judge=PaidJudge(engine)).verify_all(ones)
+
+
+@pytest.mark.parametrize("concurrency", [8, 32])
+def test_many_that_never_come_end_too_though_the_breaker_stops_each_run(
+    server: FaultServer, tmp_path: Path, concurrency: int
+) -> None:
+    server.faults = lambda n, request: None if is_control(request) else Fault(500)
+    found, stopped = verified(server, tmp_path, observatories(20), concurrency=concurrency)
+    assert (set(found), stopped is not None and stopped.reason) == ({None}, "breaker")
+    ended = [0]
+    while stopped is not None and len(ended) < 12:
+        found, stopped = verified(server, tmp_path, observatories(20), concurrency=concurrency)
+        ended.append(sum(one is not None for one in found))
+    assert ended == sorted(ended)
+    assert stopped is None
+    assert {one and one.reason for one in found} == {"judge_unreachable"}
+    audit(server, tmp_path)
+
+
+def test_an_outage_late_among_judgements_is_no_verdict_either(server: FaultServer, tmp_path: Path) -> None:
+    ones, came = observatories(20), [0]
+
+    def goes(number: int, request: Request) -> Fault | None:
+        came[0] += 1
+        return Fault(503) if came[0] > 17 else None
+
+    server.faults = goes
+    for _ in range(3):
+        found, stopped = verified(server, tmp_path, ones)
+        assert stopped is not None
+        assert [one and one.reason for one in found if one is not None] == [""] * 17, "nothing is rejected"
+    server.faults = lambda n, request: None
+    found, stopped = verified(server, tmp_path, ones)
+    assert (stopped, {one and one.reason for one in found}) == (None, {""})
+    audit(server, tmp_path)
+
+
+def test_one_that_fails_beside_others_is_missing_if_the_server_is_well(server: FaultServer, tmp_path: Path) -> None:
+    server.faults = lambda n, request: Fault(500) if "observatory 3 " in request.content else None
+    found, stopped = verified(server, tmp_path, observatories(6))
+    assert stopped is None
+    assert [one and one.reason for one in found] == ["", "", "", "support_missing", "", ""]
+    assert sum(map(is_control, server.log)) == 1
+
+
+def test_where_only_schemas_are_away_nothing_is_rejected(server: FaultServer, tmp_path: Path) -> None:
+    server.faults = lambda n, request: Fault(503) if "response_format" in request.body else None
+    for _ in range(4):
+        found, stopped = verified(server, tmp_path, observatories(3), attempts=2)
+        assert (found, stopped is not None and stopped.reason) == ([None] * 3, "breaker")
+    assert any(map(is_control, server.log))
+
+
+def test_what_is_given_up_is_remembered_and_paid_for_no_more(server: FaultServer, tmp_path: Path) -> None:
+    server.faults = lambda n, request: None if is_control(request) else Fault(500)
+    assert verified(server, tmp_path, observatories(1), attempts=2)[1] is not None
+    found, stopped = verified(server, tmp_path, observatories(1), attempts=2)
+    sent = len(server.log)
+    assert sent == 3 * 2 + 1
+    server.faults = lambda n, request: None
+    assert verified(server, tmp_path, observatories(1), attempts=2) == (found, stopped)
+    assert (stopped, found[0] and found[0].reason, len(server.log)) == (None, "judge_unreachable", sent)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class JudgeSupport(Settings):
     max_tokens: int = Field(300, ge=1, description="Longest reply: a reason and a verdict.")
     give_up: int = Field(
         2, ge=1, description="A run stops where all judgements asked for fail for passing reasons; in the run of this number "
-        "they are rejected as `judge_unreachable` if the server answers a control question and they fail once more.",
+        "they are rejected for good, as `judge_unreachable`, if the server answers a control question and they fail once more.",
     )  # fmt: skip
     nli: NliSupport | None = Field(None, description="An entailment model that is asked first: what it passes costs nothing.")
     guard: bool = Field(True, description="Where no answer is a string, ask it, too, whether a noise passage answers.")

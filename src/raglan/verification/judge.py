@@ -8,17 +8,18 @@ all that was noted together, at the endpoint's full concurrency, when no other e
 again. So the judge shares ledger and cap with whoever writes, a run that is begun again pays for no judgement twice, and what
 is decided does not depend on the order of replies.
 
-A reply that fails, or says that it cannot tell, is missing and never a pass. Where all that is asked fails for passing reasons
-the run stops, since an outage is no verdict. But what has failed so in `give_up` runs, and once more right after the server has
-answered a control question, is missing, too (`judge_unreachable`): what never comes stops no run for ever. Prompts are data,
-judge.yaml.
+A reply that fails, or says that it cannot tell, is missing and never a pass. Where something fails for passing reasons, the
+server must answer a control question of the same form before that counts, else the run stops: an outage is no verdict. Where
+all fails so, or the breaker stops, the run stops, too. But what has failed so in `give_up` runs, and once more right after the
+control question, is given up for good (`judge_unreachable`; the journal remembers): what never comes stops no run for ever.
+Prompts are data, judge.yaml.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 AWAY, UNREACHABLE = "transient", "judge_unreachable"
-CONTROL = ({"role": "user", "content": "Reply with the one word: here"},)  # any reply will do
+CONTROL = ({"role": "user", "content": "This is a trial: reply with anything that may be replied."},)
 HAN = re.compile(f"[{SPACELESS}]")
 T = TypeVar("T")
 R = TypeVar("R", bound="_Reply")
@@ -99,7 +100,7 @@ class PaidJudge:
 
     Args:
         engine: its journal may be another engine's too, in turns.
-        give_up: the run, of those in which all tries of a judgement fail for passing reasons, that gives it up.
+        give_up: the run that gives up a judgement all of whose tries, `attempts` for each run, have failed for passing reasons.
 
     Attributes:
         book: while somebody reckons with them, the calls that each example needs: its id → key → step.
@@ -115,7 +116,6 @@ class PaidJudge:
         self.noted = 0
         self._wanted: dict[str, Ask] = {}
         self._failed: dict[str, str] = {}
-        self._given_up: set[str] = set()  # of these
 
     @property
     def fingerprint(self) -> str:
@@ -164,67 +164,107 @@ class PaidJudge:
         """Ask for all that is noted.
 
         Raises:
-            CallsStopped: cap, fatal answer, interrupt, or all failed for passing reasons; what has come is kept.
+            CallsStopped: cap, fatal answer, interrupt, or failures for passing reasons; what has come is kept.
         """
         wanted, self._wanted = self._wanted, {}
+        rest: Mapping[str, Ask] = wanted
+        before = (self.give_up - 1) * self.engine.settings.attempts
+        due = {key for key in wanted if self.engine.journal.failures(key) >= before}
         try:
-            away = self._away(wanted)
-            if away and len(away) == len(wanted):
-                self._give_up(away)
+            while rest:
+                rest = self._asked(rest, due)
         except CallsStopped:  # an outage is no verdict: others would be paid for in place of what nobody has judged
-            for key in wanted.keys() & self._failed.keys():
-                if self._failed[key].startswith(AWAY):
-                    del self._failed[key]
+            for key in self._left(wanted):
+                self._failed.pop(key, None)
             raise
 
-    def _away(self, wanted: Mapping[str, Ask]) -> dict[str, Ask]:
-        """Ask; which of these failed for passing reasons."""
-        away = {}
-        for outcome in self.engine.run(wanted.values()):
-            key = self.engine.key(outcome.ask)
-            if outcome.cls == "ok":
-                self._failed.pop(key, None)
-            else:
-                self._failed[key] = f"{outcome.cls}: {outcome.error}"
-            if outcome.cls == AWAY:
-                away[key] = outcome.ask
-        return away
+    def _asked(self, wanted: Mapping[str, Ask], due: Set[str]) -> dict[str, Ask]:
+        """Ask; what the breaker has left over, where some of it was given up.
 
-    def _give_up(self, away: Mapping[str, Ask]) -> None:
-        """Give up what has failed in as many runs as it may, and does so right after the server has answered something else.
+        Args:
+            due: what may be given up, since earlier runs have asked for it often enough.
 
         Raises:
-            CallsStopped: it is not so.
+            CallsStopped: the server is away, or what has failed is not given up yet.
         """
+        stopped = self._run(wanted)
+        left = self._left(wanted)
+        if stopped is None and len(left) < len(wanted):
+            self._control(left)
+            return {}
         most = self.give_up * self.engine.settings.attempts
-        if all(self.engine.journal.tries(key)[0] >= most for key in away) and self._answers():
-            self._given_up |= set(self._away(away))
-            return
-        raise CallsStopped(
-            f"the judge at {self.engine.host} answers nothing: {self._failed[next(iter(away))].removeprefix(f'{AWAY}: ')}",
+        if tried := {key: left[key] for key in left if key in due and self.engine.journal.failures(key) >= most}:
+            self._control(left)
+            self._give_up(tried)
+        rest = self._left(left)
+        if rest and (stopped is None or len(rest) == len(left)):
+            raise stopped or self._away(rest)
+        return rest
+
+    def _run(self, asks: Mapping[str, Ask]) -> CallsStopped | None:
+        """Send these; the breaker's stop, if it stopped them. What failed is noted."""
+        try:
+            for outcome in self.engine.run(asks.values()):
+                key = self.engine.key(outcome.ask)
+                self._failed.pop(key, None)
+                if outcome.cls != "ok":
+                    self._failed[key] = f"{outcome.cls}: {outcome.error}"
+        except CallsStopped as why:
+            if why.reason != "breaker":
+                raise
+            return why
+        return None
+
+    def _left(self, asks: Mapping[str, Ask]) -> dict[str, Ask]:
+        """Which of these have no reply, for passing reasons, and are not given up."""
+        return {
+            key: ask for key, ask in asks.items()
+            if self._failed.get(key, AWAY).startswith(AWAY) and self.engine.journal.given_up(key) is None
+            and self.engine.known(ask) is None
+        }  # fmt: skip
+
+    def _give_up(self, tried: Mapping[str, Ask]) -> None:
+        """Ask once more, and give up what fails again; the server has just answered something else."""
+        journal = self.engine.journal
+        before = {key: journal.failures(key) for key in tried}
+        stopped = self._run(tried)
+        for key in self._left(tried):
+            if journal.failures(key) > before[key]:  # the breaker may stop before all are asked
+                journal.give_up(key, self._failed.get(key) or f"{AWAY}: {stopped}")
+
+    def _control(self, left: Mapping[str, Ask]) -> None:
+        """Ask a control question of each form that failed, one that has had no reply yet.
+
+        Raises:
+            CallsStopped: the server does not answer it either.
+        """
+        for schema in dict.fromkeys(ask.schema for ask in left.values()):
+            draws = (Ask("judge/control", CONTROL, schema, {"max_tokens": self.max_tokens}, draw) for draw in itertools.count())
+            control = next(ask for ask in draws if self.engine.known(ask) is None)
+            if any(outcome.cls == AWAY for outcome in self.engine.run([control])):
+                raise self._away(left)
+
+    def _away(self, left: Mapping[str, Ask]) -> CallsStopped:
+        why = next((self._failed[key] for key in left if key in self._failed), AWAY)
+        return CallsStopped(
+            f"the judge at {self.engine.host} answers nothing: {why.removeprefix(f'{AWAY}: ')}",
             reason="breaker", hint="run the same command again when it is well",
         )  # fmt: skip
-
-    def _answers(self) -> bool:
-        """Whether the server replies to a control question, one that has had no reply yet."""
-        draws = (Ask("judge/control", CONTROL, None, {"max_tokens": self.max_tokens}, draw) for draw in itertools.count())
-        control = next(ask for ask in draws if self.engine.known(ask) is None)
-        return all(outcome.cls != AWAY for outcome in self.engine.run([control]))
 
     def _said(self, step: str, ref: str, messages: tuple[dict[str, str], ...], schema: type[R]) -> R:
         ask = Ask(step, messages, schema, {"temperature": 0.0, "max_tokens": self.max_tokens}, ref=ref)
         key = self.engine.key(ask)
         if self.book is not None:
             self.book.setdefault(ref, {})[key] = step
+        if (found := self.engine.known(ask)) is not None:
+            return cast(R, found.value)
+        if (why := self.engine.journal.given_up(key)) is not None:
+            raise _Unreachable(f"the judge gave no verdict: {why}")
         if key in self._failed:
-            kind = _Unreachable if key in self._given_up else GeneratorError
-            raise kind(f"the judge gave no verdict: {self._failed[key]}")
-        found = self.engine.known(ask)
-        if found is None:
-            self._wanted[key] = ask
-            self.noted += 1
-            raise Waits
-        return cast(R, found.value)
+            raise GeneratorError(f"the judge gave no verdict: {self._failed[key]}")
+        self._wanted[key] = ask
+        self.noted += 1
+        raise Waits
 
 
 def support_messages(one: Written) -> tuple[dict[str, str], ...]:
