@@ -267,11 +267,11 @@ def observatories(count: int) -> list[Written]:
 
 
 def verified(
-    server: FaultServer, folder: Path, ones: list[Written], **settings: Any
+    server: FaultServer, folder: Path, ones: list[Written], *, cap: str | None = None, **settings: Any
 ) -> tuple[list[Verified | None], CallsStopped | None]:
     """One run's verdicts."""
     shared = {"base_url": server.url, "model": "j", "api_key_env": "CALLS_KEY", "concurrency": 8, "structured": "strict"}
-    money, clock = MoneySettings.model_validate({"price": PRICE}), Clock(1000.0)
+    money, clock = MoneySettings.model_validate({"price": PRICE, "cap_usd": cap}), Clock(1000.0)
     with CallEngine(EndpointSettings.model_validate(shared | settings), folder, money=money, clock=clock) as engine:
         return Verifier(judge=PaidJudge(engine)).verify_all(ones)
 
@@ -336,6 +336,19 @@ def test_what_is_given_up_is_remembered_and_paid_for_no_more(server: FaultServer
     server.faults = lambda n, request: None
     assert verified(server, tmp_path, observatories(1), attempts=2) == (found, stopped)
     assert (stopped, found[0] and found[0].reason, len(server.log)) == (None, "judge_unreachable", sent)
+
+
+def test_what_never_comes_and_may_have_cost_stays_under_the_cap(server: FaultServer, tmp_path: Path) -> None:
+    server.faults = lambda n, request: None if is_control(request) else Fault(cut="reset")
+    reasons = []
+    for cap in ("0.02", "0.02", "0.04", "0.06", "0.20", "0.20"):
+        found, stopped = verified(server, tmp_path, observatories(2), cap=cap, attempts=2)
+        reasons.append("" if stopped is None else stopped.reason)
+        with closing(Journal(tmp_path)) as journal:
+            assert server.bill <= journal.ledger.spent <= float(cap) * 10**9
+    assert (reasons[:2], reasons[-1]) == (["cap", "cap"], "")
+    assert {one and one.reason for one in found} == {"judge_unreachable"}
+    audit(server, tmp_path)
 
 
 @pytest.mark.parametrize(
