@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
-from raglan.cli import app
+from raglan.cli import app, main
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
 from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
@@ -232,3 +233,56 @@ def test_evaluation_swaps_encoders_and_marks_the_one_never_searched(recipe: Path
 def test_recipes_that_cannot_be(recipe: Path, change: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(recipe, [change])
+
+
+@pytest.fixture(scope="module")
+def evaluated(recipe: Path) -> Path:
+    """The recipe, once it has an evaluation that would be taken again."""
+    assert runner.invoke(app, ["evaluate", str(recipe)]).exit_code == 0
+    return recipe
+
+
+@pytest.mark.parametrize("command", ["evaluate", "synthesize", "answer"])
+def test_another_encoder_in_the_recipe_is_refused_until_it_is_built(
+    evaluated: Path, encoders: list[Path], command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["who built the tower"] if command == "answer" else []
+    other = f"knowledge.indexes.b.encoder.model={encoders[2]}"
+    monkeypatch.setattr("sys.argv", ["raglan", command, str(evaluated), *asked, other])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert f"was built by encoder '{encoders[1]}'" in said
+    assert f"not by '{encoders[2]}'" in said
+    assert "raglan build" in said
+
+
+@pytest.mark.parametrize(("own", "words"), [
+    ({"query_prompt": "who "}, "the recipe names model .*, query_prompt 'who '"),
+    ({"query_model": "elsewhere"}, "the recipe names model .*, query_model 'elsewhere'"),
+    (None, "was built with model .*, and the recipe names no encoder of its own"),
+])  # fmt: skip
+def test_another_way_of_asking_in_the_recipe_is_refused(
+    base: KnowledgeBase, encoders: list[Path], own: dict[str, Any] | None, words: str
+) -> None:
+    one = {"kind": "dense"} if own is None else {"kind": "dense", "encoder": by(encoders[1], **own)}
+    changed = {**base.settings.indexes, "b": DenseIndex.model_validate(one)}
+    with pytest.raises(IndexMismatch, match=rf"index 'b' of .*{words}"):
+        KnowledgeBase.of(base.settings.model_copy(update={"indexes": changed}))
+    added = {**base.settings.indexes, "a": base.settings.indexes["b"]}
+    with pytest.raises(IndexMismatch, match=r"index 'a' of .* was built with no encoder of its own"):
+        KnowledgeBase.of(base.settings.model_copy(update={"indexes": added}))
+
+
+def test_an_encoder_that_was_moved_searches_as_before(tmp_path: Path, encoders: list[Path]) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(encoders[1], old)
+    indexes: dict[str, Any] = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(old)}}
+    found = retriever(build_knowledge(settings(tmp_path, encoders, indexes=indexes)), "b").retrieve(ASKED, 3)
+    old.rename(tmp_path / "new")
+    indexes["b"] = {"kind": "dense", "encoder": by(tmp_path / "new", batch_size=2)}
+    moved = KnowledgeBase.of(settings(tmp_path, encoders, indexes=indexes))
+    assert [[hit.row for hit in own] for own in retriever(moved, "b").retrieve(ASKED, 3)] == [
+        [hit.row for hit in own] for own in found
+    ]

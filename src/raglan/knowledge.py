@@ -41,7 +41,6 @@ from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
 from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
-from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import EncoderSettings, KnowledgeSettings
 from raglan.recipe import HybridIndex as HybridSettings
 from raglan.records import Passage
@@ -62,6 +61,8 @@ __all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
 VECTORS = "vectors"  # the folder of those by the knowledge base's encoder
+MADE = ("model", "passage_prompt", "max_tokens")  # of an encoder's settings: what passage vectors depend on
+ASKS = ("query_model", "query_prompt")  # and what only queries do
 PROBE = 16  # passages encoded to see whose vectors ready-made ones are
 
 
@@ -93,6 +94,19 @@ class KnowledgeBase:
         if name is None:
             raise CheckpointError(f"{path} holds no knowledge base", hint="make it: raglan build recipe.yaml")
         return cls(path / "versions" / name, read_manifest(path / "versions" / name, KIND))
+
+    @classmethod
+    def of(cls, settings: KnowledgeSettings, *, path: Path | None = None) -> KnowledgeBase:
+        """The current version of a recipe's knowledge base, or of the one in `path`, if its indexes' encoders are the recipe's.
+
+        Raises:
+            CheckpointError: nothing has been built there, or the recipe's encoder of an index cannot be loaded.
+            IndexMismatch: an index was built with another encoder of its own, or with none.
+        """
+        base = cls.open(settings.path if path is None else path)
+        for name in (name for name in settings.indexes if name in base.settings.indexes):
+            base._check_own(name, settings.own_encoders.get(name))
+        return base
 
     @staticmethod
     def publish(path: Path, version: str) -> None:
@@ -137,6 +151,22 @@ class KnowledgeBase:
     def check(self, encoder: Encoder) -> None:
         """Refuse an encoder whose passage tower did not make these vectors."""
         self._check(self.manifest["encoder"], encoder)
+
+    def _check_own(self, name: str, asked: EncoderSettings | None) -> None:
+        """Refuse an index's own encoder in a recipe that is not the one it was built with: the index searches by its own."""
+        built = self.settings.own_encoders.get(name)
+        if built is None and asked is None:
+            return
+        if built is None or asked is None or any(getattr(built, field) != getattr(asked, field) for field in ASKS):
+            raise IndexMismatch(
+                f"index {name!r} of {self.folder.parent.parent} was built with {_spelt(built)}, and the recipe names "
+                f"{_spelt(asked)}",
+                hint="build it again with the recipe's: raglan build recipe.yaml, or name the other one in the recipe",
+            )
+        if any(getattr(built, field) != getattr(asked, field) for field in MADE):
+            encoder = Encoder.open(asked)
+            self._check(self.manifest["encoders"][name], encoder, index=name)
+            self._encoders[built] = encoder  # the same one at another place, and the old place may be empty
 
     def _check(self, built: Mapping[str, Any], encoder: Encoder, *, index: str = "") -> None:
         same = ("passage_fingerprint", "similarity", "dimension")
@@ -367,9 +397,16 @@ def _version(
     return streamed_fingerprint(before, texts, lambda: [documents.skipped, *ready])
 
 
+def _spelt(encoder: EncoderSettings | None) -> str:
+    if encoder is None:
+        return "no encoder of its own"
+    told = {field: getattr(encoder, field) for field in ("model", *ASKS)}
+    return ", ".join(f"{field} {value!r}" for field, value in told.items() if value is not None)
+
+
 def _own_encoders(settings: KnowledgeSettings) -> dict[str, Encoder]:
     """Of the indexes that have one of their own: index → encoder, each opened once."""
-    wanted = {name: i.encoder for name, i in settings.indexes.items() if isinstance(i, DenseSettings) and i.encoder is not None}
+    wanted = settings.own_encoders
     opened = {asked: Encoder.open(asked) for asked in dict.fromkeys(wanted.values())}
     return {name: opened[asked] for name, asked in wanted.items()}
 

@@ -154,3 +154,15 @@ class KnowledgeSettings(Settings):
                         plain = [n for n, i in self.indexes.items() if not isinstance(i, HybridIndex)]
                         raise ValueError(f"index {name!r} fuses {part!r}, which is none of {', '.join(plain)}")
         return self
+
+    @property
+    def own_encoders(self) -> dict[str, EncoderSettings]:
+        """Of the dense indexes that have one of their own."""
+        dense = {name: index for name, index in self.indexes.items() if isinstance(index, DenseIndex)}
+        return {name: index.encoder for name, index in dense.items() if index.encoder is not None}
+
+    @property
+    def query_models(self) -> tuple[str | None, ...]:
+        """Query towers that are other models: the knowledge base's encoder's, and those of own encoders that have one."""
+        own = [encoder.query_model for encoder in self.own_encoders.values()]
+        return self.encoder.query_model, *filter(None, own)

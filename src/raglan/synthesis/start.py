@@ -77,7 +77,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         )
     asked = _asked(recipe)
     check_consent(asked, prices(asked), yes=yes)
-    base = KnowledgeBase.open(recipe.knowledge.path)
+    base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = open_journal(asked, stack) if prices(asked) else None
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
@@ -102,7 +102,7 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     asked = _asked(recipe)
     if not prices(asked):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
-    base = KnowledgeBase.open(recipe.knowledge.path)
+    base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = open_journal(asked, stack)
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
