@@ -16,11 +16,14 @@ import tiny
 from raglan.cli import app, main
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
+from raglan.evaluate import evaluation_folder
 from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
 from raglan.pooled import retrieve_each
 from raglan.recipe import DenseIndex, EncoderSettings, KnowledgeSettings, load_recipe
 from raglan.retriever import Retriever
+from raglan.stages import Parts, stages_of
 from raglan.synthesis.evidence import Assembler
+from raglan.synthesis.start import run as synthesize
 from test_kill import small_recipe
 from test_knowledge import documents
 
@@ -286,3 +289,27 @@ def test_an_encoder_that_was_moved_searches_as_before(tmp_path: Path, encoders: 
     assert [[hit.row for hit in own] for own in retriever(moved, "b").retrieve(ASKED, 3)] == [
         [hit.row for hit in own] for own in found
     ]
+
+
+def test_a_query_tower_that_changes_in_place_makes_its_results_anew(recipe: Path, tmp_path: Path) -> None:
+    tower = tiny.sentence_encoder(tmp_path / "tower", seed=5)
+    changes = [
+        f"knowledge.path={tmp_path / 'kb'}", f"runs={tmp_path / 'runs'}", f"synthesis.path={tmp_path / 'out'}",
+        f"knowledge.indexes.b.encoder.query_model={tower}", "objective={kind: answer}",
+        f"data={{kind: questions, path: {recipe.parent / 'dev.jsonl'}}}",
+    ]  # fmt: skip
+    loaded = load_recipe(recipe, changes)
+    assert loaded.evaluate is not None
+    build_knowledge(loaded.knowledge)
+    dataset = synthesize(loaded)
+
+    def folders() -> list[Path]:
+        return [evaluation_folder(loaded, loaded.evaluate, "untuned", Parts()), *(one.folder for one, _ in stages_of(loaded))]
+
+    before = folders()
+    assert folders() == before
+    assert synthesize(loaded).folder == dataset.folder, "it is left alone"
+    tiny.sentence_encoder(tmp_path / "tower", seed=6)
+    assert len({*before, *folders()}) == 4
+    with pytest.raises(CheckpointError, match="dataset"):
+        synthesize(loaded)

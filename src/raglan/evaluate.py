@@ -429,6 +429,7 @@ def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts)
         recipe.retriever.query_encoder,
         recipe.retriever.rewrite.model,
         recipe.knowledge.encoder.query_model,
+        *recipe.knowledge.own_query_models,
     )
     stamps = [folder_stamp(folder) for folder in folders]
     asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset"})  # measured apart

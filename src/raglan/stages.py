@@ -194,7 +194,7 @@ def stages_of(recipe: Recipe, version: str | None = None) -> list[tuple[Stage, P
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
-            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe),
+            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe), *recipe.knowledge.own_query_models,
         )],
     ]  # fmt: skip
     own: dict[str, list[Any]] = {}

@@ -162,7 +162,6 @@ class KnowledgeSettings(Settings):
         return {name: index.encoder for name, index in dense.items() if index.encoder is not None}
 
     @property
-    def query_models(self) -> tuple[str | None, ...]:
-        """Query towers that are other models: the knowledge base's encoder's, and those of own encoders that have one."""
-        own = [encoder.query_model for encoder in self.own_encoders.values()]
-        return self.encoder.query_model, *filter(None, own)
+    def own_query_models(self) -> tuple[str, ...]:
+        """Query towers of own encoders that are other models."""
+        return tuple(own.query_model for own in self.own_encoders.values() if own.query_model is not None)
