@@ -250,14 +250,14 @@ def test_another_encoder_in_the_recipe_is_refused_until_it_is_built(
     evaluated: Path, encoders: list[Path], command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["who built the tower"] if command == "answer" else []
-    other = f"knowledge.indexes.b.encoder.model={encoders[2]}"
+    other = f"knowledge.indexes.b.encoder.model={encoders[0]}"
     monkeypatch.setattr("sys.argv", ["raglan", command, str(evaluated), *asked, other])
     with pytest.raises(SystemExit) as left:
         main()
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert f"was built by encoder '{encoders[1]}'" in said
-    assert f"not by '{encoders[2]}'" in said
+    assert f"not by '{encoders[0]}'" in said
     assert "raglan build" in said
 
 
@@ -313,3 +313,27 @@ def test_a_query_tower_that_changes_in_place_makes_its_results_anew(recipe: Path
     assert len({*before, *folders()}) == 4
     with pytest.raises(CheckpointError, match="dataset"):
         synthesize(loaded)
+
+
+@pytest.mark.parametrize(("dealt", "unseen", "more", "words"), [
+    ("fused", "b", [], "names 'b', which synthesis, as a part of 'fused', searches"),
+    ("b", "b2", [], "names 'b2', which finds as 'b' does, and synthesis searches that"),
+    ("a", "a2", [], "names 'a2', which finds as 'a' does, and synthesis searches that"),
+    ("a: 1, b", "fused", [], "names 'fused', which finds as 'a' and 'b' do, and synthesis searches these"),
+    ("c", "a", ["objective={kind: marginal, over: sequence}"], "names 'a', which stage marginal searches"),
+    ("c", "a", ["retriever.index=bm25", "objective={kind: lsr}"], "names 'a', which stage lsr searches"),
+    ("c", "a", ["objective={kind: answer}"], "names 'a', which stage answer searches"),
+])  # fmt: skip
+def test_unseen_is_what_nothing_of_the_recipe_searched(
+    recipe: Path, encoders: list[Path], dealt: str, unseen: str, more: list[str], words: str
+) -> None:
+    overrides = [
+        "knowledge.indexes.a2={kind: dense, nprobe: 4}", "knowledge.indexes.fused={kind: hybrid, of: [a, b]}",
+        f"knowledge.indexes.b2={{kind: dense, encoder: {{model: {encoders[1]}, batch_size: 2}}}}",
+        f"synthesis.retrievers={{{dealt}: 1}}", f"evaluate.robustness.unseen=[{unseen}]",
+        *(["data={kind: questions, path: dev.jsonl}", *more] if more else []),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=f"evaluate.robustness.unseen {words}"):
+        load_recipe(recipe, overrides)
+    strange = "b" if dealt == "c" else "c"
+    assert load_recipe(recipe, [*overrides, f"evaluate.robustness.unseen=[{strange}]"])
