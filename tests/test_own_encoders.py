@@ -148,6 +148,28 @@ def test_an_encoder_that_learns_leaves_the_others_their_vectors(base: KnowledgeB
     ]
 
 
+def test_a_refresh_opens_no_other_encoder(tmp_path: Path, encoders: list[Path]) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(encoders[1], own)
+    indexes = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(own)}, "b2": {"kind": "dense", "encoder": by(own)}}
+    built = build_knowledge(settings(tmp_path, encoders, indexes=indexes))
+    encoder = Encoder.open(built.settings.encoder)
+    for parameter in encoder.passage_tower.parameters():
+        parameter.data += 0.05
+    own.rename(tmp_path / "gone")
+    learned = reencoded(built, encoder.snapshot(), tmp_path / "learned")
+    again = reencoded(learned, encoder.snapshot(), tmp_path / "again")
+    (tmp_path / "gone").rename(own)
+    for name in ("b", "b2"):
+        kept = built.manifest["encoders"][name]
+        assert again.manifest["encoders"][name] == {**kept, "encoded": 0}
+        before, after = (base.folder / kept["vectors"] / "000000000.npy" for base in (built, again))
+        assert before.samefile(after)
+        found = [retriever(built, name), Retriever(again, encoder.snapshot(), index=name)]
+        rows = [[[hit.row for hit in hits] for hits in one.retrieve(ASKED, 3)] for one in found]
+        assert rows[0] == rows[1]
+
+
 def test_an_encoder_that_is_gone_or_another_is_told_of_when_the_index_is_opened(tmp_path: Path, encoders: list[Path]) -> None:
     own = tiny.sentence_encoder(tmp_path / "own", seed=7)
     indexes = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(own)}}
