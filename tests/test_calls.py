@@ -157,14 +157,14 @@ def test_replies_are_kept_and_never_asked_for_again(desk: Desk) -> None:
     assert {o.ask.ref: o.value for o in first} == {o.ask.ref: o.value for o in again}
 
 
-def test_draws_are_calls_of_their_own_and_equal_asks_are_one(desk: Desk) -> None:  # T33
+def test_draws_are_calls_of_their_own_and_equal_asks_are_one(desk: Desk) -> None:
     outcomes = desk.run([ask(1), ask(1, draw=1), ask(1)])
     assert len(outcomes) == 3
     assert len(desk.server.log) == 2
     assert sum(outcome.reused for outcome in outcomes) == 1
 
 
-def test_fixed_parts_stay_equal(desk: Desk) -> None:  # T34
+def test_fixed_parts_stay_equal(desk: Desk) -> None:
     desk.server.modes = ("text",)
     system = {"role": "system", "content": "You are a careful reader."}
     many = (Ask("s", (system, {"role": "user", "content": f"q{i}"}), Word, {"max_tokens": 80}) for i in range(150))
@@ -175,7 +175,7 @@ def test_fixed_parts_stay_equal(desk: Desk) -> None:  # T34
     assert all(len(body["messages"]) == 2 for body in bodies)
 
 
-def test_an_empty_list_is_done(desk: Desk) -> None:  # T32
+def test_an_empty_list_is_done(desk: Desk) -> None:
     class Rows(BaseModel):
         rows: list[str]
 
@@ -229,11 +229,11 @@ def test_asks_are_read_as_far_as_needed(desk: Desk) -> None:
         (Fault(413), "permanent", 1),
         (Fault(422), "permanent", 1),
         (Fault(finish="tool_calls"), "permanent", 1),
-        (Fault(finish="length"), "truncated", 1),  # T27
+        (Fault(finish="length"), "truncated", 1),
         (Fault(503), "transient", 3),
         (Fault(408), "transient", 3),
         (Fault(409), "transient", 3),
-        (Fault(200, body=""), "transient", 3),  # T28
+        (Fault(200, body=""), "transient", 3),
         (Fault(200, body="<html>busy</html>"), "transient", 3),
         (Fault(200, text="  "), "transient", 3),
     ],
@@ -251,7 +251,7 @@ def test_classes(desk: Desk, fault: Fault, cls: str, requests: int) -> None:
 
 
 @pytest.mark.parametrize("cut", ["short", "reset", "middle"])
-def test_a_broken_connection_is_transient(desk: Desk, cut: str) -> None:  # T25
+def test_a_broken_connection_is_transient(desk: Desk, cut: str) -> None:
     desk.server.faults = first_only(Fault(cut=cut))
     (outcome,) = desk.run([ask(1)])
     assert (outcome.cls, outcome.calls, len(desk.server.log)) == ("ok", 2, 2)
@@ -265,7 +265,7 @@ def test_a_server_that_is_not_there_costs_nothing(desk: Desk) -> None:
     assert (outcome.cls, outcome.cost_nano, outcome.calls) == ("transient", 0, 2)
 
 
-def test_a_timeout_is_charged_at_the_reserve(desk: Desk) -> None:  # T24
+def test_a_timeout_is_charged_at_the_reserve(desk: Desk) -> None:
     desk.server.faults = first_only(Fault(delay=0.8))
     engine = desk.engine(timeout=0.4)
     with engine:
@@ -277,7 +277,7 @@ def test_a_timeout_is_charged_at_the_reserve(desk: Desk) -> None:  # T24
     assert desk.server.bill <= rows["transient"] + rows["ok"]
 
 
-def test_malformed_is_repaired_once(desk: Desk) -> None:  # T26
+def test_malformed_is_repaired_once(desk: Desk) -> None:
     desk.server.faults = first_only(Fault(text='Sure: {"word": "x", "coun'))
     (outcome,) = desk.run([ask(1, Word)], structured="json")
     assert (outcome.cls, outcome.calls) == ("ok", 2)
@@ -289,7 +289,7 @@ def test_malformed_is_repaired_once(desk: Desk) -> None:  # T26
     assert len(desk.server.log) == 2
 
 
-def test_malformed_twice_is_rejected_with_its_text(desk: Desk) -> None:  # T26
+def test_malformed_twice_is_rejected_with_its_text(desk: Desk) -> None:
     desk.server.faults = lambda number, request: Fault(text='{"word": "x", "count": "many"}')
     (outcome,) = desk.run([ask(1, Word)], structured="strict")
     assert (outcome.cls, outcome.value, outcome.raw) == ("malformed", None, '{"word": "x", "count": "many"}')
@@ -321,7 +321,7 @@ def test_engines_that_share_a_journal_share_the_cap(desk: Desk) -> None:
     shared.close()
 
 
-def test_truncated_is_asked_once_more_if_the_recipe_allows(desk: Desk) -> None:  # T27
+def test_truncated_is_asked_once_more_if_the_recipe_allows(desk: Desk) -> None:
     desk.server.faults = lambda number, request: Fault(finish="length") if request.body["max_tokens"] < 200 else None
     (outcome,) = desk.run([ask(1)], larger_limit=200)
     assert (outcome.cls, [request.body["max_tokens"] for request in desk.server.log]) == ("ok", [80, 200])
@@ -531,7 +531,7 @@ def test_what_aiohttp_cannot_reach_is_left_to_the_openai_client(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("header", ["2", "date", "undated", "180"])
-def test_retry_after_pauses_every_slot(desk: Desk, header: str) -> None:  # T20
+def test_retry_after_pauses_every_slot(desk: Desk, header: str) -> None:
     seconds, speed = (180, 400) if header == "180" else (2, 5)
     date = 1_700_000_000
 
@@ -595,7 +595,7 @@ class Noting(Clock):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_retries_without_a_header_come_after_growing_jittered_gaps(desk: Desk, status: int) -> None:  # T20
+def test_retries_without_a_header_come_after_growing_jittered_gaps(desk: Desk, status: int) -> None:
     """Eight calls, one after another, each of which fails five times: what the engine waits, and what the server sees of it."""
     random.seed(3)
     speed, calls = 200.0, 8
@@ -628,7 +628,7 @@ def test_a_pause_that_the_server_asks_for_holds_the_engines_next_run_too(desk: D
 
 
 @pytest.mark.parametrize("fault", [Fault(401), Fault(429, code="insufficient_quota"), Fault(404)], ids=lambda f: str(f.status))
-def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:  # T21
+def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:
     desk.server.faults = lambda number, request: fault if number == 20 else None
     came, why = desk.stopped(asks(100))
     assert why.reason == "fatal"
@@ -639,7 +639,7 @@ def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:  # T21
     assert len(desk.server.log) == before + 100 - len(came)
 
 
-def test_thirty_per_cent_of_500s(desk: Desk) -> None:  # T22
+def test_thirty_per_cent_of_500s(desk: Desk) -> None:
     desk.server.faults = by_content(Fault(500), 0.3)
     outcomes = desk.run(asks(120))
     assert Counter(outcome.cls for outcome in outcomes) == {"ok": 120}
@@ -648,7 +648,7 @@ def test_thirty_per_cent_of_500s(desk: Desk) -> None:  # T22
     assert len(desk.server.log) > 140
 
 
-def test_only_500s_stop_the_run(desk: Desk) -> None:  # T23
+def test_only_500s_stop_the_run(desk: Desk) -> None:
     desk.server.faults = lambda number, request: Fault(500)
     came, why = desk.stopped(asks(150), speed=300, concurrency=16)
     assert why.reason == "breaker"
@@ -682,7 +682,7 @@ def test_buckets_fill_by_the_minute_and_take_back() -> None:
 
 
 @pytest.mark.parametrize("years", [-30, 30], ids=["back", "forward"])
-def test_setting_the_machines_clock_moves_nothing(years: int, monkeypatch: pytest.MonkeyPatch) -> None:  # T38
+def test_setting_the_machines_clock_moves_nothing(years: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bucket, pause and breaker run on a real clock when the wall clock jumps: what is left to wait stays what it was."""
     gate = Gate(4, rpm=6, tpm=6, clock=Clock())  # one in ten seconds
     gate.requests.take(1)
@@ -758,7 +758,7 @@ def test_storms_hours_apart_do_not_add_up() -> None:
 # the journal
 
 
-def test_kill_again_and_again(desk: Desk, tmp_path: Path) -> None:  # T29
+def test_kill_again_and_again(desk: Desk, tmp_path: Path) -> None:
     desk.server.delay = 0.01
     desk.server.faults = _seldom
     outs = [tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"]
@@ -803,7 +803,7 @@ def _work(url: str, folder: Path, out: Path, *, kills: int) -> dict[str, int]:
     return told
 
 
-def test_a_torn_last_line_is_dropped_and_a_damaged_one_told(desk: Desk, tmp_path: Path) -> None:  # T30
+def test_a_torn_last_line_is_dropped_and_a_damaged_one_told(desk: Desk, tmp_path: Path) -> None:
     desk.run(asks(3))
     whole = (desk.folder / NAME).read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
@@ -896,13 +896,13 @@ def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_one_writer(desk: Desk) -> None:  # T30
+def test_one_writer(desk: Desk) -> None:
     with desk.engine(), pytest.raises(CheckpointError, match=f"process {os.getpid()} is writing"):
         desk.engine()
     desk.engine().close()
 
 
-def test_a_full_disk_stops_the_requests(desk: Desk) -> None:  # T31
+def test_a_full_disk_stops_the_requests(desk: Desk) -> None:
     desk.run(asks(2))
     size = (desk.folder / NAME).stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -922,7 +922,7 @@ def test_a_full_disk_stops_the_requests(desk: Desk) -> None:  # T31
 # money
 
 
-def test_the_cap_to_the_nano_dollar() -> None:  # §18.2
+def test_the_cap_to_the_nano_dollar() -> None:
     price = Price.of(MONEY)
     reserve = price.cost(Usage(1800, 0, 600))
     assert dollars(reserve) == "$0.010500"
@@ -966,7 +966,7 @@ def test_an_unknown_price_and_an_unset_key_are_refused(desk: Desk, monkeypatch: 
         desk.engine()
 
 
-def test_the_bill_stays_under_the_cap_whatever_fails(desk: Desk) -> None:  # T35
+def test_the_bill_stays_under_the_cap_whatever_fails(desk: Desk) -> None:
     desk.unknown = True
     mix = [
         (Fault(500), 0.08), (Fault(429, headers={"Retry-After": "1"}), 0.03), (Fault(cut="short"), 0.04),
@@ -985,7 +985,7 @@ def test_the_bill_stays_under_the_cap_whatever_fails(desk: Desk) -> None:  # T35
     assert Counter(outcome.cls for outcome in outcomes)["ok"] > 100
 
 
-def test_usage_above_the_reserve_is_fatal(desk: Desk) -> None:  # T35
+def test_usage_above_the_reserve_is_fatal(desk: Desk) -> None:
     desk.server.faults = lambda number, request: Fault(usage=(90_000, 5))
     came, why = desk.stopped(asks(50))
     assert (why.reason, came) == ("fatal", [])
@@ -1035,7 +1035,7 @@ def test_stopped_calls_are_another_exit_than_faults(monkeypatch: pytest.MonkeyPa
     assert end.value.code == 3
 
 
-def test_the_key_is_in_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:  # T36; files: after every test
+def test_the_key_is_in_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:  # files: after every test
     caplog.set_level(logging.DEBUG)
     desk.server.faults = first_only(Fault(500))
     desk.run(asks(3))
@@ -1115,7 +1115,7 @@ def test_an_estimate_runs_a_sample_and_keeps_it(desk: Desk) -> None:
     assert found.seconds > 0
 
 
-def test_the_estimates_interval_holds_the_real_cost() -> None:  # T37
+def test_the_estimates_interval_holds_the_real_cost() -> None:
     held = 0
     for seed in range(100):
         draw = random.Random(seed)
@@ -1144,7 +1144,7 @@ def _real(draw: random.Random, planned: dict[str, int]) -> float:
     return total
 
 
-def test_the_worked_estimate() -> None:  # §18.2: acceptance .80, 1,000 wanted
+def test_the_worked_estimate() -> None:  # acceptance .80, 1,000 wanted
     def step(prompt: int, output: int) -> Step:
         return Step(1, prompt, output, Price.of(MONEY).cost(Usage(prompt, 0, output)))
 

@@ -183,7 +183,7 @@ def test_a_plan_deals_gold_evenly_and_shows_every_rare_kind(assembler: Assembler
     assert all(len(sheet.slots) == 5 for sheet in sheets), "K never shrinks"
 
 
-def test_all_eight_kinds_that_a_plan_deals_are_shown(folder: Path, tmp_path: Path) -> None:  # T3
+def test_all_eight_kinds_that_a_plan_deals_are_shown(folder: Path, tmp_path: Path) -> None:
     """Documents of two passages, and questions that two documents answer: no kind lacks what it is made from."""
     texts: dict[str, tuple[str, str, str]] = {}
     for n, (town, builder) in enumerate(zip(TOWNS, BUILDERS, strict=True)):

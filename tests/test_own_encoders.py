@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
-from raglan.cli import app
+from raglan.cli import app, main
 from raglan.encoder import Encoder
 from raglan.errors import CheckpointError, IndexMismatch, RecipeError
+from raglan.evaluate import evaluation_folder
 from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
 from raglan.pooled import retrieve_each
 from raglan.recipe import DenseIndex, EncoderSettings, KnowledgeSettings, load_recipe
 from raglan.retriever import Retriever
+from raglan.stages import Parts, stages_of
 from raglan.synthesis.evidence import Assembler
+from raglan.synthesis.start import run as synthesize
 from test_kill import small_recipe
 from test_knowledge import documents
 
@@ -144,6 +148,28 @@ def test_an_encoder_that_learns_leaves_the_others_their_vectors(base: KnowledgeB
     ]
 
 
+def test_a_refresh_opens_no_other_encoder(tmp_path: Path, encoders: list[Path]) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(encoders[1], own)
+    indexes = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(own)}, "b2": {"kind": "dense", "encoder": by(own)}}
+    built = build_knowledge(settings(tmp_path, encoders, indexes=indexes))
+    encoder = Encoder.open(built.settings.encoder)
+    for parameter in encoder.passage_tower.parameters():
+        parameter.data += 0.05
+    own.rename(tmp_path / "gone")
+    learned = reencoded(built, encoder.snapshot(), tmp_path / "learned")
+    again = reencoded(learned, encoder.snapshot(), tmp_path / "again")
+    (tmp_path / "gone").rename(own)
+    for name in ("b", "b2"):
+        kept = built.manifest["encoders"][name]
+        assert again.manifest["encoders"][name] == {**kept, "encoded": 0}
+        before, after = (base.folder / kept["vectors"] / "000000000.npy" for base in (built, again))
+        assert before.samefile(after)
+        found = [retriever(built, name), Retriever(again, encoder.snapshot(), index=name)]
+        rows = [[[hit.row for hit in hits] for hits in one.retrieve(ASKED, 3)] for one in found]
+        assert rows[0] == rows[1]
+
+
 def test_an_encoder_that_is_gone_or_another_is_told_of_when_the_index_is_opened(tmp_path: Path, encoders: list[Path]) -> None:
     own = tiny.sentence_encoder(tmp_path / "own", seed=7)
     indexes = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(own)}}
@@ -232,3 +258,104 @@ def test_evaluation_swaps_encoders_and_marks_the_one_never_searched(recipe: Path
 def test_recipes_that_cannot_be(recipe: Path, change: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(recipe, [change])
+
+
+@pytest.fixture(scope="module")
+def evaluated(recipe: Path) -> Path:
+    """The recipe, once it has an evaluation that would be taken again."""
+    assert runner.invoke(app, ["evaluate", str(recipe)]).exit_code == 0
+    return recipe
+
+
+@pytest.mark.parametrize("command", ["evaluate", "synthesize", "answer"])
+def test_another_encoder_in_the_recipe_is_refused_until_it_is_built(
+    evaluated: Path, encoders: list[Path], command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["who built the tower"] if command == "answer" else []
+    other = f"knowledge.indexes.b.encoder.model={encoders[0]}"
+    monkeypatch.setattr("sys.argv", ["raglan", command, str(evaluated), *asked, other])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert f"was built by encoder '{encoders[1]}'" in said
+    assert f"not by '{encoders[0]}'" in said
+    assert "raglan build" in said
+
+
+@pytest.mark.parametrize(("own", "words"), [
+    ({"query_prompt": "who "}, "the recipe names model .*, query_prompt 'who '"),
+    ({"query_model": "elsewhere"}, "the recipe names model .*, query_model 'elsewhere'"),
+    (None, "was built with model .*, and the recipe names no encoder of its own"),
+])  # fmt: skip
+def test_another_way_of_asking_in_the_recipe_is_refused(
+    base: KnowledgeBase, encoders: list[Path], own: dict[str, Any] | None, words: str
+) -> None:
+    one = {"kind": "dense"} if own is None else {"kind": "dense", "encoder": by(encoders[1], **own)}
+    changed = {**base.settings.indexes, "b": DenseIndex.model_validate(one)}
+    with pytest.raises(IndexMismatch, match=rf"index 'b' of .*{words}"):
+        KnowledgeBase.of(base.settings.model_copy(update={"indexes": changed}))
+    added = {**base.settings.indexes, "a": base.settings.indexes["b"]}
+    with pytest.raises(IndexMismatch, match=r"index 'a' of .* was built with no encoder of its own"):
+        KnowledgeBase.of(base.settings.model_copy(update={"indexes": added}))
+
+
+def test_an_encoder_that_was_moved_searches_as_before(tmp_path: Path, encoders: list[Path]) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(encoders[1], old)
+    indexes: dict[str, Any] = {"a": {"kind": "dense"}, "b": {"kind": "dense", "encoder": by(old)}}
+    found = retriever(build_knowledge(settings(tmp_path, encoders, indexes=indexes)), "b").retrieve(ASKED, 3)
+    old.rename(tmp_path / "new")
+    indexes["b"] = {"kind": "dense", "encoder": by(tmp_path / "new", batch_size=2)}
+    moved = KnowledgeBase.of(settings(tmp_path, encoders, indexes=indexes))
+    assert [[hit.row for hit in own] for own in retriever(moved, "b").retrieve(ASKED, 3)] == [
+        [hit.row for hit in own] for own in found
+    ]
+
+
+def test_a_query_tower_that_changes_in_place_makes_its_results_anew(recipe: Path, tmp_path: Path) -> None:
+    tower = tiny.sentence_encoder(tmp_path / "tower", seed=5)
+    changes = [
+        f"knowledge.path={tmp_path / 'kb'}", f"runs={tmp_path / 'runs'}", f"synthesis.path={tmp_path / 'out'}",
+        f"knowledge.indexes.b.encoder.query_model={tower}", "objective={kind: answer}",
+        f"data={{kind: questions, path: {recipe.parent / 'dev.jsonl'}}}",
+    ]  # fmt: skip
+    loaded = load_recipe(recipe, changes)
+    assert loaded.evaluate is not None
+    build_knowledge(loaded.knowledge)
+    dataset = synthesize(loaded)
+
+    def folders() -> list[Path]:
+        return [evaluation_folder(loaded, loaded.evaluate, "untuned", Parts()), *(one.folder for one, _ in stages_of(loaded))]
+
+    before = folders()
+    assert folders() == before
+    assert synthesize(loaded).folder == dataset.folder, "it is left alone"
+    tiny.sentence_encoder(tmp_path / "tower", seed=6)
+    assert len({*before, *folders()}) == 4
+    with pytest.raises(CheckpointError, match="dataset"):
+        synthesize(loaded)
+
+
+@pytest.mark.parametrize(("dealt", "unseen", "more", "words"), [
+    ("fused", "b", [], "names 'b', which synthesis, as a part of 'fused', searches"),
+    ("b", "b2", [], "names 'b2', which finds as 'b' does, and synthesis searches that"),
+    ("a", "a2", [], "names 'a2', which finds as 'a' does, and synthesis searches that"),
+    ("a: 1, b", "fused", [], "names 'fused', which finds as 'a' and 'b' do, and synthesis searches these"),
+    ("c", "a", ["objective={kind: marginal, over: sequence}"], "names 'a', which stage marginal searches"),
+    ("c", "a", ["retriever.index=bm25", "objective={kind: lsr}"], "names 'a', which stage lsr searches"),
+    ("c", "a", ["objective={kind: answer}"], "names 'a', which stage answer searches"),
+])  # fmt: skip
+def test_unseen_is_what_nothing_of_the_recipe_searched(
+    recipe: Path, encoders: list[Path], dealt: str, unseen: str, more: list[str], words: str
+) -> None:
+    overrides = [
+        "knowledge.indexes.a2={kind: dense, nprobe: 4}", "knowledge.indexes.fused={kind: hybrid, of: [a, b]}",
+        f"knowledge.indexes.b2={{kind: dense, encoder: {{model: {encoders[1]}, batch_size: 2}}}}",
+        f"synthesis.retrievers={{{dealt}: 1}}", f"evaluate.robustness.unseen=[{unseen}]",
+        *(["data={kind: questions, path: dev.jsonl}", *more] if more else []),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=f"evaluate.robustness.unseen {words}"):
+        load_recipe(recipe, overrides)
+    strange = "b" if dealt == "c" else "c"
+    assert load_recipe(recipe, [*overrides, f"evaluate.robustness.unseen=[{strange}]"])

@@ -75,7 +75,7 @@ def raglan(*words: str, codes: tuple[int, ...] = (0,)) -> str:
     return done.stdout
 
 
-def test_from_documents_to_a_report(changes: list[str]) -> None:  # T45
+def test_from_documents_to_a_report(changes: list[str]) -> None:
     pytest.importorskip("plotly")
     recipe, place = str(RECIPE), load_recipe(RECIPE, changes).runs.parent
     raglan("build", recipe, *changes)

@@ -227,7 +227,7 @@ def test_every_cell_ends_once(whole: Whole) -> None:
         assert all(len(call["key"]) == 64 and call["nano_usd"] > 0 for call in end.seen["calls"].values())
 
 
-def test_results_do_not_depend_on_concurrency_or_resuming(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T4
+def test_results_do_not_depend_on_concurrency_or_resuming(desk: Desk, plan: Plan, asked: Recipe) -> None:
     desk.server.faults = _by_content
     told = [rows(desk.write(plan, asked, concurrency=64)[0])]
     sent = len(desk.server.log)
@@ -252,7 +252,7 @@ def _text(request: Request) -> str:
     return "no, I will not" if _by_content(0, request) == Fault(text="no, I will not") else ""
 
 
-def test_who_answers_sees_what_the_student_sees_and_no_more(whole: Whole) -> None:  # T12
+def test_who_answers_sees_what_the_student_sees_and_no_more(whole: Whole) -> None:
     desk, came = whole
     sheets = {end.sheet.prompt: end.sheet for end in came if isinstance(end, Made)}
     answers = [request for request in desk.asked if request.body["messages"][1]["content"] in sheets]
@@ -277,7 +277,7 @@ def test_who_writes_passages_does_not_see_the_query(whole: Whole) -> None:
         assert "When was" not in request.content
 
 
-def test_every_call_is_its_steps_wording_with_its_places_filled_in(whole: Whole) -> None:  # T34
+def test_every_call_is_its_steps_wording_with_its_places_filled_in(whole: Whole) -> None:
     """A prompt that carries anything of earlier calls fits no wording; nor does one whose fixed parts were changed."""
     desk, _ = whole
     prompts = load_prompts()["en"]
@@ -310,7 +310,7 @@ def _fits(contents: list[str], wording: tuple[str, str], notes: Mapping[str, str
     return True
 
 
-def test_call_1_and_call_1000_of_a_step_are_alike_but_for_the_job(desk: Desk, asked: Recipe) -> None:  # T34
+def test_call_1_and_call_1000_of_a_step_are_alike_but_for_the_job(desk: Desk, asked: Recipe) -> None:
     """A thousand attempts at one cell: their drafts differ in the job and nothing else, the brainstorms in nothing at all."""
     weights = {"answer_format": "fit", "query_format": "fit", "absent_policy": {"abstain": 1}}
     plan = make_plan(recipe(1, weights=weights, passages={"gold_absent": 1}))  # no evidence, so no call for passages
@@ -498,7 +498,7 @@ TORN = {"query": "Who \ud83d?", "subject": "", "facts": ["a"], "answers": ["A"],
 )
 def test_a_reply_that_is_none_is_a_reject_with_its_text(
     desk: Desk, plan: Plan, asked: Recipe, fault: Fault, reason: str
-) -> None:  # T26, T27
+) -> None:
     desk.server.faults = lambda number, request: fault if "DraftReply" in json.dumps(request.body) else None
     came, why = desk.write(plan, asked, jobs=[Job(plan.cells[0])])
     assert why is None
@@ -531,7 +531,7 @@ def test_what_a_draft_lacks_is_a_reject(desk: Desk, plan: Plan, asked: Recipe) -
     assert [(end.step, end.reason) for end in came if isinstance(end, Reject)] == [("draft", "no_options")]
 
 
-def test_a_cap_stops_and_a_larger_one_goes_on(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T35
+def test_a_cap_stops_and_a_larger_one_goes_on(desk: Desk, plan: Plan, asked: Recipe) -> None:
     came, why = desk.write(plan, asked, money=MoneySettings(price=PRICE, cap_usd="0.25"))
     assert why is not None
     assert why.reason == "cap"
@@ -543,7 +543,7 @@ def test_a_cap_stops_and_a_larger_one_goes_on(desk: Desk, plan: Plan, asked: Rec
     assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
 
 
-def test_a_key_that_is_refused_stops_at_once(desk: Desk, plan: Plan, asked: Recipe) -> None:  # T21
+def test_a_key_that_is_refused_stops_at_once(desk: Desk, plan: Plan, asked: Recipe) -> None:
     desk.server.faults = lambda number, request: Fault(401, code="invalid_api_key") if number >= 10 else None
     came, why = desk.write(plan, asked)
     assert why is not None
@@ -603,7 +603,7 @@ HOSTED = re.compile(rb'"key": "[0-9a-f]{64}"')  # a call's name has the server's
 FILES = ("examples.jsonl", "surplus.jsonl", "rejects.jsonl", "attempts.jsonl", "coverage.json", "train.jsonl", "dev.jsonl")
 
 
-def test_a_storm_and_kills_leave_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # T4, T22-T29, T35
+def test_a_storm_and_kills_leave_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALLS_KEY", KEY)
     with FaultServer(delay=0.003) as server:
         server.reply, server.faults = author, Storm(fatal=(40,))
@@ -624,7 +624,7 @@ def test_a_storm_and_kills_leave_the_same_dataset(tmp_path: Path, monkeypatch: p
     assert calm["in doubt"] == calm["lost"] == 0
     assert calm["bill"] == calm["ledger"]
     assert stormy["calls done"] == calm["calls done"]
-    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())  # T36
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def _synthesized(url: str, folder: Path, *, cells: int, kills: int) -> dict[str, int]:
@@ -720,7 +720,7 @@ def test_from_estimate_to_dataset_on_the_command_line(
     said = [out, err, caplog.text, *call("calls", str(desk.folder))[1:]]
     files = [path.read_text(errors="replace") for path in paid.parent.rglob("*") if path.is_file()]
     assert "422: not now, Bearer …" in (paid.parent / "data/rejects.jsonl").read_text(), "it was said, and it was cut out"
-    assert KEY not in "".join([*said, *files])  # T36
+    assert KEY not in "".join([*said, *files])
 
 
 def _report(recipe: Path, call: Any) -> str:

@@ -252,7 +252,7 @@ SHIPPED = load_factors()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_thousand_plans_have_exactly_their_margins(seed: int) -> None:  # T1, 250 each
+def test_a_thousand_plans_have_exactly_their_margins(seed: int) -> None:  # 250 each
     """Weights, numbers and rules at random, through quotas, tables and cells; those that cannot be met are refused."""
     chance, made, refused = np.random.default_rng(seed), 0, []
     while made < 250:

@@ -419,7 +419,7 @@ def _add_reading(
 
 def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
     """Names everything that a system's answers to these questions depend on."""
-    base = KnowledgeBase.open(recipe.knowledge.path).version
+    base = KnowledgeBase.of(recipe.knowledge).version
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
     questions = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
@@ -429,6 +429,7 @@ def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts)
         recipe.retriever.query_encoder,
         recipe.retriever.rewrite.model,
         recipe.knowledge.encoder.query_model,
+        *recipe.knowledge.own_query_models,
     )
     stamps = [folder_stamp(folder) for folder in folders]
     asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset"})  # measured apart

@@ -234,7 +234,7 @@ def _plan(recipe: Recipe) -> _Plan:
     if folders.generator is None:
         writes = str(stage_parts(recipe, [_learner(recipe, settings, "generator")]).generator)
     tuned = replace(base, **{name: value for name in ASKING if (value := getattr(asks, name)) is not None})
-    base_knowledge = KnowledgeBase.open(recipe.knowledge.path)
+    base_knowledge = KnowledgeBase.of(recipe.knowledge)
     return _Plan(
         recipe, settings, base_knowledge.version, {BASE: base, R_FT: tuned},
         {BASE: base, LM_FT: replace(base, generator=writes)}, _tasks(recipe, settings, base_knowledge.corpus),

@@ -41,7 +41,6 @@ from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
 from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
-from raglan.recipe import DenseIndex as DenseSettings
 from raglan.recipe import EncoderSettings, KnowledgeSettings
 from raglan.recipe import HybridIndex as HybridSettings
 from raglan.records import Passage
@@ -62,6 +61,8 @@ __all__ = ["KnowledgeBase", "build_knowledge", "encoder_text", "passage_text", "
 log = logging.getLogger(__name__)
 KIND = "knowledge base"
 VECTORS = "vectors"  # the folder of those by the knowledge base's encoder
+MADE = ("model", "passage_prompt", "max_tokens")  # of an encoder's settings: what passage vectors depend on
+ASKS = ("query_model", "query_prompt")  # and what only queries do
 PROBE = 16  # passages encoded to see whose vectors ready-made ones are
 
 
@@ -93,6 +94,19 @@ class KnowledgeBase:
         if name is None:
             raise CheckpointError(f"{path} holds no knowledge base", hint="make it: raglan build recipe.yaml")
         return cls(path / "versions" / name, read_manifest(path / "versions" / name, KIND))
+
+    @classmethod
+    def of(cls, settings: KnowledgeSettings, *, path: Path | None = None) -> KnowledgeBase:
+        """The current version of a recipe's knowledge base, or of the one in `path`, if its indexes' encoders are the recipe's.
+
+        Raises:
+            CheckpointError: nothing has been built there, or the recipe's encoder of an index cannot be loaded.
+            IndexMismatch: an index was built with another encoder of its own, or with none.
+        """
+        base = cls.open(settings.path if path is None else path)
+        for name in (name for name in settings.indexes if name in base.settings.indexes):
+            base._check_own(name, settings.own_encoders.get(name))
+        return base
 
     @staticmethod
     def publish(path: Path, version: str) -> None:
@@ -138,6 +152,22 @@ class KnowledgeBase:
         """Refuse an encoder whose passage tower did not make these vectors."""
         self._check(self.manifest["encoder"], encoder)
 
+    def _check_own(self, name: str, asked: EncoderSettings | None) -> None:
+        """Refuse an index's own encoder in a recipe that is not the one it was built with: the index searches by its own."""
+        built = self.settings.own_encoders.get(name)
+        if built is None and asked is None:
+            return
+        if built is None or asked is None or any(getattr(built, field) != getattr(asked, field) for field in ASKS):
+            raise IndexMismatch(
+                f"index {name!r} of {self.folder.parent.parent} was built with {_spelt(built)}, and the recipe names "
+                f"{_spelt(asked)}",
+                hint="build it again with the recipe's: raglan build recipe.yaml, or name the other one in the recipe",
+            )
+        if any(getattr(built, field) != getattr(asked, field) for field in MADE):
+            encoder = Encoder.open(asked)
+            self._check(self.manifest["encoders"][name], encoder, index=name)
+            self._encoders[built] = encoder  # the same one at another place, and the old place may be empty
+
     def _check(self, built: Mapping[str, Any], encoder: Encoder, *, index: str = "") -> None:
         same = ("passage_fingerprint", "similarity", "dimension")
         if all(built[key] == encoder.identity[key] for key in same):
@@ -182,7 +212,7 @@ class _Build:
     folder: Path
     source: dict[str, Any]  # what the manifest says of the documents
     digest: str = ""  # of the documents when the version was named
-    beside: Path | None = None  # a finished version of another folder, whose vectors are taken over as well
+    kept: KnowledgeBase | None = None  # a version of these passages; of it what has an encoder of its own stays as it is
 
     def run(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -193,6 +223,8 @@ class _Build:
         encoded, seconds = self._encode(passages, self.encoder, ready)
         long = self._overlong(passages, self.encoder)
         others = {name: self._other(passages, encoder) for name, encoder in self.others.items()}
+        if self.kept is not None:
+            others = {name: self._keep(self.kept, name) for name in self.settings.own_encoders}
         figures = {name: self._index(name, passages) for name in self.settings.indexes}
         write_manifest(self.folder, KIND, {
             "settings": self.settings.model_dump(mode="json"), "encoder": self.encoder.identity,
@@ -244,6 +276,16 @@ class _Build:
         long = self._overlong(passages, encoder)
         return {**encoder.identity, "vectors": self._vectors(encoder).name, "encoded": encoded, "overlong": long}
 
+    def _keep(self, base: KnowledgeBase, name: str) -> dict[str, Any]:
+        """Vectors and index of an own encoder, linked, and what the manifest says of them."""
+        built = base.manifest["encoders"][name]
+        vectors = self.folder / _vectors_name(_identity(built), self.encoder.identity)
+        if not vectors.is_dir():
+            check_vectors(base.folder, base.folder / built["vectors"])
+            shutil.copytree(base.folder / built["vectors"], vectors, copy_function=same_file)
+        shutil.copytree(base.folder / "indexes" / name, self.folder / "indexes" / name, copy_function=same_file)
+        return {**built, "vectors": vectors.name, "encoded": 0}
+
     def _vectors(self, encoder: Encoder) -> Path:
         """Encoders of one identity share their vectors."""
         return self.folder / _vectors_name(encoder.identity, self.encoder.identity)
@@ -260,7 +302,7 @@ class _Build:
         """Finished versions that hold vectors of this encoder, and these, the newest first. Damaged ones are passed over."""
         own = [self.settings.path / "versions" / name for name in reversed(KnowledgeBase.versions(self.settings.path))]
         found = []
-        for folder in [*own, *([self.beside] if self.beside is not None else [])]:
+        for folder in own:
             try:
                 vectors = folder / _vectors_name(identity, read_manifest(folder, KIND).get("encoder"))
                 if vectors.is_dir() or vectors.name == VECTORS:
@@ -281,6 +323,8 @@ class _Build:
         folder = self.folder / "indexes" / name
         if isinstance(settings, HybridSettings):
             return {}
+        if self.kept is not None and name in self.settings.own_encoders:
+            return dict(self.kept.manifest["index_figures"][name])
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(settings, BM25Settings):
             return build_bm25(map(passage_text, passages), settings, folder, total=len(passages))
@@ -333,13 +377,13 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
 def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBase:
     """The passages of `base` with the vectors of another passage tower, as a version of the knowledge base in `path`.
 
-    Indexes with encoders of their own stay as they are.
+    Indexes with encoders of their own stay as they are, and those encoders are not opened.
 
     It becomes that knowledge base's current version. What others have opened stays as it is; a version that was made
     before is not made again.
     """
     indexes = base.manifest["settings"]["indexes"]
-    others = _own_encoders(base.settings)
+    others = {name: _identity(base.manifest["encoders"][name]) for name in base.settings.own_encoders}
     version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings), *_own(others)])
     final = path / "versions" / version
     if not (final / "manifest.json").is_file():
@@ -348,7 +392,7 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
         shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=same_file)
         settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
         source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
-        _Build(settings, encoder, others, None, working, source, beside=base.folder if others else None).run()
+        _Build(settings, encoder, {}, None, working, source, kept=base).run()
         publish(working, final)
     point(path / "current", version)
     return KnowledgeBase.open(path)
@@ -363,20 +407,32 @@ def _version(
     given = settings.vectors
     ready = [] if given is None else [[given.first, *map(_stamp, [given.path, *([given.ids] if given.ids else [])])]]
     texts = ([document.id, document.title, document.text] for document in documents)
-    before = [made_of, encoder.identity, *_terms(settings), *_own(others)]
+    before = [made_of, encoder.identity, *_terms(settings), *_own({name: other.identity for name, other in others.items()})]
     return streamed_fingerprint(before, texts, lambda: [documents.skipped, *ready])
+
+
+def _spelt(encoder: EncoderSettings | None) -> str:
+    if encoder is None:
+        return "no encoder of its own"
+    told = {field: getattr(encoder, field) for field in ("model", *ASKS)}
+    return ", ".join(f"{field} {value!r}" for field, value in told.items() if value is not None)
 
 
 def _own_encoders(settings: KnowledgeSettings) -> dict[str, Encoder]:
     """Of the indexes that have one of their own: index → encoder, each opened once."""
-    wanted = {name: i.encoder for name, i in settings.indexes.items() if isinstance(i, DenseSettings) and i.encoder is not None}
+    wanted = settings.own_encoders
     opened = {asked: Encoder.open(asked) for asked in dict.fromkeys(wanted.values())}
     return {name: opened[asked] for name, asked in wanted.items()}
 
 
-def _own(others: Mapping[str, Encoder]) -> list[dict[str, Any]]:
-    """What names a version further: nothing where no index has an encoder of its own."""
-    return [{name: encoder.identity for name, encoder in others.items()}] if others else []
+def _own(others: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What names a version further, by identities: nothing where no index has an encoder of its own."""
+    return [dict(others)] if others else []
+
+
+def _identity(built: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what the manifest says of an own encoder, the encoder's identity."""
+    return {key: value for key, value in built.items() if key not in ("vectors", "encoded", "overlong")}
 
 
 def _terms(settings: KnowledgeSettings) -> list[str]:

@@ -66,7 +66,7 @@ class RAG:
         A tuned passage encoder comes with `knowledge`, the same passages encoded by it.
         """
         asks = recipe.retriever
-        base = KnowledgeBase.open(knowledge or recipe.knowledge.path)
+        base = KnowledgeBase.of(recipe.knowledge, path=knowledge)
         named = recipe.knowledge.encoder
         if passage_encoder is not None:
             named = named.model_copy(update={"model": str(passage_encoder)})

@@ -187,14 +187,14 @@ def stages_of(recipe: Recipe, version: str | None = None) -> list[tuple[Stage, P
 
     `version` of the knowledge base is the current one unless it is named.
     """
-    ground: list[Any] = [version or KnowledgeBase.open(recipe.knowledge.path).version, recipe.seed]
+    ground: list[Any] = [version or KnowledgeBase.of(recipe.knowledge).version, recipe.seed]
     shared = [
         recipe.prompt.model_dump(mode="json"),
         recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,
-            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe),
+            recipe.knowledge.encoder.query_model, *_adapter_folder(recipe), *recipe.knowledge.own_query_models,
         )],
     ]  # fmt: skip
     own: dict[str, list[Any]] = {}

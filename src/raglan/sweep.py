@@ -113,7 +113,7 @@ def rescore(recipe: Recipe, *, fill: bool = False) -> Rescored:
         cache.trees = plant(cache, generator, asked, decode, retrieve=_found_before(cache, system.retriever.base))
         cache.save(candidates_folder(recipe, name))
     else:
-        base = KnowledgeBase.open(parts.knowledge or recipe.knowledge.path)
+        base = KnowledgeBase.of(recipe.knowledge, path=parts.knowledge)
         examples = _examples(recipe, base, questions)
         absent, asked = Absent(cache, recipe.prompt.self_rag), _asked_before(cache, base, examples, recipe.retriever.k)
         answers = replay(absent, asked, decode, cache=cache, retrieve=_found_before(cache, base))
@@ -131,7 +131,7 @@ def swept(recipe: Recipe, *, fill: bool = False, confirm: bool = False) -> Sweep
     decode, questions, how = _decode(recipe), _questions(recipe), recipe.sweep or SweepSettings()
     name, parts = finished_parts(recipe)[-1]
     cache = _open(recipe, name, parts, decode, questions)
-    base = KnowledgeBase.open(parts.knowledge or recipe.knowledge.path)
+    base = KnowledgeBase.of(recipe.knowledge, path=parts.knowledge)
     examples = _examples(recipe, base, questions)
     known: Callable[..., float] = regex_match if _patterns(recipe) else OF_A_QUESTION[how.metric]
 
@@ -317,6 +317,7 @@ def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Pa
     """What candidates depend on. Thresholds, weights, aggregation and a smaller K are not in it."""
     retriever = recipe.retriever.model_dump(mode="json", exclude={"k"})
     encoder = [recipe.knowledge.encoder.model_dump(mode="json"), str(parts.query_encoder), str(parts.passage_encoder)]
+    encoder += [folder_stamp(model) for model in recipe.knowledge.own_query_models]
     text = {"instruction", "force_isrel"}
     source = file_fingerprint(questions) if questions.is_file() else str(questions)
     return {
@@ -325,7 +326,7 @@ def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Pa
             folder_stamp(recipe.generator.model), folder_stamp(parts.generator),
         ]),
         "prompt": fingerprint([recipe.prompt.model_dump(mode="json"), decode.model_dump(mode="json", include=text)]),
-        "knowledge base": KnowledgeBase.open(parts.knowledge or recipe.knowledge.path).version,
+        "knowledge base": KnowledgeBase.of(recipe.knowledge, path=parts.knowledge).version,
         "retriever": fingerprint([retriever, encoder]),
         "questions": fingerprint([source, _limit(recipe), recipe.seed]),
         "form": decode.form, "limit": decode.limit, "format": FORMAT,

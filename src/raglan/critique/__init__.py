@@ -132,7 +132,7 @@ class Critique:
 
     @cached_property
     def base(self) -> KnowledgeBase:
-        return KnowledgeBase.open(self.recipe.knowledge.path)
+        return KnowledgeBase.of(self.recipe.knowledge)
 
     @cached_property
     def encoder(self) -> Encoder:

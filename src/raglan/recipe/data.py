@@ -22,6 +22,7 @@ __all__ = [
     "SelfRagData",
     "ShownData",
     "Unanswerable",
+    "searches",
 ]
 
 
@@ -343,3 +344,11 @@ Data = Annotated[
     QuestionData | LessonData | InstructionMix | LsrMixData | FeedbackData | SelfRagData | ShownData,
     Field(discriminator="kind"),
 ]
+
+
+def searches(data: Any) -> bool:
+    """Whether rows are made of what the retriever finds; not for questions without relevant passages alone."""
+    if isinstance(data, InstructionMix):
+        return any(source.context == "retrieved" for source in data.sources.values())
+    asked = isinstance(data, QuestionData) and (data.answers_found_in is not None or data.answers_are == "regex")
+    return asked or (isinstance(data, QuestionData | FeedbackData) and data.source in ("mixed", "retrieved"))

@@ -154,3 +154,14 @@ class KnowledgeSettings(Settings):
                         plain = [n for n, i in self.indexes.items() if not isinstance(i, HybridIndex)]
                         raise ValueError(f"index {name!r} fuses {part!r}, which is none of {', '.join(plain)}")
         return self
+
+    @property
+    def own_encoders(self) -> dict[str, EncoderSettings]:
+        """Of the dense indexes that have one of their own."""
+        dense = {name: index for name, index in self.indexes.items() if isinstance(index, DenseIndex)}
+        return {name: index.encoder for name, index in dense.items() if index.encoder is not None}
+
+    @property
+    def own_query_models(self) -> tuple[str, ...]:
+        """Query towers of own encoders that are other models."""
+        return tuple(own.query_model for own in self.own_encoders.values() if own.query_model is not None)

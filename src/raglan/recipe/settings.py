@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +11,10 @@ from pydantic import Field, model_validator
 from raglan.recipe.base import Arguments, Settings
 from raglan.recipe.clean import DecontaminateSettings
 from raglan.recipe.critique import CritiqueSettings
-from raglan.recipe.data import AnswersAre, Data
+from raglan.recipe.data import AnswersAre, Data, searches
 from raglan.recipe.decode import ConcatDecode, DecodeSettings
 from raglan.recipe.grid import GridSettings
-from raglan.recipe.knowledge import KnowledgeSettings
+from raglan.recipe.knowledge import BM25Index, DenseIndex, HybridIndex, KnowledgeSettings
 from raglan.recipe.objective import ObjectiveSettings
 from raglan.recipe.parts import GeneratorSettings, PromptSettings, RetrieverSettings
 from raglan.recipe.robustness import JudgeSettings, RobustnessSettings
@@ -159,11 +160,54 @@ class Recipe(Settings):
                 raise ValueError(f"synthesis.retrievers names {name!r}; knowledge.indexes has {known}, and there is pooled")
         if not self.dealt:
             raise ValueError("synthesis.retrievers leaves no index for pooled: give one a weight, or do not name it")
-        robustness = self.evaluate.robustness if self.evaluate is not None else None
-        for name in robustness.unseen if robustness is not None else ():
-            if name in self.dealt:
-                raise ValueError(f"evaluate.robustness.unseen names {name!r}, which synthesis searches: give it weight 0 there")
         return self
+
+    @model_validator(mode="after")
+    def _unseen_is_searched_by_nobody(self) -> Recipe:
+        robustness = self.evaluate.robustness if self.evaluate is not None else None
+        unseen = [] if robustness is None else [name for name in robustness.unseen if name in self.knowledge.indexes]
+        searched = self._searched() if unseen else {}
+        alike = {self._finds_by(name): name for name in reversed(searched)}
+        for name in unseen:
+            told = f"evaluate.robustness.unseen names {name!r}, which"
+            if (who := searched.get(name)) is not None:
+                raise ValueError(f"{told} {who} searches" + (": give it weight 0 there" if who == "synthesis" else ""))
+            others = [alike.get(self._finds_by(part)) for part in self._parts(name) or (name,)]
+            if all(other is not None for other in others):
+                verb, them = ("do", "these") if len(others) > 1 else ("does", "that")
+                who = searched[str(others[0])]
+                raise ValueError(f"{told} finds as {' and '.join(map(repr, others))} {verb}, and {who} searches {them}")
+        return self
+
+    def _searched(self) -> dict[str, str]:
+        """Indexes that are searched before anything is measured, and by whom; with a fused one its parts are."""
+        found = dict.fromkeys(self.dealt if self.synthesis is not None else (), "synthesis")
+        for name, stage in self.trainings().items():
+            found = {**dict.fromkeys(self._searched_by(stage), f"stage {name}"), **found}
+        for name, who in list(found.items()):
+            for part in self._parts(name):
+                found.setdefault(part, f"{who}, as a part of {name!r},")
+        return found
+
+    def _searched_by(self, stage: StageSettings) -> list[str]:
+        """The indexes that a stage's rows are made with; `lsr` also searches the vectors of the knowledge base's encoder."""
+        if stage.objective.kind == "lsr":
+            own = self.knowledge.own_encoders
+            learns = [n for n, index in self.knowledge.indexes.items() if index.kind == "dense" and n not in own]
+            return [stage.objective.candidates or self.index, *learns]
+        return [self.index] if stage.objective.kind == "marginal" or searches(stage.data) else []
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        index = self.knowledge.indexes.get(name)
+        return index.of if isinstance(index, HybridIndex) else ()
+
+    def _finds_by(self, name: str) -> Hashable:
+        """What tells an index's hits from another's, as far as a recipe knows: its kind and models, however they are set."""
+        index = self.knowledge.indexes.get(name)
+        if isinstance(index, DenseIndex):
+            encoder = index.encoder or self.knowledge.encoder
+            return index.kind, encoder.model, encoder.query_model
+        return index.kind if isinstance(index, BM25Index) else name
 
     def _stages_are_named(self) -> None:
         """Names of stages in `starts_from` and `grid` are those of stages, in `starts_from` of earlier ones."""

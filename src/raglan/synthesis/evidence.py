@@ -145,7 +145,7 @@ class Assembler:
         asked = recipe.synthesis
         if asked is None:
             raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
-        base = KnowledgeBase.open(recipe.knowledge.path)
+        base = KnowledgeBase.of(recipe.knowledge)
         encoder = Encoder.open(recipe.knowledge.encoder, query_encoder=recipe.retriever.query_encoder)
         every = list(recipe.dealt)
         first = Retriever(base, encoder, index=every[0])

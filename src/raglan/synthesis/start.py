@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from raglan.artifact import file_fingerprint
+from raglan.artifact import file_fingerprint, fingerprint
 from raglan.calls.estimate import SAMPLE, Estimate
 from raglan.calls.journal import Journal
 from raglan.dedupe import Embed
@@ -27,6 +27,7 @@ from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe, SynthesisSettings
 from raglan.records import Passage
+from raglan.stages import folder_stamp
 from raglan.synthesis.checks import open_checks, open_journal, prices
 from raglan.synthesis.desk import Desk
 from raglan.synthesis.endpoint import EndpointTeacher, check_consent, cost, open_endpoint
@@ -77,7 +78,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
         )
     asked = _asked(recipe)
     check_consent(asked, prices(asked), yes=yes)
-    base = KnowledgeBase.open(recipe.knowledge.path)
+    base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = open_journal(asked, stack) if prices(asked) else None
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
@@ -88,7 +89,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
             piece=checks.piece, corpus=base.corpus, embed=_embed(asked.dedupe), embed_questions=_embed(near),
             corpus_at=_corpus_at, ignores=opened.ignores, ignores_in_corpus=opened.ignores_in_corpus,
             cost=None if journal is None else lambda: cost(journal),
-            inputs={"knowledge": base.version, **opened.inputs, **checks.inputs}, sources=opened.sources,
+            inputs={"knowledge": base.version, **_asking(recipe), **opened.inputs, **checks.inputs}, sources=opened.sources,
         )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     asked = _asked(recipe)
     if not prices(asked):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
-    base = KnowledgeBase.open(recipe.knowledge.path)
+    base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = open_journal(asked, stack)
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
@@ -115,6 +116,12 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
             (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
             seed=recipe.seed,
         )  # fmt: skip
+
+
+def _asking(recipe: Recipe) -> dict[str, str]:
+    """Names the query towers of indexes' own encoders, which the knowledge base's version knows by their folders alone."""
+    stamps = [folder_stamp(model) for model in recipe.knowledge.own_query_models]
+    return {"asking": fingerprint(stamps)} if stamps else {}
 
 
 def _task(job: Job) -> str:
