@@ -309,7 +309,7 @@ def test_in_domain_is_what_the_manifests_say(recipe: Path, tmp_path: Path) -> No
     assert domain(load_recipe(recipe, ["evaluate.dataset=train"])) == "out of domain"  # nothing was trained yet
     stages = "{read: {data: {kind: questions, path: train.jsonl, passages: 2}, objective: {kind: answer}}}"
     (recipe.parent / "trained.yaml").write_text(recipe.read_text() + f"stages: {stages}\n")
-    changes = ["name=trained", "train.max_steps=1", "evaluate.dataset=Train"]
+    changes = ["name=trained", "train.max_steps=1", "evaluate.dataset=Train", "evaluate.robustness.unseen=[]"]
     trained = load_recipe(recipe.parent / "trained.yaml", changes)
     assert domain(trained) == "out of domain"
     train(trained)

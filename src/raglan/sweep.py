@@ -316,8 +316,9 @@ def _made_of(recipe: Recipe) -> str:
 def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Path) -> dict[str, Any]:
     """What candidates depend on. Thresholds, weights, aggregation and a smaller K are not in it."""
     retriever = recipe.retriever.model_dump(mode="json", exclude={"k"})
-    encoder = [recipe.knowledge.encoder.model_dump(mode="json"), str(parts.query_encoder), str(parts.passage_encoder)]
-    encoder += [folder_stamp(model) for model in recipe.knowledge.own_query_models]
+    towers = [str(parts.query_encoder), str(parts.passage_encoder)]
+    own = [folder_stamp(model) for model in recipe.knowledge.own_query_models]
+    encoder = [recipe.knowledge.encoder.model_dump(mode="json"), *towers, *own]
     text = {"instruction", "force_isrel"}
     source = file_fingerprint(questions) if questions.is_file() else str(questions)
     return {
