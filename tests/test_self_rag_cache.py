@@ -172,7 +172,7 @@ USE = (0.1, 0.1, 0.1, 0.1, 0.6)
 BELOW = {"T0": ((0.6, 0.4), (0.3, 0.3, 0.4)), "T1": ((0.7, 0.3), (0.4, 0.3, 0.3)), "T2": ((0.5, 0.5), (0.1, 0.1, 0.8))}
 
 
-def _tree() -> ScriptedGenerator:
+def grown_tree() -> ScriptedGenerator:
     """T0 ends at level 1, T1 and T2 go on to each of the three."""
     on = (0.05, 0.9, 0.05)
     script: dict[Any, Any] = {
@@ -206,22 +206,22 @@ def _long(**changes: Any) -> SelfRagDecode:
 )  # fmt: skip
 def test_a_rescored_tree_is_the_live_one_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     cache = CandidateCache(IDENTITY)
-    record(_tree(), TREE, _long(), cache=cache)
+    record(grown_tree(), TREE, _long(), cache=cache)
     cache.save(tmp_path / "tree")
-    decode, live, kept = _long(**changes), _tree(), _tree()
+    decode, live, kept = _long(**changes), grown_tree(), grown_tree()
     found = replay(kept, TREE, decode, cache=CandidateCache.open(tmp_path / "tree", IDENTITY))
     assert [_same(answer) for answer in found if answer] == [_same(answer) for answer in self_rag(live, TREE, decode)]
     assert (kept.cost.calls, live.cost.calls > 0) == (0, True)
 
 
 def test_an_incomplete_tree_says_so_and_grows_on_demand() -> None:
-    cache, kept = CandidateCache(), _tree()
-    record(_tree(), TREE, _long(beam=1), cache=cache)
+    cache, kept = CandidateCache(), grown_tree()
+    record(grown_tree(), TREE, _long(beam=1), cache=cache)
     wider = _long(combine="sum", weights={"seq": 0.0, "rel": 0.0, "sup": 1.0, "use": 0.0})
     assert replay(kept, TREE, wider, cache=cache) == [None]
     assert kept.cost.calls == 0
     filled = replay(kept, TREE, wider, cache=cache, fill=True)
-    assert [_same(answer) for answer in filled if answer] == [_same(answer) for answer in self_rag(_tree(), TREE, wider)]
+    assert [_same(answer) for answer in filled if answer] == [_same(answer) for answer in self_rag(grown_tree(), TREE, wider)]
     assert kept.cost.calls > 0
 
 

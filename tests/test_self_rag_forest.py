@@ -21,6 +21,7 @@ from raglan.recipe import SelfRagDecode, SweepSettings
 from raglan.records import Answer, Hit, Passage
 from raglan.sweep_settings import Setting, settings_of
 from raglan.sweep_trials import Trials, sweep
+from test_self_rag_cache import TREE, grown_tree
 from tiny import ScriptedGenerator, decides, said
 
 QUESTIONS = ["question one?", "question two?", "question three?"]
@@ -173,28 +174,6 @@ def test_the_search_over_arrays_is_the_replay(seed: int) -> None:
 # the worked example
 
 
-USE = (0.1, 0.1, 0.1, 0.1, 0.6)
-BELOW = {"T0": ((0.6, 0.4), (0.3, 0.3, 0.4)), "T1": ((0.7, 0.3), (0.4, 0.3, 0.3)), "T2": ((0.5, 0.5), (0.1, 0.1, 0.8))}
-
-
-def _tree() -> ScriptedGenerator:
-    """T0 ends at level 1, T1 and T2 go on to each of the three."""
-    on = (0.05, 0.9, 0.05)
-    script: dict[Any, Any] = {
-        (): decides(0.05, 0.9),
-        ("T0",): said("zero", rel=(0.95, 0.05), sup=(0.9, 0.05, 0.05), use=USE),
-        ("T1",): said("one", rel=(0.9, 0.1), sup=(0.6, 0.3, 0.1), then=on),
-        ("T2",): said("two", rel=(0.8, 0.2), sup=(0.2, 0.6, 0.2), then=on),
-    }
-    for parent in ("T1", "T2"):
-        for title, (relevance, support) in BELOW.items():
-            script[parent, title] = said(f"{parent}{title}", rel=relevance, sup=support, use=USE)
-    return ScriptedGenerator(script)
-
-
-TREE = Asked(["who?"], [HITS[:3]], k=3)
-
-
 def _long(**changes: Any) -> SelfRagDecode:
     return _decode(**{"passages": "static", "max_segments": 2, "weights": {"seq": 0.0}, "beam": 2, **changes})
 
@@ -202,7 +181,7 @@ def _long(**changes: Any) -> SelfRagDecode:
 @pytest.fixture(scope="module")
 def example() -> CandidateCache:
     cache = CandidateCache()
-    record(_tree(), TREE, _long(), cache=cache)
+    record(grown_tree(), TREE, _long(), cache=cache)
     return cache
 
 
@@ -231,7 +210,8 @@ def _searched(cache: CandidateCache, generator: ScriptedGenerator, settings: lis
 def test_the_bound_stops_where_live_decoding_does(example: CandidateCache) -> None:
     combines = ("mean", "sum", "product", "by_component")
     found = {
-        how: _searched(example, _tree(), [_long(combine=name, stop=how) for name in combines]) for how in ("bound", "never")
+        how: _searched(example, grown_tree(), [_long(combine=name, stop=how) for name in combines])
+        for how in ("bound", "never")
     }
     assert (found["bound"].text == found["never"].text).all()
     sooner = found["bound"].generated < found["never"].generated
@@ -320,7 +300,7 @@ def test_more_than_arrays_is_said(changes: dict[str, Any]) -> None:
 def _replays(cache: CandidateCache, asked: list[str]) -> Any:
     def replayed(own: SelfRagDecode, k: int) -> list[Answer | None]:
         asked.append(own.combine)
-        return replay(_tree(), replace(TREE, hits=[HITS[:k]]), own, cache=cache)
+        return replay(grown_tree(), replace(TREE, hits=[HITS[:k]]), own, cache=cache)
 
     return replayed
 
@@ -350,7 +330,7 @@ def test_trees_of_other_settings_are_planted_or_replayed(example: CandidateCache
 
     def grows(own: SelfRagDecode) -> Trees | None:
         planted.append(own)
-        return plant(example, _tree(), TREE, own)
+        return plant(example, grown_tree(), TREE, own)
 
     settings = [Setting(None, None, None, None, None, 3, absent=name) for name in ("zero", "neutral")]
     found = Trials(example, decode, _quality, _replays(example, asked), planted=grows)(settings)
@@ -360,7 +340,7 @@ def test_trees_of_other_settings_are_planted_or_replayed(example: CandidateCache
 
 
 def test_what_is_lacking_is_filled_in() -> None:
-    cache, generator = CandidateCache(), _tree()
+    cache, generator = CandidateCache(), grown_tree()
     record(generator, TREE, _long(beam=1), cache=cache)
     wide = Setting(None, 0.0, 0.0, 1.0, 0.0, 3, combine="sum", beam=2)
     once = Trials(cache, _long(), _quality, lambda own, _: replay(generator, TREE, own, cache=cache))([wide])
@@ -375,11 +355,11 @@ def test_what_is_lacking_is_filled_in() -> None:
 
 
 def test_what_live_decoding_would_refuse_is_not_planted(example: CandidateCache) -> None:
-    assert plant(example, _tree(), TREE, _long(), most=3) is None  # too large
-    assert plant(example, _tree(), replace(TREE, queries=["why?"]), _long()) is None  # never asked
-    assert plant(example, _tree(), replace(TREE, choices=[["a", "b"]]), _long()) is None
-    assert plant(example, _tree(), TREE, _decode(form="short")) is None
-    narrow = _tree()
+    assert plant(example, grown_tree(), TREE, _long(), most=3) is None  # too large
+    assert plant(example, grown_tree(), replace(TREE, queries=["why?"]), _long()) is None  # never asked
+    assert plant(example, grown_tree(), replace(TREE, choices=[["a", "b"]]), _long()) is None
+    assert plant(example, grown_tree(), TREE, _decode(form="short")) is None
+    narrow = grown_tree()
     narrow.positions = 20  # type: ignore[attr-defined]
     assert plant(example, narrow, TREE, _long()) is None
     with pytest.raises(GeneratorError):
