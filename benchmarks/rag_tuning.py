@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from raglan.paired import verdict
 from raglan.recipe import Recipe, load_recipe
 from raglan.records import Hit
 from raglan.refusals import abstained
-from raglan.robustness import abstention
+from raglan.robustness import abstention, flipped
 from raglan.stages import Parts, finished_parts
 from raglan.stress import ALONE, CLEAN, Robustness, evaluate_robustness
 from raglan.synthesis.start import run
@@ -64,6 +65,8 @@ QUICK = [
     "evaluate.robustness.noise=[hard, counterfactual]", "evaluate.robustness.retrievers=[hybrid, bm25]",
 ]  # fmt: skip
 FIT = "synthesis.weights.answer_format=fit"  # of so few examples the recipe's own shares cannot be dealt
+TOLD = ("right", "f1")
+FALSE = ("distractors/counterfactual/2", "distractors/counterfactual/4", "conflict/1")
 Rows = dict[str, dict[str, Any]]  # question id → row of answers.jsonl
 Arms = Mapping[str, Sequence[str]]  # name → generators, one a seed
 
@@ -156,7 +159,8 @@ class Bench:
         stage = recipe.trainings()["tune"]
         count = recipe.synthesis.n if recipe.synthesis is not None else 0
         size = getattr(stage.data, "size", None) or count
-        steps = 3 if self.quick else size // int(stage.train["per_device_train_batch_size"])
+        batch = int(stage.train["per_device_train_batch_size"]) * int(stage.train["gradient_accumulation_steps"])
+        steps = 3 if self.quick else size // batch
         parts = train(self.recipe(f"tune-{name}", *changes, f"stages.tune.train.max_steps={steps}"))
         told = json.loads((Path(str(parts.generator)).parent / "manifest.json").read_text(encoding="utf-8"))
         print(f"{name}: {told['rows']} rows, {told['steps']} steps, {told['seconds']:.0f} s", json.dumps(told.get("data", {})))
@@ -201,7 +205,20 @@ class Bench:
             means = {index: _mean(own, index).mean for index in names if index.startswith("retriever/")}
             worst = min(means, key=lambda index: means[index]).partition("/")[2]
             print(f"{name}: worst retriever {worst}, spread {100 * (max(means.values()) - min(means.values())):.1f} points")
-        self.verdicts([[_rows(one) for one in own] for own in found.values()], names)
+        each = [[_rows(one) for one in own] for own in found.values()]
+        self.flips(each)
+        self.verdicts(each, names)
+
+    def flips(self, seeds: Sequence[Sequence[Rows]]) -> None:
+        """How often the order of the same passages decides, and how often a false passage is believed. Less is better."""
+        first = seeds[0][0]
+        print("\n| % of questions | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
+        figures = {"right or wrong by the order of passages": _flip} | {f"false value, {name}": _follow(name) for name in FALSE}
+        for words, of in figures.items():
+            before, after = (_over_seeds([[of(rows[name]) for name in first] for rows in own]) for own in seeds)
+            cells = [_told(_interval(first, column)) for column in (before, after)]
+            gain = _interval(first, [now - was for was, now in zip(before, after, strict=True)])
+            print(f"| {words} | {' | '.join(cells)} | {_told(gain, sign='+')} |", flush=True)
 
     def verdicts(self, seeds: Sequence[Sequence[Rows]], names: Sequence[str]) -> None:
         """Less is lost under noise, and nothing on clean passages; beside that what each seed says."""
@@ -213,11 +230,11 @@ class Bench:
             ("tuned on noise loses significantly less under noise", noisy, ALONE, lambda said: said == "better"),
             ("tuned on noise does not lose significantly on clean passages", [ALONE], None, lambda said: said != "worse"),
         )
-        for claim, conditions, base, holds in claims:
-            value = _contrast(before, after, conditions, base)
-            each = [_contrast(*pair, conditions, base).mean for pair in zip(*seeds, strict=True)]
+        for figure, (claim, conditions, base, holds) in itertools.product(TOLD, claims):
+            value = _contrast(before, after, conditions, base, figure)
+            each = [_contrast(*pair, conditions, base, figure).mean for pair in zip(*seeds, strict=True)]
             by = f"; by seed {', '.join(f'{100 * mean:+.1f}' for mean in each)}" if len(each) > 1 else ""
-            print(f"{claim}: {_told(value, sign='+')}{by}: {'OK' if holds(verdict(value)) else 'FAIL'}", flush=True)
+            print(f"{claim} ({figure}): {_told(value, sign='+')}{by}: {'OK' if holds(verdict(value)) else 'FAIL'}", flush=True)
 
     def unanswerable(self, arms: Arms, count: int) -> None:
         """Abstention on SQuAD 2.0's terms: a question and its own paragraph, which holds the answer or does not."""
@@ -309,7 +326,7 @@ class Bench:
             )
             for mix in MIXES
         }
-        narrow = ["evaluate.robustness.noise=[hard]", "evaluate.robustness.ratios=[1]", "evaluate.robustness.retrievers=[]"]
+        narrow = [f"evaluate.robustness.{change}" for change in ("noise=[hard]", "ratios=[1]", "retrievers=[]", "orders=0")]
         found = self.stressed(arms, *narrow)
         rows = {mix: _mean_rows([_rows(one) for one in own]) for mix, own in found.items()}
         names = list(found["kiqa"][0].figures)
@@ -359,17 +376,15 @@ def _rows(found: Robustness) -> Rows:
 
 
 def _mean_rows(seeds: Sequence[Rows]) -> Rows:
-    """The rows of the first seed, with the share of seeds that are right in every condition."""
+    """The rows of the first seed, with means over seeds of what is told of every condition."""
     if len(seeds) == 1:
         return seeds[0]
+
+    def mean(name: str, key: str) -> dict[str, float]:
+        return {figure: statistics.fmean(_right(own[name], [key], figure) for own in seeds) for figure in TOLD}
+
     return {
-        name: {
-            **row,
-            "conditions": {
-                key: {"figures": {"right": statistics.fmean(_right(own[name], [key]) for own in seeds)}}
-                for key in row["conditions"]
-            },
-        }
+        name: {**row, "conditions": {key: {"figures": mean(name, key)} for key in row["conditions"]}}
         for name, row in seeds[0].items()
     }
 
@@ -407,18 +422,34 @@ def _is_noisy(name: str) -> bool:
     return "/present/" in name or (name.startswith("distractors/") and name != ALONE)
 
 
-def _right(row: dict[str, Any], names: Sequence[str]) -> float:
-    values = [row["conditions"][name]["figures"]["right"] for name in names if name in row["conditions"]]
+def _right(row: dict[str, Any], names: Sequence[str], figure: str = "right") -> float:
+    values = [row["conditions"][name]["figures"][figure] for name in names if name in row["conditions"]]
     return statistics.fmean(values) if values else math.nan
 
 
-def _contrast(before: Rows, after: Rows, names: Sequence[str], base: str | None) -> Interval:
+def _contrast(before: Rows, after: Rows, names: Sequence[str], base: str | None, figure: str = "right") -> Interval:
     """after − before of the mean over `names`, each less what it is under `base` where there is one."""
 
     def of(row: dict[str, Any]) -> float:
-        return _right(row, names) - (_right(row, [base]) if base is not None else 0)
+        return _right(row, names, figure) - (_right(row, [base], figure) if base is not None else 0)
 
     return _interval(before, [of(after[name]) - of(row) for name, row in before.items()])
+
+
+def _flip(row: dict[str, Any]) -> float:
+    """Whether correctness differs among the orders."""
+    right = [_right(row, [name]) for name in row["conditions"] if name.startswith("order/")]
+    return flipped([bool(value) for value in right])
+
+
+def _follow(name: str) -> Callable[[dict[str, Any]], float]:
+    """Whether the false value is told under a condition; nan where none could be made."""
+
+    def of(row: dict[str, Any]) -> float:
+        value = row["conditions"].get(name, {}).get("figures", {}).get("follow")
+        return math.nan if value is None else value
+
+    return of
 
 
 def _mean(rows: Rows, name: str) -> Interval:

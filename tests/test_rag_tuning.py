@@ -109,8 +109,12 @@ def test_from_documents_to_a_report(changes: list[str]) -> None:
 def rows_of(right: dict[str, list[float]]) -> rag_tuning.Rows:
     """Condition → whether each question is right."""
     count = len(next(iter(right.values())))
+
+    def figures(value: float) -> dict[str, Any]:
+        return {"figures": {"right": value, "f1": value / 2}}
+
     return {
-        str(n): {"group": str(n), "conditions": {name: {"figures": {"right": values[n]}} for name, values in right.items()}}
+        str(n): {"group": str(n), "conditions": {name: figures(values[n]) for name, values in right.items()}}
         for n in range(count)
     }
 
@@ -126,10 +130,23 @@ def test_of_several_seeds_each_question_has_its_mean(capsys: pytest.CaptureFixtu
     assert bench.said() == "means over 2 training seeds (7, 8); intervals are over questions"
     bench.verdicts([[first, first], [second, mean]], names)
     told = capsys.readouterr().out
-    assert "under noise: +56.2" in told
+    assert "under noise (right): +56.2" in told
     assert "by seed +75.0, +37.5: OK" in told
-    assert "on clean passages: +0.0 [+0.0, +0.0]; by seed +0.0, +0.0: OK" in told
+    assert "on clean passages (right): +0.0 [+0.0, +0.0]; by seed +0.0, +0.0: OK" in told
+    assert "under noise (f1): +28.1" in told
     assert rag_tuning.Bench("embedded", [], seeds=range(7, 8), quick=True).said() == "one training seed"
+
+
+def test_flips_and_false_values_are_means_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    orders = [{"order/0": [1.0, 1, 0, 0], "order/1": [1.0, 0, 0, second]} for second in (0, 1)]
+    gold, noise = ([rows_of(one) for one in orders] for _ in range(2))
+    for rows, told in ((gold[0], 1.0), (gold[1], 0.0), (noise[0], 0.0), (noise[1], 0.0)):
+        for row in list(rows.values())[:2]:  # for the others no false passage could be made
+            row["conditions"]["conflict/1"] = {"figures": {"right": 0.0, "f1": 0.0, "follow": told}}
+    rag_tuning.Bench("embedded", [], seeds=range(7, 9), quick=True).flips([gold, noise])
+    _, flips, *_, conflict = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [cell.split()[0] for cell in flips.split(" | ")[1:]] == ["37.5", "37.5", "+0.0"]  # 1 of 4, and 2 of 4
+    assert [cell.split()[0] for cell in conflict.split(" | ")[1:]] == ["50.0", "0.0", "-50.0"]
 
 
 def test_curves_have_a_panel_a_kind_and_a_line_an_arm() -> None:
