@@ -75,6 +75,8 @@ def _tell_done(told: Mapping[str, Any]) -> None:
             typer.echo(f"  rejected: {reason}: {count}")
     if told.get("closed_book"):
         typer.echo(f"known without passages: {told['closed_book']['known']} of {told['closed_book']['asked']} kept and asked")
+    if (trip := told.get("round_trip")) and trip["unreachable"]:
+        typer.echo(f"found again by no retriever: {trip['unreachable']} kept of at most {trip['most']}")
     if told["splits"]:
         sizes = ", ".join(f"{count} {name}" for name, count in told["splits"].items())
         typer.echo(f"split: {sizes}; the largest group is {told['largest_group']:.1%}")

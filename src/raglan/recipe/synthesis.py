@@ -18,6 +18,7 @@ __all__ = [
     "NliSupport",
     "OfflineTeacher",
     "PassageSettings",
+    "RoundTripSettings",
     "RulesSupport",
     "StepSettings",
     "SynthesisSettings",
@@ -118,6 +119,15 @@ class ClosedBookSettings(Settings):
     max_tokens: int = Field(48, ge=1, description="Longest answer.")
 
 
+class RoundTripSettings(Settings):
+    """A question is searched for: what it was written from must be found again, by some retriever that has a weight."""
+
+    depth: int = Field(100, ge=1, description="Ranks among which one of its passages has to be, in at least one retriever.")
+    kept: float = Field(
+        0.05, ge=0, le=1, description="Share of the examples that may stay all the same, tagged `unreachable`: the first ones."
+    )
+
+
 class VerifySettings(Settings):
     """What must hold of a written example. The checks that need no model always run."""
 
@@ -125,6 +135,9 @@ class VerifySettings(Settings):
         RulesSupport(), description="Who tells whether passages support an answer where no alias of it does."
     )
     closed_book: ClosedBookSettings | None = Field(None, description="Ask what was accepted without its passages, too.")
+    round_trip: RoundTripSettings | None = Field(
+        RoundTripSettings(), description="Whether questions over the corpus find their own passages again; null: not asked."
+    )
     may_be_missing: tuple[Literal["support"], ...] = Field(
         (), description="Checks that do not reject where nothing is there that could tell, as where no short answer is known."
     )
