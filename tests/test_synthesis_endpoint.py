@@ -773,6 +773,31 @@ def test_over_a_corpus_other_questions_evidence_is_noise_and_no_topic_is_claimed
     assert shown["other_gold"] == told["noise"]["other_gold"]["kept"]
 
 
+def test_reserved_topics_and_tasks_share_no_job_and_no_call(
+    desk: Desk, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.folder = paid.parent / "data/calls"
+    assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    words = ["synthesis.weights.task={factoid: 3, temporal: 1}", "synthesis.weights.topic={news: 1, games: 1, sports: 1}"]
+    words += ["synthesis.reserve={task: [temporal], topic: [sports], n: 10}", "synthesis.n=20"]
+    code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, 3), out + err
+    rows = [
+        [json.loads(line)["synth"] for line in (paid.parent / folder / "examples.jsonl").read_text().splitlines()]
+        for folder in ("data", "data/reserved")
+    ]
+    assert [len(some) >= 9 for some in rows] == [True, True]
+    jobs = [{one["job"] for one in some} for some in rows]
+    calls = [{one["seen"]["calls"]["brainstorm"]["key"] for one in some} for some in rows]
+    assert not jobs[0] & jobs[1]
+    assert not calls[0] & calls[1]
+    learned, apart = ([(one["factors"]["task"], one["factors"]["topic"].partition("/")[0]) for one in some] for some in rows)
+    assert {task for task, _ in learned} == {"factoid"}
+    assert {topic for _, topic in learned} == {"news", "games"}
+    assert {(task == "temporal", topic == "sports") for task, topic in apart} == {(True, False), (False, True)}
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
+
+
 def test_an_estimate_of_rules_is_refused(
     paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, desk: Desk
 ) -> None:

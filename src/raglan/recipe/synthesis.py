@@ -18,6 +18,7 @@ __all__ = [
     "NliSupport",
     "OfflineTeacher",
     "PassageSettings",
+    "ReserveSettings",
     "RoundTripSettings",
     "RulesSupport",
     "StepSettings",
@@ -157,6 +158,23 @@ class BudgetSettings(Settings):
         return self
 
 
+class ReserveSettings(Settings):
+    """Topics and tasks that no training example has, and examples that have them: a set of its own, to be measured on."""
+
+    topic: Annotated[int, Field(ge=0)] | tuple[str, ...] = Field(
+        (), description="First levels, as `sports`, or paths below; or how many first levels are drawn. Only examples from "
+        "scratch have topics.",
+    )  # fmt: skip
+    task: Annotated[int, Field(ge=0)] | tuple[str, ...] = Field((), description="Tasks, or how many are drawn.")
+    n: int = Field(ge=1, description="Examples in reserved/: shared evenly between unseen tasks and unseen topics.")
+
+    @model_validator(mode="after")
+    def _something_is_reserved(self) -> ReserveSettings:
+        if not self.topic and not self.task:
+            raise ValueError("neither a topic nor a task is reserved")
+        return self
+
+
 class SynthesisSettings(Settings):
     """Training data over many topics, tasks and formats, planned to exact numbers before anything is written."""
 
@@ -202,6 +220,18 @@ class SynthesisSettings(Settings):
     split: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {"train": 0.9, "dev": 0.1}, description="Split → share of the groups, which are tied by document; {} makes no split."
     )
+
+    reserve: ReserveSettings | None = Field(
+        None, description="Topics and tasks that are kept out of the plan, and examples of them alone, in reserved/ in path."
+    )
+
+    @model_validator(mode="after")
+    def _what_is_reserved_is_heeded(self) -> SynthesisSettings:
+        if self.reserve is not None and self.questions is not None:
+            raise ValueError("reserve does not apply to questions that people asked: their topics and tasks are their own")
+        if self.reserve is not None and self.reserve.topic and not self.from_scratch:
+            raise ValueError("reserve.topic needs from_scratch: questions over a corpus have its topics")
+        return self
 
     @model_validator(mode="after")
     def _somebody_judges(self) -> SynthesisSettings:

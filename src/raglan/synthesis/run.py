@@ -47,6 +47,7 @@ from raglan.synthesis.plan import Plan, make_plan
 from raglan.synthesis.quotas import exact
 from raglan.synthesis.recall import ClosedBook
 from raglan.synthesis.record import example_of
+from raglan.synthesis.reserve import Reserved, others, ties
 from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
 from raglan.text import half_character
 from raglan.verification import Verifier
@@ -69,7 +70,7 @@ class Done:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.told["complete"] else 3
+        return 0 if self.told["complete"] and self.told.get("reserved", {}).get("complete", True) else 3
 
 
 def synthesize(
@@ -78,7 +79,7 @@ def synthesize(
     embed_questions: Embed | None = None,
     corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
     ignores: Sequence[str] = (), ignores_in_corpus: Sequence[str] = (), inputs: Mapping[str, Any] | None = None,
-    sources: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None, reserved: Reserved | None = None,
 ) -> Done:  # fmt: skip
     """Write, check and keep the examples of `recipe.synthesis`.
 
@@ -96,6 +97,7 @@ def synthesize(
             cells that have their passages from a corpus.
         inputs: names of what else the dataset follows from, as the knowledge base's version.
         sources: names of what its questions are from: in-domain is what is of one of these.
+        reserved: what was made beforehand, and has no document, job or question in common with these examples.
 
     Raises:
         RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
@@ -107,7 +109,7 @@ def synthesize(
     settings = recipe.synthesis
     plan = make_plan(recipe, cannot=teacher.cannot()) if plan is None else plan
     verifier = Verifier(may_be_missing=settings.verify.may_be_missing) if verifier is None else verifier
-    sets, missing, near = _evaluation_sets(recipe, settings, corpus_at)
+    sets, missing, near = _evaluation_sets(recipe, settings, corpus_at, reserved)
     kept_out = [] if near is None else [_kept_out(sets, missing, near)]
     asked, follows = _content(settings), [recipe.seed, teacher.name, {**(inputs or {})}, *kept_out]
     name = fingerprint([asked, *follows])
@@ -118,8 +120,9 @@ def synthesize(
     write_plan(plan, folder / "plan")
     (folder / MANIFEST).unlink(missing_ok=True)
     with _Rows(folder / "made.jsonl.part") as rows:
+        apart = reserved.ties if reserved is not None else frozenset()
         desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
-        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings))
+        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings), apart)
         stopped = run.write()
         told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
     (folder / "made.jsonl.part").unlink()
@@ -128,7 +131,7 @@ def synthesize(
     content = {
         **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
         "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
-        **({"sources": dict(sources)} if sources else {}),
+        **({"sources": dict(sources)} if sources else {}), **({"reserved": dict(reserved.told)} if reserved else {}),
     }  # fmt: skip
     write_manifest(folder, KIND, content)
     return Done(folder, content)
@@ -144,6 +147,8 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
     for owner in (verify["support"], verify["closed_book"] or {}):
         owner.pop("price", None)
         owner.pop("give_up", None)
+    if told["reserve"] is None:
+        del told["reserve"]
     return told if verify["round_trip"] else _untried(told)
 
 
@@ -183,19 +188,22 @@ def _finished(folder: Path, name: str, untried: str) -> dict[str, Any] | None:
 
 
 def _evaluation_sets(
-    recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None
+    recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None, reserved: Reserved | None
 ) -> tuple[list[EvaluationQuestions], tuple[str, ...], DecontaminateSettings | None]:
     """(sets, names of missing ones, how near questions may come); opened first, so that a missing one stops before all else."""
     if settings.decontaminate == "none":
         return [], (), None
-    near = registered(recipe)
+    near = registered(recipe) if reserved is None else others(recipe)
+    own = [] if reserved is None else [reserved.questions]
+    if not near.sets and own:
+        return own, (), near
     if not near.sets:
         raise RecipeError(
             "no evaluation set is registered, so nothing can be kept out of the training data",
             hint="decontaminate.sets: {name: {path: questions.jsonl}}, or synthesis.decontaminate: none if that is meant",
         )
     sets, missing = open_sets(near, corpus_at=corpus_at)
-    return sets, missing, near
+    return [*sets, *own], missing, near
 
 
 @dataclass
@@ -212,6 +220,7 @@ class _Run:
     missing: tuple[str, ...]
     near: DecontaminateSettings | None
     may_stay: int  # of those that no retriever finds
+    apart: frozenset[tuple[str, str]] = frozenset()  # what the reserved examples rest on
 
     def __post_init__(self) -> None:
         self.attempts: dict[Place, Attempt] = {}  # as the teacher and the checks left them
@@ -254,15 +263,18 @@ class _Run:
         if (half := _half_character(result)) is not None:
             self._refused(Reject(job, "verify", "half_character", repr(half), result.target), query)
             return
-        if ended.accepted:
-            self._attempted(job, query=query)
-            self.told[_place(job)] = ended.told()
-            self.unreachable |= {_place(job)} if result.sheet.seen.get("unreachable") else set()
-            example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
-            self.rows.add(_place(job), example)
+        if not ended.accepted:
+            reason, detail = ended.why()
+            self._refused(Reject(job, "verify", reason, detail, result.target), query)
             return
-        reason, detail = ended.why()
-        self._refused(Reject(job, "verify", reason, detail, result.target), query)
+        example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
+        if shared := self.apart and sorted(ties(example, self.corpus) & self.apart):
+            self._refused(Reject(job, "split", "reserved", " ".join(shared[0]), result.target), query)
+            return
+        self._attempted(job, query=query)
+        self.told[_place(job)] = ended.told()
+        self.unreachable |= {_place(job)} if result.sheet.seen.get("unreachable") else set()
+        self.rows.add(_place(job), example)
 
     def _refused(self, reject: Reject, query: str = "") -> None:
         row = {name: _written(value) for name, value in reject_row(reject, query).items()}

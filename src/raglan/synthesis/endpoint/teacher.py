@@ -38,7 +38,7 @@ from raglan.synthesis.endpoint.replies import DraftReply, JobReply, JobsReply, P
 from raglan.synthesis.factors import Factors
 from raglan.synthesis.offline.spans import language_of, spans
 from raglan.synthesis.plan import SCRATCH, Cell, Plan
-from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
+from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Shelf, Show
 from raglan.text import sentences
 
 __all__ = ["EndpointTeacher"]
@@ -85,6 +85,7 @@ class EndpointTeacher:
         plan: all cells; says which attempts share a brainstorm, and which documents each reads.
         factors: the words of the cells' values.
         corpus: where cells with `source: knowledge` have their passages; needed if there are any.
+        shelf: which of its documents are open; default all.
 
     Attributes:
         book: while somebody reckons with them, the calls of each job: its id → key → (step, cells that the call serves).
@@ -98,14 +99,14 @@ class EndpointTeacher:
 
     def __init__(
         self, engine: CallEngine, plan: Plan, factors: Factors, *, corpus: Corpus | None = None,
-        writing: WritingSettings | None = None,
+        writing: WritingSettings | None = None, shelf: Shelf | None = None,
     ):  # fmt: skip
-        self.engine, self.plan, self.corpus = engine, plan, corpus
+        self.engine, self.plan, self.corpus, self.shelf = engine, plan, corpus, shelf or Shelf()
         self.writing = writing or WritingSettings()
         self.prompts = load_prompts(self.writing.prompts)
         self.name = f"endpoint:{engine.settings.model}"
         self._asking = Asking(self.prompts, factors)
-        self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs)
+        self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs, first=self.shelf.first)
         if self._places.visits and corpus is None:
             raise RecipeError(f"{self._places.visits} cells have their passages from a corpus, and there is none")
         self.book: dict[str, dict[str, tuple[str, int]]] | None = None
@@ -114,7 +115,8 @@ class EndpointTeacher:
     @cached_property
     def _library(self) -> Library:
         assert self.corpus is not None
-        return Library(self.corpus, seed=self.plan.seed, visits=self._places.visits, most=self.writing.per_document)
+        most, visits = self.writing.per_document, self._places.visits
+        return Library(self.corpus, seed=self.plan.seed, visits=visits, most=most, shelf=self.shelf)
 
     @cached_property
     def evidence(self) -> list[Passage]:
