@@ -74,6 +74,18 @@ class WritingSettings(Settings):
     prompts: Path | None = Field(
         None, description="A folder with a prompts.en.yaml, prompts.zh.yaml or families.yaml to be read instead of raglan's."
     )
+    styles: Path | None = Field(
+        None, description="Lines of {text, licence, source?}: real instructions; each draft imitates the manner of one."
+    )
+    answer_first: float = Field(
+        0, ge=0, le=1, description="Of the questions over the corpus that have a short answer in one passage, the share whose "
+        "answer is picked first, by rules; the model asks for it.",
+    )  # fmt: skip
+
+    @property
+    def off(self) -> set[str]:
+        """Settings that came later than others and are not used: nothing that is written, or named, follows from them."""
+        return {name for name in ("styles", "answer_first") if not getattr(self, name)}
 
 
 class RulesSupport(Settings):

@@ -139,7 +139,7 @@ def synthesize(
 
 def _content(settings: SynthesisSettings) -> dict[str, Any]:
     """The settings that say what is written, without those that only say how fast and for how much."""
-    told = settings.model_dump(mode="json", exclude=set(RUNNING))
+    told = settings.model_dump(mode="json", exclude={**dict.fromkeys(RUNNING, True), "writing": settings.writing.off})
     verify = told["verify"]
     for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
         if name in owner:
