@@ -674,7 +674,8 @@ def test_a_style_needs_its_licence(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_was_picked_is_asked_for(desk: Desk, tmp_path: Path) -> None:
-    texts = [f"The council of Vessen opened its mill in {1700 + n} after a fire." if n % 3 else "It is grey." for n in range(80)]
+    opened = "The council of Vessen opened its mill in {} after a fire."
+    texts = [opened.format(1700 + n) if n % 3 else "It is grey." for n in range(80)]
     write_corpus(tmp_path, [Passage(f"d{n}:0", text, "Mill", f"d{n}", 0, len(text)) for n, text in enumerate(texts)])
     weights = {"task": {"temporal": 3, "definition": 1}, "relation": {"R1": 1}, "answer_format": "fit", "query_format": "fit"}
     asked = recipe(60, from_scratch=0, passages={"k": {3: 1}, "gold_absent": 0.2}, weights={**weights, "genre": "fit"})

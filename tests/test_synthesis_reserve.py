@@ -222,8 +222,5 @@ def test_the_reserved_set_is_what_a_recipe_measures_with_a_retriever_unseen(tmp_
     before = files(data)
     raglan("synthesize", path, codes=(0, 3))
     assert files(data) == before, "what is finished is left alone"
-    measured = json.loads(raglan("evaluate", path, "evaluate.limit=3", "--json"))
-    assert measured
+    measured = json.loads(raglan("evaluate", path, "evaluate.limit=2", "--json"))
     assert "dense" in json.dumps(measured["robustness"])
-    refused = CliRunner().invoke(app, ["synthesize", path, "synthesis.reserve.task=[numeric]"])
-    assert "of other settings" in str(refused.exception)
