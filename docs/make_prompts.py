@@ -12,8 +12,8 @@ HEAD = """# What the teacher is asked
 Generated from the files in [`synthesis/endpoint`](../../src/raglan/synthesis/endpoint) by `make docs`; do not edit. These are
 all words that a teacher behind an endpoint is ever sent, beside a cell's factors and what other calls said. The hash names a
 step's wording together with the notes and words of its language; it is in the record of every example, as
-`metadata.synth.seen.prompts`. A step's system message is the same in every call. `synthesis.writing.prompts` names a folder
-with files of one's own.
+`metadata.synth.seen.prompts`; where a draft was given a style or an answer, the hash there names these words, too. A step's
+system message is the same in every call. `synthesis.writing.prompts` names a folder with files of one's own.
 
 Whoever writes passages sees facts and no question. Whoever answers sees `{prompt}`: question, instruction and passages as the
 student will see them, and nothing else.
@@ -31,6 +31,8 @@ def page() -> str:
             parts.append(f"### {step} ({language})\n\n`{prompts.hashes[step]}`\n\n{told}\n")
         notes = "\n".join(f"- `{name}` {text}" for name, text in prompts.notes.items())
         parts.append(f"### Notes of single cells ({language})\n\n{notes}\n")
+        given = "\n\n".join(f"`{name}`\n\n```text\n{text}\n```" for name, text in prompts.given.items())
+        parts.append(f"### What a draft is given ({language})\n\n{given}\n")
         words = "\n".join(f"- `{name}` {text}" for name, text in {**prompts.words, **prompts.languages}.items())
         parts.append(f"### Lengths and languages of passages ({language})\n\n{words}\n")
         families = "\n".join(

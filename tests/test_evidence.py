@@ -247,6 +247,59 @@ def test_noise_that_answers_counts_as_support_or_gives_way(assembler: Assembler)
     assert len(sheet.slots) == 3
 
 
+# --- the round trip ---------------------------------------------------------------------------------------------------
+
+
+class Finds:
+    """Every passage of the corpus, `name` at this rank; at rank 0 nothing at all."""
+
+    def __init__(self, corpus: Corpus, name: str, rank: int):
+        rows = [row for row, passage in enumerate(corpus) if passage.id != name]
+        rows.insert(rank - 1, corpus.row(name))  # type: ignore[arg-type]
+        self.hits = tuple(Hit(corpus[row], row, 100.0 - at, at) for at, row in enumerate(rows, 1)) if rank else ()
+        self.asked: list[int] = []
+
+    def retrieve(self, queries: Sequence[str], k: int) -> list[tuple[Hit, ...]]:
+        self.asked.append(k)
+        return [self.hits[:k] for _ in queries]
+
+
+def tripping(own: Assembler, folder: Path, ranks: dict[str, int], trip: dict[str, Any] | None) -> Assembler:
+    """The same evidence by retrievers that find mill-3 at these ranks."""
+    settings = recipe(folder, retrievers=dict.fromkeys(ranks, 1), verify={"round_trip": trip}).synthesis
+    assert settings is not None
+    finders = {name: Finds(own.corpus, "mill-3", rank) for name, rank in ranks.items()}
+    return Assembler(own.corpus, finders, settings, own.prompt.tokenizer, evidence=own.evidence, answers=own.answers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "depth", "lost"),
+    [
+        ({"bm25": 1, "dense": 0}, 40, False), ({"bm25": 40, "dense": 0}, 40, False), ({"bm25": 41, "dense": 0}, 40, True),
+        ({"bm25": 0, "dense": 40}, 40, False), ({"bm25": 0, "dense": 41}, 40, True), ({"bm25": 6, "dense": 9}, 5, True),
+    ],
+)  # fmt: skip
+def test_a_question_has_to_find_its_passages_again(
+    assembler: Assembler, folder: Path, ranks: dict[str, int], depth: int, lost: bool
+) -> None:
+    own = tripping(assembler, folder, ranks, {"depth": depth})
+    for one in (cell(), cell(**ABSENT)):  # where gold is withheld a question is as clear as elsewhere
+        assert ("unreachable" in shown(own.show(draft(own, one))).seen) is lost
+    none = tripping(assembler, folder, ranks, {"depth": depth, "kept": 0}).show(draft(own, cell()))
+    assert (getattr(none, "step", ""), getattr(none, "reason", "")) == (("show", "unreachable") if lost else ("", ""))
+    never = tripping(assembler, folder, ranks, None)
+    assert "unreachable" not in shown(never.show(draft(never, cell()))).seen
+    made = replace(draft(own, cell()), gold=(Passage("made", f"The mill was built by {BUILDERS[3]}."),))
+    assert "unreachable" not in shown(own.show(made)).seen, "what was written for the question is in no index"
+
+
+def test_only_what_is_not_at_hand_is_searched_for_deeper(assembler: Assembler, folder: Path) -> None:
+    for rank, depths in ((30, [30]), (31, [30, 40])):
+        own = tripping(assembler, folder, {"bm25": rank}, {"depth": 40})
+        own.show(draft(own, cell()))
+        assert own.retrievers["bm25"].asked == depths  # type: ignore[attr-defined]
+
+
 # --- gold absent ------------------------------------------------------------------------------------------------------
 
 ABSENT = {

@@ -422,6 +422,45 @@ def test_duplicates_leave_before_the_number_is_made_exact(tmp_path: Path) -> Non
     assert done.told["kept"] >= 28
 
 
+def far(draft: Draft) -> Sheet | Reject:
+    """As `show`; half of the first attempts ask for what no retriever finds."""
+    sheet = show(draft)
+    lost = draft.job.cell.number % 2 and not draft.job.ordinal and isinstance(sheet, Sheet)
+    return replace(sheet, seen={"unreachable": True}) if lost and isinstance(sheet, Sheet) else sheet
+
+
+def test_of_what_no_retriever_finds_the_first_stay_in_any_order(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, verify={"round_trip": {"kept": 0.12}})
+    own, plan = offline(asked)
+    done = synthesize(asked, own, far, plan=plan)
+    assert done.told["kept"] == 60, "the others' cells are tried again"
+    assert done.told["round_trip"] == {"unreachable": 7, "most": 7}
+    tagged = [one.id for one in read_examples(done.folder / "examples.jsonl") if one.metadata["synth"].get("unreachable")]
+    assert tagged == [f"synth-{number}-0" for number in range(1, 15, 2)]
+    assert done.told["funnel"]["show: unreachable"] == 30 - 7
+    coverage = json.loads((done.folder / "coverage.json").read_text(encoding="utf-8"))
+    assert coverage["funnel"]["show: unreachable"] == 23
+    assert ["found by no retriever", "7"] in synthesis_tables(done.folder)[0].rows
+    other = recipe(tmp_path / "other", verify={"round_trip": {"kept": 0.12}})
+    assert synthesize(other, Reordered(own, 3, stop_after=20), far, plan=plan).exit_code == 3
+    synthesize(other, Reordered(own, 4), far, plan=plan)
+    assert files(tmp_path / "other" / "data") == files(done.folder)
+
+
+def test_a_dataset_from_before_there_were_round_trips_is_still_what_was_asked_for(tmp_path: Path) -> None:
+    done = run(recipe(tmp_path, n=20, verify={"round_trip": None}))
+    assert done.told["round_trip"] is None
+    with pytest.raises(CheckpointError, match="of other settings"):
+        run(recipe(tmp_path, n=20))
+    manifest = done.folder / "manifest.json"
+    told = json.loads(manifest.read_text(encoding="utf-8"))
+    del told["round_trip"]
+    manifest.write_text(json.dumps(told), encoding="utf-8")
+    assert run(recipe(tmp_path, n=20)).told == told
+    with pytest.raises(CheckpointError, match="of other settings"):
+        run(recipe(tmp_path, n=21))
+
+
 def test_what_leaks_costs_no_other_cell_its_example(tmp_path: Path) -> None:
     question = "Which bell of the old abbey tower rang for the drowned sailors?"
     rows = [{"id": "q", "query": "Of the old abbey, which bell rang for sailors on that night?", "answers": ["Great Tom"]}]

@@ -30,10 +30,11 @@ from raglan.errors import CallsStopped, RecipeError
 from raglan.perturb import Slot
 from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettings
 from raglan.records import Passage
-from raglan.synthesis import Plan, factors_of, make_plan
+from raglan.synthesis import Plan, factors_of, make_plan, quotas
 from raglan.synthesis.desk import Desk as Checking
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.endpoint.asking import sources
+from raglan.synthesis.endpoint.given import Style, read_styles, repeats
 from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from raglan.verification import Verified, Verifier, Written
@@ -596,6 +597,126 @@ def test_an_estimate_counts_what_fails_before_any_call(desk: Desk, tmp_path: Pat
     assert (found.sampled, round(24 * found.acceptance)) == (24, 24 - alone)
 
 
+# what a draft is given: a manner, or an answer
+
+
+STYLES = ("Be so kind and walk me through it, one step at a time.", "gimme the gist, no fluff", "Kindly advise me on this.")
+
+
+def styled(path: Path, *texts: str) -> Path:
+    rows = [{"text": text, "licence": "CC BY 4.0", "source": f"forum {n}"} for n, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def given(desk: Desk, plan: Plan, asked: Recipe, writing: WritingSettings, **more: Any) -> list[Made | Reject]:
+    with desk.engine() as engine:
+        teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], writing=writing, **more)
+        return list(teacher.write([Job(cell) for cell in plan.cells], show))
+
+
+def drafts(desk: Desk) -> list[Request]:
+    return [one for one in desk.asked if "DraftReply" in json.dumps(one.body) and len(one.body["messages"]) == 2]
+
+
+def test_each_draft_imitates_a_manner_and_no_other_step_sees_it(desk: Desk, tmp_path: Path, plan: Plan, asked: Recipe) -> None:
+    writing = WritingSettings(styles=styled(tmp_path / "styles.jsonl", *STYLES))
+    made = [end for end in given(desk, plan, asked, writing) if isinstance(end, Made)]
+    seen = [sum(style in request.content for style in STYLES) for request in drafts(desk)]
+    assert len(seen) >= 25
+    assert set(seen) == {1}
+    drafted = {id(request) for request in drafts(desk)}
+    assert not any(style in one.content for one in desk.asked if id(one) not in drafted for style in STYLES)
+    told = [end.sheet.draft.seen for end in made]
+    assert {one["style"]["source"] for one in told} == {f"forum {n}" for n in range(3)}
+    assert {one["style"]["licence"] for one in told} == {"CC BY 4.0"}
+    assert len({one["style"]["id"] for one in told}) == 3
+    assert {one["prompts"]["draft"] for one in told}.isdisjoint(load_prompts()["en"].hashes.values()), "other words"
+
+
+def test_a_question_that_repeats_a_style_is_rejected(desk: Desk, tmp_path: Path, plan: Plan, asked: Recipe) -> None:
+    style = "Which towns along the old northern railway still keep a station master?"
+
+    def parrot(body: dict[str, Any]) -> str:
+        told = author(body)
+        if "DraftReply" not in json.dumps(body) or zlib.crc32(told.encode()) % 3:
+            return told
+        return json.dumps(json.loads(told) | {"query": f"Pray: {style}"})
+
+    desk.server.reply = parrot
+    ends = given(desk, plan, asked, WritingSettings(styles=styled(tmp_path / "styles.jsonl", style)))
+    refused = [end for end in ends if isinstance(end, Reject) and end.reason == "repeats_style"]
+    assert 3 < len(refused) < 25
+    assert {(end.step, end.detail) for end in refused} == {("draft", style)}
+    assert not any(style in end.sheet.draft.query for end in ends if isinstance(end, Made))
+
+
+@pytest.mark.parametrize(
+    ("query", "style", "same"),
+    [
+        ("Could you tell me who built the mill of Tarn?", "Could you tell me how photosynthesis works in winter?", False),
+        ("Could you tell me how photosynthesis works?", "Could you tell me how photosynthesis works in winter?", True),
+        ("请问青浦大桥是哪一年通车的？", "请问这道菜怎么做才好吃？", False),
+        ("请问这道菜怎么做才不咸？", "请问这道菜怎么做才好吃？", True), ("Why?", "Who?", False), ("", "Who?", False),
+    ],
+)  # fmt: skip
+def test_manner_is_no_wording(query: str, style: str, same: bool) -> None:
+    assert repeats(query, Style(style, "CC0")) is same
+
+
+def test_a_style_needs_its_licence(tmp_path: Path) -> None:
+    for line, why in (('{"text": "Who?"}', "licence"), ('{"text": " ", "licence": "CC0"}', "needs a text"), ("", "no style")):
+        (tmp_path / "styles.jsonl").write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(RecipeError, match=why):
+            read_styles(tmp_path / "styles.jsonl")
+    with pytest.raises(RecipeError, match="there is no"):
+        read_styles(tmp_path / "none.jsonl")
+
+
+def test_an_answer_that_was_picked_is_asked_for(desk: Desk, tmp_path: Path) -> None:
+    opened = "The council of Vessen opened its mill in {} after a fire."
+    texts = [opened.format(1700 + n) if n % 3 else "It is grey." for n in range(80)]
+    write_corpus(tmp_path, [Passage(f"d{n}:0", text, "Mill", f"d{n}", 0, len(text)) for n, text in enumerate(texts)])
+    weights = {"task": {"temporal": 3, "definition": 1}, "relation": {"R1": 1}, "answer_format": "fit", "query_format": "fit"}
+    asked = recipe(60, from_scratch=0, passages={"k": {3: 1}, "gold_absent": 0.2}, weights={**weights, "genre": "fit"})
+    plan = make_plan(asked)
+
+    def obedient(body: dict[str, Any]) -> str:
+        told = author(body)
+        picked = re.search(r"stands first in `answers` as it is written here: (.+)", body["messages"][-1]["content"])
+        if picked is None:
+            return told
+        wrong = zlib.crc32(told.encode()) % 4 == 0
+        return json.dumps(json.loads(told) | {"answers": ["another" if wrong else f"in {picked[1]}"]})
+
+    desk.server.reply = obedient
+    ends = given(desk, plan, asked, WritingSettings(answer_first=0.5), corpus=Corpus(tmp_path))
+    asking = [cell for cell in plan.cells if cell.task == "temporal" and cell.absent_policy != "partial"]
+    fit = sum(cell.answer_format in ("span", "short_sentence", "notes_then_answer") for cell in asking)
+    assert fit > 10
+    first = [end for end in ends if isinstance(end, Made) and "answer_first" in end.seen]
+    refused = Counter(end.reason for end in ends if isinstance(end, Reject))
+    assert len(first) + refused["another_answer"] + refused["no_span"] == quotas(fit, [1, 1])[0]
+    assert min(len(first), refused["another_answer"], refused["no_span"]) > 0
+    for end in first:
+        span = end.seen["answer_first"]
+        assert span["kind"] == "year"
+        assert span["span"] in end.sheet.draft.gold[0].text
+        assert end.sheet.draft.answers == (f"in {span['span']}",)
+    assert sum("as it is written here" in one.content for one in drafts(desk)) == len(first) + refused["another_answer"]
+
+
+def test_ones_own_prompts_may_lack_what_is_not_asked_for(desk: Desk, tmp_path: Path, plan: Plan, asked: Recipe) -> None:
+    ours = Path(load_prompts.__code__.co_filename).parent
+    for language in ("en", "zh"):
+        text = (ours / f"prompts.{language}.yaml").read_text(encoding="utf-8")
+        (tmp_path / f"prompts.{language}.yaml").write_text(text.partition("\ngiven:")[0], encoding="utf-8")
+    assert load_prompts(tmp_path)["en"].hashes == load_prompts()["en"].hashes
+    styles = styled(tmp_path / "styles.jsonl", *STYLES)
+    with desk.engine() as engine, pytest.raises(RecipeError, match=r"lack given\.style"):
+        EndpointTeacher(engine, plan, factors_of(asked)[0], writing=WritingSettings(prompts=tmp_path, styles=styles))
+
+
 # faults, kills and the whole driver
 
 
@@ -771,6 +892,31 @@ def test_over_a_corpus_other_questions_evidence_is_noise_and_no_topic_is_claimed
     rows = [json.loads(line) for line in (paid.parent / "data/examples.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = Counter(one["kind"] for row in rows for one in row["synth"]["passages"] if one["role"] == "noise")
     assert shown["other_gold"] == told["noise"]["other_gold"]["kept"]
+
+
+def test_reserved_topics_and_tasks_share_no_job_and_no_call(
+    desk: Desk, paid: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.folder = paid.parent / "data/calls"
+    assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    words = ["synthesis.weights.task={factoid: 3, temporal: 1}", "synthesis.weights.topic={news: 1, games: 1, sports: 1}"]
+    words += ["synthesis.reserve={task: [temporal], topic: [sports], n: 10}", "synthesis.n=20"]
+    code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
+    assert code in (0, 3), out + err
+    rows = [
+        [json.loads(line)["synth"] for line in (paid.parent / folder / "examples.jsonl").read_text().splitlines()]
+        for folder in ("data", "data/reserved")
+    ]
+    assert [len(some) >= 9 for some in rows] == [True, True]
+    jobs = [{one["job"] for one in some} for some in rows]
+    calls = [{one["seen"]["calls"]["brainstorm"]["key"] for one in some} for some in rows]
+    assert not jobs[0] & jobs[1]
+    assert not calls[0] & calls[1]
+    learned, apart = ([(one["factors"]["task"], one["factors"]["topic"].partition("/")[0]) for one in some] for some in rows)
+    assert {task for task, _ in learned} == {"factoid"}
+    assert {topic for _, topic in learned} == {"news", "games"}
+    assert {(task == "temporal", topic == "sports") for task, topic in apart} == {(True, False), (False, True)}
+    assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
 
 
 def test_an_estimate_of_rules_is_refused(

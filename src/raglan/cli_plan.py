@@ -69,12 +69,16 @@ def _forecast(settings: Recipe, as_json: bool) -> None:
 
 def _tell_done(told: Mapping[str, Any]) -> None:
     """How many were asked for and came, and where the others were lost."""
+    if apart := told.get("reserved"):
+        typer.echo(f"reserved: {apart['requested']} requested, {apart['kept']} kept; {_named(apart)}")
     typer.echo(f"{told['requested']} requested, {told['kept']} kept, {told['surplus']} surplus, {told['attempts']} attempts")
     for reason, count in told["funnel"].items():
         if reason != "attempts":
             typer.echo(f"  rejected: {reason}: {count}")
     if told.get("closed_book"):
         typer.echo(f"known without passages: {told['closed_book']['known']} of {told['closed_book']['asked']} kept and asked")
+    if (trip := told.get("round_trip")) and trip["unreachable"]:
+        typer.echo(f"found again by no retriever: {trip['unreachable']} kept of at most {trip['most']}")
     if told["splits"]:
         sizes = ", ".join(f"{count} {name}" for name, count in told["splits"].items())
         typer.echo(f"split: {sizes}; the largest group is {told['largest_group']:.1%}")
@@ -84,22 +88,32 @@ def _tell_done(told: Mapping[str, Any]) -> None:
         typer.echo(f"left out of {factor}: {', '.join(values)}")
 
 
+def _named(apart: Mapping[str, Any]) -> str:
+    """What is reserved, factor by factor; of topics their paths."""
+    return "; ".join(f"{name} {', '.join(apart[name])}" for name in ("task", "topic") if name in apart)
+
+
 def _plan(settings: Recipe, as_json: bool) -> None:
     """The plan alone: plan/plan.jsonl has a line an example, and every margin is exact."""
-    from raglan.recipe import OfflineTeacher
     from raglan.synthesis import make_plan, write_plan
-    from raglan.synthesis.offline import CANNOT
+    from raglan.synthesis.reserve import FOLDER, reserved_plan
+    from raglan.synthesis.start import cannot_of
 
-    teacher = settings.synthesis.teacher if settings.synthesis is not None else None
-    made = make_plan(settings, cannot=CANNOT if isinstance(teacher, OfflineTeacher) else None)
-    assert settings.synthesis is not None
-    folder = write_plan(made, settings.synthesis.path / "plan")
+    asked = settings.synthesis
+    cannot = cannot_of(asked) if asked is not None else None
+    made = make_plan(settings, cannot=cannot)
+    assert asked is not None
+    written = [(made, write_plan(made, asked.path / "plan"))]
+    if asked.reserve is not None:
+        apart = reserved_plan(settings, cannot=cannot)
+        written.append((apart, write_plan(apart, asked.path / FOLDER / "plan")))
     if as_json:
-        told = {"n": len(made.cells), "margins": made.margins, "left_out": made.left_out}
-        typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
-    else:
-        _tell_margins(made)
-    console.print(f"[dim]{len(made.cells)} cells: {folder / 'plan.jsonl'}[/dim]", soft_wrap=True)
+        told, *more = ({"n": len(own.cells), "margins": own.margins, "left_out": own.left_out} for own, _ in written)
+        typer.echo(json.dumps({**told, **({FOLDER: more[0]} if more else {})}, ensure_ascii=False, indent=2))
+    for own, folder in written:
+        if not as_json:
+            _tell_margins(own)
+        console.print(f"[dim]{len(own.cells)} cells: {folder / 'plan.jsonl'}[/dim]", soft_wrap=True)
 
 
 def coverage(

@@ -29,6 +29,7 @@ def synthesis_tables(folder: Path) -> list[GridTable]:
     funnel += [["kept", str(told["kept"])]]
     funnel += [[f"supported, by {who}", str(count)] for who, count in told.get("support", {}).items() if who != "n/a"]
     funnel += [["known without passages", str(told["closed_book"]["known"])]] if told.get("closed_book") else []
+    funnel += [["found by no retriever", str(told["round_trip"]["unreachable"])]] if told.get("round_trip") else []
     funnel += [[f"in {name}", str(count)] for name, count in told.get("splits", {}).items()]
     kept = GridTable(f"Synthetic examples, written by “{told['teacher']}”", ["", "examples"], funnel, {})
     rows: list[list[str]] = []

@@ -18,6 +18,8 @@ __all__ = [
     "NliSupport",
     "OfflineTeacher",
     "PassageSettings",
+    "ReserveSettings",
+    "RoundTripSettings",
     "RulesSupport",
     "StepSettings",
     "SynthesisSettings",
@@ -72,6 +74,18 @@ class WritingSettings(Settings):
     prompts: Path | None = Field(
         None, description="A folder with a prompts.en.yaml, prompts.zh.yaml or families.yaml to be read instead of raglan's."
     )
+    styles: Path | None = Field(
+        None, description="Lines of {text, licence, source?}: real instructions; each draft imitates the manner of one."
+    )
+    answer_first: float = Field(
+        0, ge=0, le=1, description="Of the questions over the corpus that have a short answer in one passage, the share whose "
+        "answer is picked first, by rules; the model asks for it.",
+    )  # fmt: skip
+
+    @property
+    def off(self) -> set[str]:
+        """Settings that came later than others and are not used: nothing that is written, or named, follows from them."""
+        return {name for name in ("styles", "answer_first") if not getattr(self, name)}
 
 
 class RulesSupport(Settings):
@@ -118,6 +132,15 @@ class ClosedBookSettings(Settings):
     max_tokens: int = Field(48, ge=1, description="Longest answer.")
 
 
+class RoundTripSettings(Settings):
+    """A question is searched for: what it was written from must be found again, by some retriever that has a weight."""
+
+    depth: int = Field(100, ge=1, description="Ranks among which one of its passages has to be, in at least one retriever.")
+    kept: float = Field(
+        0.05, ge=0, le=1, description="Share of the examples that may stay all the same, tagged `unreachable`: the first ones."
+    )
+
+
 class VerifySettings(Settings):
     """What must hold of a written example. The checks that need no model always run."""
 
@@ -125,6 +148,9 @@ class VerifySettings(Settings):
         RulesSupport(), description="Who tells whether passages support an answer where no alias of it does."
     )
     closed_book: ClosedBookSettings | None = Field(None, description="Ask what was accepted without its passages, too.")
+    round_trip: RoundTripSettings | None = Field(
+        RoundTripSettings(), description="Whether questions over the corpus find their own passages again; null: not asked."
+    )
     may_be_missing: tuple[Literal["support"], ...] = Field(
         (), description="Checks that do not reject where nothing is there that could tell, as where no short answer is known."
     )
@@ -141,6 +167,23 @@ class BudgetSettings(Settings):
     def _prompt_has_room(self) -> BudgetSettings:
         if self.answer >= self.max_length:
             raise ValueError(f"answer takes {self.answer} of max_length {self.max_length} and leaves nothing to the prompt")
+        return self
+
+
+class ReserveSettings(Settings):
+    """Topics and tasks that no training example has, and examples that have them: a set of its own, to be measured on."""
+
+    topic: Annotated[int, Field(ge=0)] | tuple[str, ...] = Field(
+        (), description="First levels, as `sports`, or paths below; or how many first levels are drawn. Only examples from "
+        "scratch have topics.",
+    )  # fmt: skip
+    task: Annotated[int, Field(ge=0)] | tuple[str, ...] = Field((), description="Tasks, or how many are drawn.")
+    n: int = Field(ge=1, description="Examples in reserved/: shared evenly between unseen tasks and unseen topics.")
+
+    @model_validator(mode="after")
+    def _something_is_reserved(self) -> ReserveSettings:
+        if not self.topic and not self.task:
+            raise ValueError("neither a topic nor a task is reserved")
         return self
 
 
@@ -189,6 +232,18 @@ class SynthesisSettings(Settings):
     split: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         {"train": 0.9, "dev": 0.1}, description="Split → share of the groups, which are tied by document; {} makes no split."
     )
+
+    reserve: ReserveSettings | None = Field(
+        None, description="Topics and tasks that are kept out of the plan, and examples of them alone, in reserved/ in path."
+    )
+
+    @model_validator(mode="after")
+    def _what_is_reserved_is_heeded(self) -> SynthesisSettings:
+        if self.reserve is not None and self.questions is not None:
+            raise ValueError("reserve does not apply to questions that people asked: their topics and tasks are their own")
+        if self.reserve is not None and self.reserve.topic and not self.from_scratch:
+            raise ValueError("reserve.topic needs from_scratch: questions over a corpus have its topics")
+        return self
 
     @model_validator(mode="after")
     def _somebody_judges(self) -> SynthesisSettings:

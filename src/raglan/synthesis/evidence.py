@@ -13,6 +13,7 @@ the budget. A draft that cannot be shown comes back as a `Reject`, with its reas
     over_budget          gold does not fit, or no passage at all
     answer_shown         R5, and an answer stands there all the same
     no_false_value       R6 or R7 of one passage, and nothing to exchange
+    unreachable          no retriever finds its gold again, and no such example may stay (see `synthesis.verify.round_trip`)
     answered_everywhere  a judge finds an answer in 16 passages that have no place: of so wide a question noise would be sought,
                          and paid, for ever; those that stay, as support, are not counted
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,7 @@ from raglan.rendering import Rendering, render
 from raglan.retriever import Retriever
 from raglan.synthesis.factors import load_factors
 from raglan.synthesis.plan import ABSENT, CONFLICT, PARTIAL, Cell
+from raglan.synthesis.quotas import exact
 from raglan.synthesis.writing import Draft, Reject, Sheet
 from raglan.text import SPACELESS, half_character, words
 
@@ -130,6 +132,7 @@ class Assembler:
             settings.budget.max_length - settings.budget.answer
         )
         self._policies = _policies(settings)
+        self._trip = settings.verify.round_trip
         self._seen: dict[str, dict[str, Sequence[Hit]]] = defaultdict(dict)
         self._varied: set[str] = set()
 
@@ -182,6 +185,7 @@ class Assembler:
         self._answering.clear()
         self._most = EVERYWHERE + (len(cell.noise) if stays else 0)  # each of them has its place
         found = self._found(draft)
+        lost = self._unreachable(draft, found)
         evidence = self._evidence(draft, found, seed)
         slots = self._filled(draft, evidence, found, seed)
         slots = _arranged(slots, evidence, cell, seed)
@@ -190,12 +194,13 @@ class Assembler:
         kept, rendered = self._within_budget(draft, slots, {slot.passage.id for slot in evidence}, rendering, asked)
         _check_absent(draft, kept, rendering)
         told = {"rendering": rendering.record(), "left_out": len(slots) - len(kept), "prompt_hash": fingerprint(rendered.text)}
+        told |= {"unreachable": True} if lost else {}
         return Sheet(draft, kept, rendered.text, asked, told)
 
     def _found(self, draft: Draft) -> tuple[Found, ...]:
         """The best hits of the cell's retriever, or of all in turn."""
         name = draft.job.cell.retriever
-        text = "\n".join([*draft.history[-1:], draft.query])
+        text = _searched(draft)
         names = list(self.retrievers) if name == POOLED else [name]
         depth = min(DEPTH, len(self.corpus))
         each = retrieve_each({one: self.retrievers[one] for one in names}, [text], depth)
@@ -203,6 +208,22 @@ class Assembler:
         for one, own in hits.items():
             self._look_at(one, text, own)
         return pool(hits, depth)
+
+    def _unreachable(self, draft: Draft, found: Sequence[Found]) -> bool:
+        """The round trip: whether no retriever has gold of the corpus among its first ranks. Raises _Unfit: none may stay.
+
+        What was found for the noise is looked at first; only where gold is not there all retrievers are asked, and deeper.
+        """
+        gold = {passage.id for passage in draft.gold if self.corpus.row(passage.id) is not None}
+        if self._trip is None or not gold or any(_at_hand(one.hit, gold, self._trip.depth) for one in found):
+            return False
+        depth = min(self._trip.depth, len(self.corpus))
+        each = retrieve_each(self.retrievers, [_searched(draft)], depth)
+        if any(_at_hand(hit, gold, depth) for own in each.values() for hit in own[0]):
+            return False
+        if not int(exact(self._trip.kept) * self.settings.n):
+            raise _Unfit("unreachable", f"not among the first {depth} of {', '.join(self.retrievers)}")
+        return True
 
     def _look_at(self, name: str, text: str, hits: Sequence[Hit]) -> None:
         """A retriever that finds the same for everything is broken; one that has once found something else is not."""
@@ -377,6 +398,15 @@ def _rendering(draft: Draft) -> Rendering:
     if head != "none" and not all(passage.title for passage in own):
         head = "none"
     return Rendering(cell.template, cell.passage_form, head, language_of(draft))
+
+
+def _searched(draft: Draft) -> str:
+    """What is searched for: the question, after the turn before it."""
+    return "\n".join([*draft.history[-1:], draft.query])
+
+
+def _at_hand(hit: Hit, gold: Collection[str], depth: int) -> bool:
+    return hit.passage.id in gold and hit.rank <= depth and hit.score != 0
 
 
 def _ranked(slot: Slot, found: Sequence[Found]) -> Slot:

@@ -27,8 +27,12 @@ from raglan.recipe import Recipe, SynthesisSettings
 from raglan.synthesis.deal import deal_table
 from raglan.synthesis.factors import Factor, Factors, Rule, Value, load_factors
 from raglan.synthesis.quotas import Weight, exact, quotas
+from raglan.synthesis.unseen import parted, reserved_values
 
-__all__ = ["ABSENT", "CONFLICT", "DEALT", "SCRATCH", "Cell", "Plan", "deal_plan", "factors_of", "make_plan", "seed_of"]
+__all__ = [
+    "ABSENT", "CONFLICT", "DEALT", "SCRATCH", "Cell", "Plan", "cell_seed", "deal_plan", "factors_of", "make_plan",
+    "reserved_of", "seed_of",
+]  # fmt: skip
 
 DEALT = (
     "task", "relation", "answer_format", "query_format", "topic", "absent_policy", "retriever", "k", "language", "source",
@@ -96,7 +100,12 @@ class Plan:
 
 def seed_of(run: int, cell: int, purpose: str, *, ordinal: int = 0) -> int:
     """hash(run seed, cell, purpose): what `Cell.seed_for` gives, without the cell. 63 bits."""
-    return _hashed(_hashed(run, "cell", cell), purpose, ordinal)
+    return _hashed(cell_seed(run, cell), purpose, ordinal)
+
+
+def cell_seed(run: int, cell: int) -> int:
+    """What `Cell.seed` is: a hash of the run's seed and its number."""
+    return _hashed(run, "cell", cell)
 
 
 def _hashed(*parts: int | str) -> int:
@@ -120,7 +129,8 @@ def make_plan(recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = No
     asked = recipe.synthesis
     factors, left_out = factors_of(recipe, cannot=cannot)
     fit: frozenset[str] = frozenset(name for name, weights in asked.weights.items() if weights == "fit")
-    fit |= {name for name in FITTED if (cannot or {}).get(name) and name not in asked.weights}
+    fewer = asked.reserve is not None and bool(asked.reserve.task)
+    fit |= {name for name in FITTED if (fewer or (cannot or {}).get(name)) and name not in asked.weights}
     return deal_plan(factors, asked.n, seed=recipe.seed, fit=fit, order=asked.passages.order, left_out=left_out)
 
 
@@ -148,24 +158,19 @@ def deal_plan(
 
 
 def factors_of(
-    recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = None
+    recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = None, part: str = ""
 ) -> tuple[Factors, dict[str, tuple[str, ...]]]:
     """All factors with the recipe's weights, and which values left: nobody writes them, or they meet none of what it allows.
+
+    What is reserved has left, too; with `part`, a factor, its reserved values alone are there.
 
     Raises:
         RecipeError: a weight names what is not there, or what the teacher cannot write.
     """
     asked = recipe.synthesis
     assert asked is not None
-    factors = load_factors(asked.factors).having(*_of_recipe(recipe, asked))
-    fixed = {"k", "retriever", "relation"} if "relation" in asked.weights else {"k", "retriever"}
-    for name, weights in asked.weights.items():
-        if weights == "fit":
-            continue
-        fixed.add(name)
-        named: Mapping[str, Weight] = {**weights, ABSENT: 1} if name == "relation" else weights  # type: ignore[dict-item]
-        factors = factors.weighted_topics(named) if name == "topic" else factors.weighted(name, named)
-    factors, unwritten = _writable(factors, cannot or {}, {*_named(asked), "language", "source"})
+    factors, unwritten, fixed = _weighted(recipe, cannot)
+    factors = parted(factors, reserved_values(asked.reserve, factors, recipe.seed), part)
     needs = {value.name: value.evidence for value in factors["relation"].values}
     deepest = {name: frozenset(k for k in factors["k"].names if int(k) >= need) for name, need in needs.items()}
     kinds = frozenset(value.name for value in factors["noise"].values if value.gold_absent)
@@ -176,6 +181,29 @@ def factors_of(
         raise RecipeError(told, hint="set it to 0, or allow another task or kind")
     names = dict.fromkeys((*unwritten, *left_out))
     return _with_one_knob(factors, asked), {name: (*unwritten.get(name, ()), *left_out.get(name, ())) for name in names}
+
+
+def reserved_of(recipe: Recipe, *, cannot: Mapping[str, Sequence[str]] | None = None) -> dict[str, tuple[str, ...]]:
+    """Factor → values that the recipe reserves. Raises RecipeError: values that the plan would not have had."""
+    assert recipe.synthesis is not None
+    return reserved_values(recipe.synthesis.reserve, _weighted(recipe, cannot)[0], recipe.seed)
+
+
+def _weighted(
+    recipe: Recipe, cannot: Mapping[str, Sequence[str]] | None
+) -> tuple[Factors, dict[str, tuple[str, ...]], set[str]]:
+    """All factors with the recipe's weights, what the teacher cannot write, and the factors that stay whole."""
+    asked = recipe.synthesis
+    assert asked is not None
+    factors = load_factors(asked.factors).having(*_of_recipe(recipe, asked))
+    fixed = {"k", "retriever", "relation"} if "relation" in asked.weights else {"k", "retriever"}
+    for name, weights in asked.weights.items():
+        if weights == "fit":
+            continue
+        fixed.add(name)
+        named: Mapping[str, Weight] = {**weights, ABSENT: 1} if name == "relation" else weights  # type: ignore[dict-item]
+        factors = factors.weighted_topics(named) if name == "topic" else factors.weighted(name, named)
+    return *_writable(factors, cannot or {}, {*_named(asked), "language", "source"}), fixed
 
 
 def _named(asked: SynthesisSettings) -> set[str]:
@@ -290,7 +318,8 @@ class _Deal:
         try:
             return deal_table(rows.tolist(), columns, allowed, row_names=told, column_names=self.factors[name].names)
         except RecipeError as fault:
-            hint = f"change synthesis.weights of one of these, set synthesis.weights.{name}=fit, or plan more examples"
+            fit = f"set synthesis.weights.{name}=fit, " if name != "relation" else ""  # its share of R5 is another setting's
+            hint = f"change synthesis.weights of one of these, {fit}or plan more examples"
             raise RecipeError(f"{name} cannot be dealt to {self.n} cells: {fault.message}", hint=hint) from None
 
     def _assigned(self, name: str, of_cell: Codes, table: Codes, cells: Codes) -> Codes:
@@ -374,7 +403,7 @@ class _Deal:
         rows = zip(*columns.values(), strict=True)
         return [
             Cell(
-                number=number, seed=_hashed(self.seed, "cell", number), k=k, evidence=evidence, positions=places,
+                number=number, seed=cell_seed(self.seed, number), k=k, evidence=evidence, positions=places,
                 noise=tuple(kinds[code] for code in noise.tolist()), **dict(zip(columns, row, strict=True)),
             )
             for number, (row, k, evidence, places, noise) in enumerate(

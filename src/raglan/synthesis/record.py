@@ -6,6 +6,7 @@
     policy, withheld            where gold is absent: what the answer does; the passages that would have answered
     passages                    as shown, in their order: id, document, title, text, date if there is one, and the slot's record
     target                      what is learned
+    unreachable                 true where no retriever finds its passages again, and it stayed all the same
     support, closed_book        who told that it is supported; how many draws without passages were right
     job                         the job of a reader that a from-scratch example was written for
 

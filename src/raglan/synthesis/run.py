@@ -1,11 +1,13 @@
-"""From a plan to a dataset: jobs → teacher → verification → leaks → duplicates → exact N → splits.
+"""From a plan to a dataset: jobs → teacher → verification → leaks → round trip → duplicates → exact N → splits.
 
     round 0        one job a cell
     round 1, 2     the cells that have no accepted attempt yet, each with its next ordinal; no quota moves to another cell
-    a round        teacher.write(jobs, show), each result verified; then over all that was accepted so far: leaks, duplicates
+    a round        teacher.write(jobs, show), each result verified; then leaks, round trip, duplicates, over all accepted so far
+    unreachable    of the examples whose passages no retriever finds again the first by (ordinal, cell) stay, so many as may
     kept           of each cell the lowest accepted ordinal; other accepted ones are surplus
 
-What leaks is no example, and what was a duplicate in an earlier round is none any more: neither costs another cell its own.
+What leaks is no example, and what was a duplicate or out of reach in an earlier round is none any more: none of these costs
+another cell its own.
 
 Results may come in any order: nothing below looks at it, so one call at a time, sixty-four, or a run that was killed and
 begun again give the same bytes. What was made lies in a file while the run lasts; in memory is where each of it stands.
@@ -42,8 +44,10 @@ from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept,
 from raglan.synthesis.desk import PIECE, Desk, Ended
 from raglan.synthesis.files import write_plan
 from raglan.synthesis.plan import Plan, make_plan
+from raglan.synthesis.quotas import exact
 from raglan.synthesis.recall import ClosedBook
 from raglan.synthesis.record import example_of
+from raglan.synthesis.reserve import Reserved, others, ties
 from raglan.synthesis.writing import Job, Made, Reject, Show, Teacher
 from raglan.text import half_character
 from raglan.verification import Verifier
@@ -66,7 +70,7 @@ class Done:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.told["complete"] else 3
+        return 0 if self.told["complete"] and self.told.get("reserved", {}).get("complete", True) else 3
 
 
 def synthesize(
@@ -75,7 +79,7 @@ def synthesize(
     embed_questions: Embed | None = None,
     corpus_at: Callable[[Path], Corpus] | None = None, cost: Callable[[], Mapping[str, Any]] | None = None,
     ignores: Sequence[str] = (), ignores_in_corpus: Sequence[str] = (), inputs: Mapping[str, Any] | None = None,
-    sources: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None, reserved: Reserved | None = None,
 ) -> Done:  # fmt: skip
     """Write, check and keep the examples of `recipe.synthesis`.
 
@@ -93,6 +97,7 @@ def synthesize(
             cells that have their passages from a corpus.
         inputs: names of what else the dataset follows from, as the knowledge base's version.
         sources: names of what its questions are from: in-domain is what is of one of these.
+        reserved: what was made beforehand, and has no document, job or question in common with these examples.
 
     Raises:
         RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
@@ -104,18 +109,20 @@ def synthesize(
     settings = recipe.synthesis
     plan = make_plan(recipe, cannot=teacher.cannot()) if plan is None else plan
     verifier = Verifier(may_be_missing=settings.verify.may_be_missing) if verifier is None else verifier
-    sets, missing, near = _evaluation_sets(recipe, settings, corpus_at)
+    sets, missing, near = _evaluation_sets(recipe, settings, corpus_at, reserved)
     kept_out = [] if near is None else [_kept_out(sets, missing, near)]
-    name = fingerprint([_content(settings), recipe.seed, teacher.name, {**(inputs or {})}, *kept_out])
+    asked, follows = _content(settings), [recipe.seed, teacher.name, {**(inputs or {})}, *kept_out]
+    name = fingerprint([asked, *follows])
     folder = Path(settings.path)
-    if (there := _finished(folder, name)) is not None:
+    if (there := _finished(folder, name, fingerprint([_untried(asked), *follows]))) is not None:
         return Done(folder, there)
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(plan, folder / "plan")
     (folder / MANIFEST).unlink(missing_ok=True)
     with _Rows(folder / "made.jsonl.part") as rows:
+        apart = reserved.ties if reserved is not None else frozenset()
         desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
-        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near)
+        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings), apart)
         stopped = run.write()
         told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
     (folder / "made.jsonl.part").unlink()
@@ -124,7 +131,7 @@ def synthesize(
     content = {
         **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
         "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
-        **({"sources": dict(sources)} if sources else {}),
+        **({"sources": dict(sources)} if sources else {}), **({"reserved": dict(reserved.told)} if reserved else {}),
     }  # fmt: skip
     write_manifest(folder, KIND, content)
     return Done(folder, content)
@@ -132,7 +139,7 @@ def synthesize(
 
 def _content(settings: SynthesisSettings) -> dict[str, Any]:
     """The settings that say what is written, without those that only say how fast and for how much."""
-    told = settings.model_dump(mode="json", exclude=set(RUNNING))
+    told = settings.model_dump(mode="json", exclude={**dict.fromkeys(RUNNING, True), "writing": settings.writing.off})
     verify = told["verify"]
     for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
         if name in owner:
@@ -140,7 +147,20 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
     for owner in (verify["support"], verify["closed_book"] or {}):
         owner.pop("price", None)
         owner.pop("give_up", None)
-    return told
+    if told["reserve"] is None:
+        del told["reserve"]
+    return told if verify["round_trip"] else _untried(told)
+
+
+def _untried(content: Mapping[str, Any]) -> dict[str, Any]:
+    """As settings were before there were round trips."""
+    return {**content, "verify": {name: value for name, value in content["verify"].items() if name != "round_trip"}}
+
+
+def _may_stay(settings: SynthesisSettings) -> int:
+    """How many examples may stay whose passages no retriever finds."""
+    trip = settings.verify.round_trip
+    return settings.n if trip is None else int(exact(trip.kept) * settings.n)
 
 
 def _kept_out(sets: Sequence[EvaluationQuestions], missing: Sequence[str], near: DecontaminateSettings) -> Mapping[str, Any]:
@@ -151,12 +171,15 @@ def _kept_out(sets: Sequence[EvaluationQuestions], missing: Sequence[str], near:
     }  # fmt: skip
 
 
-def _finished(folder: Path, name: str) -> dict[str, Any] | None:
-    """The manifest of a dataset that was not stopped. Raises CheckpointError: of other settings, stopped or not."""
+def _finished(folder: Path, name: str, untried: str) -> dict[str, Any] | None:
+    """The manifest of a dataset that was not stopped. Raises CheckpointError: of other settings, stopped or not.
+
+    One that was finished before there were round trips has the name `untried`, and is what was asked for then.
+    """
     if not (folder / MANIFEST).is_file():
         return None
     there = read_manifest(folder, KIND)
-    if there["fingerprint"] != name:
+    if there["fingerprint"] != name and ("round_trip" in there or there["fingerprint"] != untried):
         raise CheckpointError(
             f"{folder} holds the dataset {there['fingerprint']} of other settings; the recipe now gives {name}",
             hint="give synthesis.path another folder, or remove this one",
@@ -165,19 +188,22 @@ def _finished(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _evaluation_sets(
-    recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None
+    recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None, reserved: Reserved | None
 ) -> tuple[list[EvaluationQuestions], tuple[str, ...], DecontaminateSettings | None]:
     """(sets, names of missing ones, how near questions may come); opened first, so that a missing one stops before all else."""
     if settings.decontaminate == "none":
         return [], (), None
-    near = registered(recipe)
+    near = registered(recipe) if reserved is None else others(recipe)
+    own = [] if reserved is None else [reserved.questions]
+    if not near.sets and own:
+        return own, (), near
     if not near.sets:
         raise RecipeError(
             "no evaluation set is registered, so nothing can be kept out of the training data",
             hint="decontaminate.sets: {name: {path: questions.jsonl}}, or synthesis.decontaminate: none if that is meant",
         )
     sets, missing = open_sets(near, corpus_at=corpus_at)
-    return sets, missing, near
+    return [*sets, *own], missing, near
 
 
 @dataclass
@@ -193,6 +219,8 @@ class _Run:
     sets: Sequence[EvaluationQuestions]
     missing: tuple[str, ...]
     near: DecontaminateSettings | None
+    may_stay: int  # of those that no retriever finds
+    apart: frozenset[tuple[str, str]] = frozenset()  # what the reserved examples rest on
 
     def __post_init__(self) -> None:
         self.attempts: dict[Place, Attempt] = {}  # as the teacher and the checks left them
@@ -200,6 +228,8 @@ class _Run:
         self.late: dict[Place, Reject] = {}  # of these
         self.told: dict[Place, dict[str, Any]] = {}  # of the accepted: by whom, and whether it is known without passages
         self.twins: dict[Place, Reject] = {}  # and of these the duplicates, of all rounds
+        self.unreachable: set[Place] = set()  # of the accepted: no retriever finds their passages
+        self.lost: dict[Place, Reject] = {}  # of these the ones that are too many, of all rounds
         self.leakage = Leakage()
 
     def write(self) -> str:
@@ -233,14 +263,18 @@ class _Run:
         if (half := _half_character(result)) is not None:
             self._refused(Reject(job, "verify", "half_character", repr(half), result.target), query)
             return
-        if ended.accepted:
-            self._attempted(job, query=query)
-            self.told[_place(job)] = ended.told()
-            example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
-            self.rows.add(_place(job), example)
+        if not ended.accepted:
+            reason, detail = ended.why()
+            self._refused(Reject(job, "verify", reason, detail, result.target), query)
             return
-        reason, detail = ended.why()
-        self._refused(Reject(job, "verify", reason, detail, result.target), query)
+        example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
+        if shared := self.apart and sorted(ties(example, self.corpus) & self.apart):
+            self._refused(Reject(job, "split", "reserved", " ".join(shared[0]), result.target), query)
+            return
+        self._attempted(job, query=query)
+        self.told[_place(job)] = ended.told()
+        self.unreachable |= {_place(job)} if result.sheet.seen.get("unreachable") else set()
+        self.rows.add(_place(job), example)
 
     def _refused(self, reject: Reject, query: str = "") -> None:
         row = {name: _written(value) for name, value in reject_row(reject, query).items()}
@@ -253,11 +287,12 @@ class _Run:
         self.attempts[_place(job)] = Attempt(*_place(job), reason, query)
 
     def _settle(self) -> None:
-        """Leaks, then duplicates, of all that passed the checks; by (cell, ordinal) and round alone."""
-        self.late = dict(self.twins)
+        """Leaks, the round trip, then duplicates, of all that passed the checks; by (cell, ordinal) and round alone."""
+        self.late = {**self.twins, **self.lost}
         passed = sorted(place for place, attempt in self.attempts.items() if attempt.reason is None)
         if self.near is not None:
             self._leaks(passed)
+        self._out_of_reach([place for place in passed if place not in self.late])
         self._duplicates([place for place in passed if place not in self.late])
         out = {p: replace(self.attempts[p], reason=f"{r.step}: {r.reason}") for p, r in self.late.items()}
         self.settled = {**self.attempts, **out}
@@ -273,6 +308,13 @@ class _Run:
             place = places[row]
             one = told[f"synth-{place[0]}-{place[1]}"]
             self.late[place] = self._out(place, "decontaminate", one.check, f"{one.set}: {one.held_out}")
+
+    def _out_of_reach(self, places: Sequence[Place]) -> None:
+        """Of those that no retriever finds so many stay as may, first ordinals first: no round takes from an earlier one."""
+        far = sorted((place for place in places if place in self.unreachable), key=lambda place: place[::-1])
+        for place in far[self.may_stay :]:
+            self.lost[place] = self._out(place, "show", "unreachable", f"{self.may_stay} others stay")
+        self.late |= self.lost
 
     def _duplicates(self, places: Sequence[Place]) -> None:
         """Of those that ask the same the lowest place stays. What goes does not come back, nor stand in another's way."""
@@ -308,7 +350,7 @@ class _Run:
         assert complete(told) == (len(stayed) == len(self.plan.cells))
         return {
             "requested": told["requested"], "kept": told["kept"], "attempts": told["attempts"], "surplus": told["surplus"],
-            "funnel": told["funnel"], **self._checked(stayed),
+            "funnel": told["funnel"], **self._checked(stayed), "round_trip": self._round_trip(settings, stayed),
             "ignored": told["ignored"], "ignored_in_corpus": told["ignored_in_corpus"],
             "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
             "largest_group": None if split is None else round(split.largest, 4),
@@ -323,6 +365,12 @@ class _Run:
             return {"support": support}
         known = sum(own["right"] == own["draws"] > 0 == own.get("missing", 0) for own in recalled)
         return {"support": support, "closed_book": {"asked": len(recalled), "known": known}}
+
+    def _round_trip(self, settings: SynthesisSettings, stayed: Sequence[Place]) -> dict[str, int] | None:
+        """Of the kept ones, how many no retriever finds, and how many that might be; None where it was not asked."""
+        if settings.verify.round_trip is None:
+            return None
+        return {"unreachable": len(self.unreachable.intersection(stayed)), "most": self.may_stay}
 
     def _split(self, stayed: Sequence[Place], shares: Mapping[str, float], seed: int) -> Split | None:
         """By document. Only what ties examples is held, not what they say."""

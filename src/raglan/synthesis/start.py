@@ -33,12 +33,13 @@ from raglan.synthesis.desk import Desk
 from raglan.synthesis.endpoint import EndpointTeacher, check_consent, cost, open_endpoint
 from raglan.synthesis.evidence import Assembler
 from raglan.synthesis.offline import CANNOT, Offline
-from raglan.synthesis.plan import Plan, make_plan
+from raglan.synthesis.plan import Plan, make_plan, reserved_of
 from raglan.synthesis.questions import open_questions
+from raglan.synthesis.reserve import Reserved, own_shelf, reserved_plan, reserved_recipe
 from raglan.synthesis.run import Done, synthesize
-from raglan.synthesis.writing import Job, Teacher
+from raglan.synthesis.writing import Job, Shelf, Teacher
 
-__all__ = ["Opened", "forecast", "open_teacher", "run"]
+__all__ = ["Opened", "cannot_of", "forecast", "open_teacher", "run"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,26 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     asked = _asked(recipe)
     check_consent(asked, prices(asked), yes=yes)
     base = KnowledgeBase.of(recipe.knowledge)
+    if asked.reserve is None:
+        return _written(recipe, base)
+    plan, values = (of(recipe, cannot=cannot_of(asked)) for of in (reserved_plan, reserved_of))
+    first = _written(reserved_recipe(recipe), base, plan=plan, shelf=own_shelf(recipe, base.corpus), values=values)
+    if first.told["stopped"]:  # which documents are left is not known before it is done
+        return first
+    return _written(recipe, base, reserved=Reserved.of(first.folder, first.told, base.corpus))
+
+
+def _written(
+    recipe: Recipe, base: KnowledgeBase, *, plan: Plan | None = None, shelf: Shelf | None = None,
+    values: Mapping[str, Sequence[str]] | None = None, reserved: Reserved | None = None,
+) -> Done:  # fmt: skip
+    """The dataset of a recipe; of another plan than its own, with the `values` that are reserved, or beside such a one."""
+    asked, shelf = _asked(recipe), shelf if reserved is None else reserved.shelf
+    apart = values or (reserved.fingerprint if reserved is not None else None)
     with ExitStack() as stack:
         journal = open_journal(asked, stack) if prices(asked) else None
-        opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
+        opened = open_teacher(recipe, base, stack, journal=journal, plan=plan, shelf=shelf)
+        checks = open_checks(recipe, journal, stack)
         assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
         near = recipe.decontaminate.encoder if recipe.decontaminate is not None else None
         return synthesize(
@@ -89,12 +107,17 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
             piece=checks.piece, corpus=base.corpus, embed=_embed(asked.dedupe), embed_questions=_embed(near),
             corpus_at=_corpus_at, ignores=opened.ignores, ignores_in_corpus=opened.ignores_in_corpus,
             cost=None if journal is None else lambda: cost(journal),
-            inputs={"knowledge": base.version, **_asking(recipe), **opened.inputs, **checks.inputs}, sources=opened.sources,
+            inputs={"knowledge": base.version, **_asking(recipe), **opened.inputs, **checks.inputs,
+                    **({"reserved": apart} if apart is not None else {})},
+            sources=opened.sources, reserved=reserved,
         )  # fmt: skip
 
 
 def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     """What all calls will cost. A sample of the cells is really run, paid, checked, and kept for `run`.
+
+    Of a recipe with `reserve` these are the training examples' calls; which documents the reserved set takes from them is not
+    known yet, so of the sample some is paid again.
 
     Raises:
         RecipeError: neither teacher nor checks make calls. CallsStopped: a cap, a refused key.
@@ -134,8 +157,21 @@ def _asked(recipe: Recipe) -> SynthesisSettings:
     return recipe.synthesis
 
 
-def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack, *, journal: Journal | None = None) -> Opened:
-    """Who writes, by the recipe; `stack` closes what has to be. Raises RecipeError: nobody is named, or two are."""
+def cannot_of(settings: SynthesisSettings) -> Mapping[str, Sequence[str]] | None:
+    """What the recipe's teacher never writes."""
+    return CANNOT if isinstance(settings.teacher, OfflineTeacher) else None
+
+
+def open_teacher(
+    recipe: Recipe, base: KnowledgeBase, stack: ExitStack, *, journal: Journal | None = None, plan: Plan | None = None,
+    shelf: Shelf | None = None,
+) -> Opened:  # fmt: skip
+    """Who writes, by the recipe; `stack` closes what has to be. Raises RecipeError: nobody is named, or two are.
+
+    Args:
+        plan: default the recipe's.
+        shelf: documents that questions may be about; default all.
+    """
     asked = _asked(recipe)
     if asked.questions is not None and asked.teacher is not None:
         raise RecipeError("synthesis has both questions and a teacher", hint="make two datasets, and mix them when training")
@@ -145,12 +181,12 @@ def open_teacher(recipe: Recipe, base: KnowledgeBase, stack: ExitStack, *, journ
         sources = {asked.questions.name.partition(".")[0]: str(asked.questions)}
         return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs, sources)
     if isinstance(asked.teacher, OfflineTeacher):
-        plan = make_plan(recipe, cannot=CANNOT)
-        rules = Offline(base.corpus, plan, overlap=asked.teacher.overlap)
+        plan = plan or make_plan(recipe, cannot=CANNOT)
+        rules = Offline(base.corpus, plan, overlap=asked.teacher.overlap, shelf=shelf)
         return Opened(rules, plan, rules.evidence, rules.answers, rules.ignores)
     if isinstance(asked.teacher, EndpointSettings):
-        plan = make_plan(recipe)
-        model = stack.enter_context(open_endpoint(recipe, plan, base.corpus, journal=journal))
+        plan = plan or make_plan(recipe)
+        model = stack.enter_context(open_endpoint(recipe, plan, base.corpus, journal=journal, shelf=shelf))
         return Opened(
             model, plan, model.evidence, model.answers, inputs={"writing": model.fingerprint},
             ignores_in_corpus=model.ignores_in_corpus,

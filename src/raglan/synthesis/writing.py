@@ -5,6 +5,7 @@
     Sheet     what the answer may rest on: the passages in their order, after noise, guard and budget, and the prompt
     Made      a sheet with its answer
     Reject    a job that came to nothing: at which step, why, and the raw text
+    Shelf     which documents a plan's questions may rest on, where another plan has some of them
 
 A teacher writes; whoever drives it chooses passages (`show`), verifies, counts and keeps. So a teacher sees a sheet and never a
 role of its passages, and the same checks hold for all teachers.
@@ -20,7 +21,7 @@ from raglan.perturb import Slot
 from raglan.records import Passage
 from raglan.synthesis.plan import Cell
 
-__all__ = ["Draft", "Job", "Made", "Reject", "Sheet", "Show", "Teacher"]
+__all__ = ["Draft", "Job", "Made", "Reject", "Sheet", "Shelf", "Show", "Teacher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,31 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """`step`: brainstorm, draft, passages, show, answer, verify or dedupe."""
+    """`step`: brainstorm, draft, passages, show, answer, verify, split, decontaminate or dedupe."""
 
     job: Job
     step: str
     reason: str
     detail: str = ""
     raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """What is open to a plan's questions.
+
+    Attributes:
+        closed: documents that none of them may rest on.
+        only: documents that are visited, by their names (a passage's id where it has none), and linked to others; None: all.
+        first: number of the first brainstorm of each kind, so that no job of another plan's brainstorms comes again.
+    """
+
+    closed: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+    first: int = 0
+
+    def visits(self, document: str) -> bool:
+        return document not in self.closed and (self.only is None or document in self.only)
 
 
 Show = Callable[[Draft], Sheet | Reject]

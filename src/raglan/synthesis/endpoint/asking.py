@@ -56,11 +56,15 @@ class Asking:
         listed = "\n".join(f"- {title}" for title in titles)
         return prompts.messages("brainstorm_corpus", titles=listed, family=self._family(cell, prompts), count=str(count))
 
-    def draft(self, cell: Cell, job: JobReply, passages: Sequence[Passage] = ()) -> Messages:
+    def draft(
+        self, cell: Cell, job: JobReply, passages: Sequence[Passage] = (), *, given: Mapping[str, str] | None = None
+    ) -> Messages:
+        """`given`: style, answer → its text."""
         prompts = self.of(cell, passages)
+        told = (prompts.given[name].replace(f"{{{name}}}", text) for name, text in (given or {}).items())
         values = {name: self._said(cell, name, prompts) for name in DRAFT} | {
             "job": job.job,
-            "notes": self._notes(cell, passages),
+            "notes": "\n".join(filter(None, (self._notes(cell, passages), *told))),
         }
         if passages:
             return prompts.messages("draft_corpus", passages=_numbered([_whole(one) for one in passages]), **values)

@@ -23,13 +23,14 @@ from raglan.errors import RecipeError
 from raglan.recipe import EndpointSettings, Recipe, SynthesisSettings
 from raglan.synthesis.endpoint.teacher import EndpointTeacher
 from raglan.synthesis.plan import Plan, factors_of
+from raglan.synthesis.writing import Shelf
 
 __all__ = ["check_consent", "cost", "estimate_lines", "estimate_row", "open_endpoint"]
 
 
 @contextmanager
 def open_endpoint(
-    recipe: Recipe, plan: Plan, corpus: Corpus | None, *, journal: Journal | None = None
+    recipe: Recipe, plan: Plan, corpus: Corpus | None, *, journal: Journal | None = None, shelf: Shelf | None = None
 ) -> Iterator[EndpointTeacher]:
     """The recipe's teacher, with its journal open, or with one that is open already.
 
@@ -42,7 +43,7 @@ def open_endpoint(
         raise RecipeError("synthesis.teacher is no endpoint", hint="teacher: {kind: endpoint, base_url: …, model: …}")
     folder = Path(asked.calls or asked.path / "calls")
     with CallEngine(asked.teacher, journal or folder, money=asked.money) as engine:
-        yield EndpointTeacher(engine, plan, factors_of(recipe)[0], corpus=corpus, writing=asked.writing)
+        yield EndpointTeacher(engine, plan, factors_of(recipe)[0], corpus=corpus, writing=asked.writing, shelf=shelf)
 
 
 def check_consent(settings: SynthesisSettings, prices: Sequence[object], *, yes: bool) -> None:

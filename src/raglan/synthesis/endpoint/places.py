@@ -21,7 +21,7 @@ from raglan.corpus import Corpus
 from raglan.errors import RecipeError
 from raglan.records import Passage
 from raglan.synthesis.plan import SCRATCH, Cell
-from raglan.synthesis.writing import Job
+from raglan.synthesis.writing import Job, Shelf
 from raglan.text import content_terms
 
 __all__ = ["Library", "Place", "Places"]
@@ -40,10 +40,10 @@ class Place:
 
 
 class Places:
-    """The places of all attempts at a plan's cells. Memory: a number a cell."""
+    """The places of all attempts at a plan's cells. Memory: a number a cell. `first`: see `Shelf`."""
 
-    def __init__(self, cells: Sequence[Cell], family: Callable[[str], str], *, jobs: int):
-        self.jobs, self._family = jobs, family
+    def __init__(self, cells: Sequence[Cell], family: Callable[[str], str], *, jobs: int, first: int = 0):
+        self.jobs, self.first, self._family = jobs, first, family
         self._ranks: dict[int, int] = {}
         self._sizes: Counter[tuple[str, ...]] = Counter()
         self._shared: Counter[tuple[object, ...]] = Counter()
@@ -68,7 +68,8 @@ class Places:
         if cell.source != SCRATCH:
             visit = rank + job.ordinal * self.visits
             return Place(family, visit // self.jobs, visit % self.jobs, visit)
-        return Place(family, *divmod(rank + job.ordinal * self._sizes[self._group(cell)], self.jobs))
+        draw, place = divmod(rank + job.ordinal * self._sizes[self._group(cell)], self.jobs)
+        return Place(family, self.first + draw, place)
 
     def shared(self, job: Job) -> int:
         """How many of the plan's cells draw from the same brainstorm, in their first attempts."""
@@ -94,17 +95,21 @@ class Library:
     Args:
         most: visits that one document may have.
         visits: how many the plan makes in its first round.
+        shelf: which documents are visited, and linked to.
 
     Raises:
-        RecipeError: the plan needs more visits than `most` allows.
+        RecipeError: the plan needs more visits than `most` allows, or no document is open to it.
     """
 
-    def __init__(self, corpus: Corpus, *, seed: int, visits: int, most: int | None = None):
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, *, seed: int, visits: int, most: int | None = None, shelf: Shelf | None = None):
+        self.corpus, self.shelf = corpus, shelf or Shelf()
         documents: dict[str, None] = {}
         for passage in corpus:
-            documents.setdefault(passage.document)
+            if self.shelf.visits(passage.document or passage.id):
+                documents.setdefault(passage.document)
         self.order = list(documents)
+        if not self.order:
+            raise RecipeError("no document is left to ask about", hint="lower synthesis.reserve.n, or add documents")
         random.Random(seed).shuffle(self.order)
         if most is not None and visits > most * len(self.order):
             raise RecipeError(
@@ -124,13 +129,16 @@ class Library:
 
     def linked(self, passage: Passage) -> Passage | None:
         """The passage of another document that shares most rare words with it, weighted by rarity; else one beside it."""
-        row = self.corpus.row(passage.id)
+        row, closed = self.corpus.row(passage.id), self.shelf.closed
         scores: dict[int, float] = defaultdict(float)
         for term in set(_terms(passage)):
             rows = self._rare.get(term, ())
             for other in rows:
                 scores[other] += 1 / math.log2(1 + len(rows))
-        others = [(-score, other) for other, score in scores.items() if self.corpus[other].document != passage.document]
+        others = [
+            (-score, other) for other, score in scores.items()
+            if (document := self.corpus[other].document) != passage.document and document not in closed
+        ]  # fmt: skip
         if others:
             return self.corpus[min(others)[1]]
         beside = [other for other in self.corpus.rows_of_document(passage.document) if other != row]

@@ -2,10 +2,12 @@
 
     prompts.en.yaml, prompts.zh.yaml    step → system, user; notes of single cells; words of lengths and languages
     families.yaml                       which tasks one brainstorm serves
+    given, in the prompts' files        what a draft is told of a style to imitate, or of the answer that it has to ask for
 
 A step's system message is the same in every call, and stands first: servers that keep prefixes bill it as cached. Names in
 braces are filled in one pass, so that what is filled in is never read as a template. `Prompts.hashes` name the content of what
-was asked; they are in every record, and the whole of the files is printed in docs/concepts/synthesis-prompts.md.
+was asked; they are in every record (of what is given, where it is), and the whole of the files is printed in
+docs/concepts/synthesis-prompts.md.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Prompts:
     families: Mapping[str, tuple[str, ...]]  # family → its tasks
     family_words: Mapping[str, str]
     hashes: Mapping[str, str]  # step → content hash of its wording and of the notes
+    given: Mapping[str, str]  # style, answer → what a draft is told of it
 
     def messages(self, step: str, **values: str) -> Messages:
         """A step's messages with these values, letter by letter. What is empty stands as "(none)"; no notes leave no line."""
@@ -91,7 +94,7 @@ def _prompts(path: Path, language: str, families: Mapping[str, Any]) -> Prompts:
         tasks = {name: tuple(map(str, one["tasks"])) for name, one in families.items()}
         family_words = {name: str(one[language]) for name, one in families.items()}
         tables = [{str(key): str(value) for key, value in told[name].items()} for name in ("notes", "words", "languages")]
-        none = str(told["none"])
+        none, given = str(told["none"]), {str(key): str(value) for key, value in told.get("given", {}).items()}
     except (KeyError, TypeError, AttributeError) as fault:
         raise RecipeError(f"{path} lacks {fault}", hint=f"steps are {', '.join(STEPS)}, each with system and user") from None
     common = [*tables, none, family_words]  # what any step may show beside its own words
@@ -99,5 +102,5 @@ def _prompts(path: Path, language: str, families: Mapping[str, Any]) -> Prompts:
     notes, words, languages = map(MappingProxyType, tables)
     return Prompts(
         language, MappingProxyType(steps), notes, words, languages, none, MappingProxyType(tasks),
-        MappingProxyType(family_words), MappingProxyType(hashes),
+        MappingProxyType(family_words), MappingProxyType(hashes), MappingProxyType(given),
     )  # fmt: skip

@@ -32,13 +32,14 @@ from raglan.errors import RecipeError
 from raglan.recipe import StepSettings, WritingSettings
 from raglan.records import Passage
 from raglan.synthesis.endpoint.asking import AGAINST, Asking, lacking, shares, sources
+from raglan.synthesis.endpoint.given import Given, Style, answered_with, repeats
 from raglan.synthesis.endpoint.places import Library, Places
 from raglan.synthesis.endpoint.prompts import Prompts, load_prompts
 from raglan.synthesis.endpoint.replies import DraftReply, JobReply, JobsReply, PassagesReply
 from raglan.synthesis.factors import Factors
-from raglan.synthesis.offline.spans import language_of, spans
+from raglan.synthesis.offline.spans import Span, language_of, spans
 from raglan.synthesis.plan import SCRATCH, Cell, Plan
-from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
+from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Shelf, Show
 from raglan.text import sentences
 
 __all__ = ["EndpointTeacher"]
@@ -56,6 +57,8 @@ class _Attempt:
 
     job: Job
     source: tuple[Passage, ...] = ()
+    style: Style | None = None
+    span: Span | None = None
     about: str = ""
     draft: DraftReply | None = None
     gold: tuple[Passage, ...] = ()
@@ -67,11 +70,13 @@ class _Attempt:
     prompts: dict[str, str] = field(default_factory=dict)
 
     def seen(self) -> dict[str, Any]:
-        """How it was made, in the order of the steps, whichever reply came first."""
+        """How it was made, in the order of the steps, whichever reply came first; and what it was given."""
+        given = {"style": self.style.record} if self.style is not None else {}
+        given |= {"answer_first": {"span": self.span.text, "kind": self.span.kind}} if self.span is not None else {}
         return {
             name: {step: told[step] for step in DEPTHS if step in told}
             for name, told in (("prompts", self.prompts), ("calls", self.calls))
-        }
+        } | given
 
 
 class EndpointTeacher:
@@ -85,6 +90,7 @@ class EndpointTeacher:
         plan: all cells; says which attempts share a brainstorm, and which documents each reads.
         factors: the words of the cells' values.
         corpus: where cells with `source: knowledge` have their passages; needed if there are any.
+        shelf: which of its documents are open; default all.
 
     Attributes:
         book: while somebody reckons with them, the calls of each job: its id → key → (step, cells that the call serves).
@@ -98,23 +104,28 @@ class EndpointTeacher:
 
     def __init__(
         self, engine: CallEngine, plan: Plan, factors: Factors, *, corpus: Corpus | None = None,
-        writing: WritingSettings | None = None,
+        writing: WritingSettings | None = None, shelf: Shelf | None = None,
     ):  # fmt: skip
-        self.engine, self.plan, self.corpus = engine, plan, corpus
+        self.engine, self.plan, self.corpus, self.shelf = engine, plan, corpus, shelf or Shelf()
         self.writing = writing or WritingSettings()
         self.prompts = load_prompts(self.writing.prompts)
         self.name = f"endpoint:{engine.settings.model}"
         self._asking = Asking(self.prompts, factors)
-        self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs)
+        self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs, first=self.shelf.first)
         if self._places.visits and corpus is None:
             raise RecipeError(f"{self._places.visits} cells have their passages from a corpus, and there is none")
+        self._given = Given(self.writing, plan.cells)
+        for prompts in self.prompts.values():
+            if lacks := [name for name in self._given.names if name not in prompts.given]:
+                raise RecipeError(f"the prompts in {prompts.language} lack given.{lacks[0]}", hint="see raglan's own files")
         self.book: dict[str, dict[str, tuple[str, int]]] | None = None
         self._begin()
 
     @cached_property
     def _library(self) -> Library:
         assert self.corpus is not None
-        return Library(self.corpus, seed=self.plan.seed, visits=self._places.visits, most=self.writing.per_document)
+        most, visits = self.writing.per_document, self._places.visits
+        return Library(self.corpus, seed=self.plan.seed, visits=visits, most=most, shelf=self.shelf)
 
     @cached_property
     def evidence(self) -> list[Passage]:
@@ -132,7 +143,9 @@ class EndpointTeacher:
     def fingerprint(self) -> str:
         """Names what texts follow from, beside the plan and the corpus: server, model, wordings and sampling."""
         hashes = {language: dict(prompts.hashes) for language, prompts in self.prompts.items()}
-        return fingerprint([self.name, self.engine.host, self.writing.model_dump(mode="json", exclude={"prompts"}), hashes])
+        settings = self.writing.model_dump(mode="json", exclude={"prompts", "styles", *self.writing.off})
+        words = [[dict(prompts.given) for prompts in self.prompts.values()], self._given.content] if self._given.names else []
+        return fingerprint([self.name, self.engine.host, settings, hashes, *words])
 
     def cannot(self) -> Mapping[str, tuple[str, ...]]:
         """Nothing: a model is asked for every task."""
@@ -172,7 +185,7 @@ class EndpointTeacher:
     def _first(self, jobs: Iterable[Job]) -> Iterator[Ask]:
         """Asked for as far as there is room; equal ones are one call."""
         for job in jobs:
-            attempt = _Attempt(job)
+            attempt = _Attempt(job, style=self._given.style(job))
             if job.cell.source != SCRATCH and not self._read(attempt):
                 continue
             self._under[job.id] = attempt
@@ -183,6 +196,11 @@ class EndpointTeacher:
         cell, place = attempt.job.cell, self._places.of(attempt.job)
         passage = self._library.visited(place.visit)
         attempt.source = (passage,)
+        if cell.number in self._given.answers:
+            attempt.span = self._given.answer(attempt.job, passage)
+            if attempt.span is None:
+                self._reject(attempt, "draft", "no_span", passage.id)
+                return False
         if sources(cell) == 1:
             return True
         linked = self._library.linked(passage)
@@ -250,14 +268,24 @@ class EndpointTeacher:
 
     def _draft(self, attempt: _Attempt, job: JobReply) -> list[Ask]:
         attempt.about = job.job
-        messages = self._asking.draft(attempt.job.cell, job, attempt.source)
+        cell, given = attempt.job.cell, {"style": attempt.style, "answer": attempt.span}
+        told = {name: one.text for name, one in given.items() if one is not None}
+        messages = self._asking.draft(cell, job, attempt.source, given=told)
         wording = "draft_corpus" if attempt.source else "draft"
-        return [self._ask(attempt, "draft", messages, DraftReply, draw=attempt.job.ordinal, wording=wording)]
+        ask = self._ask(attempt, "draft", messages, DraftReply, draw=attempt.job.ordinal, wording=wording)
+        if told:
+            words = self._wordings("draft", cell, attempt.source).given
+            attempt.prompts["draft"] = fingerprint([attempt.prompts["draft"], *(words[name] for name in told)])
+        return [ask]
 
     def _drafted(self, attempt: _Attempt, draft: DraftReply, raw: str, show: Show) -> list[Ask]:
         cell = attempt.job.cell
         if reason := lacking(cell, draft):
             return self._reject(attempt, "draft", reason, draft.query, raw)
+        if attempt.style is not None and repeats(draft.query, attempt.style):
+            return self._reject(attempt, "draft", "repeats_style", attempt.style.text, raw)
+        if attempt.span is not None and not answered_with(draft.answers, attempt.span):
+            return self._reject(attempt, "draft", "another_answer", attempt.span.text, raw)
         attempt.draft = draft
         if attempt.source:
             attempt.gold = attempt.source[: max(1, cell.evidence)]

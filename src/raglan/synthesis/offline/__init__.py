@@ -19,7 +19,7 @@ from raglan.synthesis.offline.answers import answer
 from raglan.synthesis.offline.ideas import Idea, find_idea, needs_link
 from raglan.synthesis.offline.sources import TRIES, Source
 from raglan.synthesis.plan import Plan
-from raglan.synthesis.writing import Job, Made, Reject, Show
+from raglan.synthesis.writing import Job, Made, Reject, Shelf, Show
 
 __all__ = ["CANNOT", "IGNORES", "Offline"]
 
@@ -56,8 +56,8 @@ class Offline:
     name = "offline"
     ignores = IGNORES
 
-    def __init__(self, corpus: Sequence[Passage], plan: Plan, *, overlap: float = 0.6):
-        self.source, self.most = Source(corpus, seed=plan.seed), overlap
+    def __init__(self, corpus: Sequence[Passage], plan: Plan, *, overlap: float = 0.6, shelf: Shelf | None = None):
+        self.source, self.most = Source(corpus, seed=plan.seed, shelf=shelf or Shelf()), overlap
         self._ideas: dict[int, Idea] = {}  # found while documents were dealt, until they are written
         jobs = (Job(cell) for cell in plan.cells)
         self.visits = self.source.visits(

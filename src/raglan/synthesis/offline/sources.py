@@ -21,6 +21,7 @@ from functools import cached_property
 from raglan.perturb import Frequencies
 from raglan.records import Passage
 from raglan.synthesis.offline.spans import Span, language_of, names, spans
+from raglan.synthesis.writing import Shelf
 from raglan.text import content_terms, sentences
 
 __all__ = ["Fact", "Link", "Source", "subject"]
@@ -69,10 +70,12 @@ class Source:
     Attributes:
         corpus: the passages.
         seed: settles the order of documents.
+        shelf: which documents are visited, and linked to.
     """
 
     corpus: Sequence[Passage]
     seed: int = 0
+    shelf: Shelf = field(default_factory=Shelf)
     _sentences: dict[int, list[Sentence]] = field(default_factory=dict)
 
     @cached_property
@@ -87,7 +90,7 @@ class Source:
                 told[name] = language_of(passage.text)
         found: dict[str, list[tuple[int, ...]]] = {"en": [], "zh": []}
         for name in sorted(rows, key=lambda name: hashlib.sha256(f"{self.seed}:{name}".encode()).digest()):
-            if told[name] in found:
+            if told[name] in found and self.shelf.visits(name):
                 found[told[name]].append(tuple(rows[name]))
         return found
 
@@ -129,7 +132,10 @@ class Source:
         """Row → links to passages of other documents. Reads all passages."""
         held: dict[str, dict[int, Sentence]] = {}
         for row in range(len(self.corpus)):
-            language = language_of(self.corpus[row].text)
+            passage = self.corpus[row]
+            if (passage.document or passage.id) in self.shelf.closed:
+                continue
+            language = language_of(passage.text)
             for sentence in self.sentences(row):
                 for name in names(sentence.text, language):
                     held.setdefault(name, {}).setdefault(row, sentence)
