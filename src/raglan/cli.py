@@ -110,8 +110,7 @@ def retrieve(
     from raglan.text import check_query
 
     check_query(question)
-    path = load_recipe(kb).knowledge.path if kb.suffix in (".yaml", ".yml") else kb
-    base = KnowledgeBase.open(path)
+    base = KnowledgeBase.of(load_recipe(kb).knowledge) if kb.suffix in (".yaml", ".yml") else KnowledgeBase.open(kb)
     names = list(base.settings.indexes)
     name = index or ("hybrid" if "hybrid" in names else names[0])
     encoder = Encoder.open(base.settings.encoder, query_encoder=query_encoder)

@@ -419,7 +419,7 @@ def _add_reading(
 
 def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
     """Names everything that a system's answers to these questions depend on."""
-    base = KnowledgeBase.of(recipe.knowledge).version
+    base = KnowledgeBase.of(recipe.knowledge).searched
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
     questions = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
