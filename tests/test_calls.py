@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from raglan.calls.classify import Wire, classify
 from raglan.calls.endpoint import Aiohttp, Endpoint, OpenAI, open_endpoint
 from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
 from raglan.calls.journal import NAME, Intent, Journal
-from raglan.calls.limits import Breaker, Bucket, Clock, Gate, backoff, retry_after
+from raglan.calls.limits import Breaker, Bucket, Clock, Gate, Server, backoff, retry_after
 from raglan.calls.money import Ledger, Price, dollars, prompt_bound
 from raglan.calls.structured import parse, strict_schema
 from raglan.errors import CallsStopped, CheckpointError, GeneratorError, RecipeError
@@ -627,6 +628,32 @@ def test_a_pause_that_the_server_asks_for_holds_the_engines_next_run_too(desk: D
     assert (second.at - first.at) * 100 >= 0.95 * 60
 
 
+def test_engines_that_ask_one_server_share_its_pause_and_its_rates(desk: Desk) -> None:
+    """A journal and three engines: two names on one server, and another server, which has said nothing."""
+    shared, other = Journal(desk.folder), FaultServer()
+    settings: dict[str, Any] = {"api_key_env": "CALLS_KEY", "attempts": 1}
+    desk.server.faults = lambda number, request: Fault(429, headers={"Retry-After": "60"}) if number == 0 else None
+    with other, closing(shared):
+        teacher, judge, elsewhere = (
+            CallEngine(EndpointSettings(base_url=url, model=name, **settings), shared, money=MONEY, clock=Clock(100.0))
+            for url, name in ((desk.server.url, "a"), (desk.server.url, "b"), (other.url, "b"))
+        )
+        assert [outcome.cls for outcome in teacher.run([ask(0)])] == ["transient"]
+        told = time.monotonic()
+        assert [outcome.cls for outcome in elsewhere.run([ask(1)])] == ["ok"]
+        assert (other.log[0].at - told) * 100 < 0.9 * 60
+        assert [outcome.cls for outcome in judge.run([ask(1)])] == ["ok"]
+        refused, second = desk.server.log
+        assert (second.body["model"], (second.at - refused.at) * 100 >= 0.95 * 60) == ("b", True), "told to one, heeded by one"
+        for number, name in enumerate("ab"):  # sixty tokens a minute: a call leaves the bucket in debt for most of a minute
+            settings |= {"base_url": desk.server.url, "model": name, "tpm": 60}
+            with CallEngine(EndpointSettings(**settings), shared, money=MONEY, clock=Clock(100.0)) as engine:
+                assert [outcome.cls for outcome in engine.run([ask(2 + number)])] == ["ok"]
+        third, fourth = desk.server.log[2:]
+        assert (fourth.at - third.at) * 100 >= 0.95 * (sum(third.usage) - 1), "they have one bucket"
+    desk.unknown = True  # the journal holds the other server's bill, too
+
+
 @pytest.mark.parametrize("fault", [Fault(401), Fault(429, code="insufficient_quota"), Fault(404)], ids=lambda f: str(f.status))
 def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:
     desk.server.faults = lambda number, request: fault if number == 20 else None
@@ -684,7 +711,7 @@ def test_buckets_fill_by_the_minute_and_take_back() -> None:
 @pytest.mark.parametrize("years", [-30, 30], ids=["back", "forward"])
 def test_setting_the_machines_clock_moves_nothing(years: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bucket, pause and breaker run on a real clock when the wall clock jumps: what is left to wait stays what it was."""
-    gate = Gate(4, rpm=6, tpm=6, clock=Clock())  # one in ten seconds
+    gate = Gate(4, rpm=6, tpm=6, server=Server(Clock()))  # one in ten seconds
     gate.requests.take(1)
     gate.tokens.take(1)
     for _ in range(50):
@@ -694,8 +721,8 @@ def test_setting_the_machines_clock_moves_nothing(years: int, monkeypatch: pytes
     monkeypatch.setattr(time, "time", lambda: wall + years * 3e7)
     assert 5 < gate.requests.wait(1) <= 10
     assert 5 < gate.tokens.wait(1) <= 10
-    assert 15 < gate.until - gate.clock.now() <= 20
-    assert 25 < gate.breaker.until - gate.clock.now() <= 30
+    assert 15 < gate.server.until - gate.clock.now() <= 20
+    assert 25 < gate.server.breaker.until - gate.clock.now() <= 30
     assert 25 < gate._silent(1) <= 30
 
 
@@ -709,10 +736,10 @@ def test_rates_are_held(desk: Desk) -> None:
 
 def test_concurrency_halves_once_a_burst_and_comes_back() -> None:
     clock = Hand()
-    gate = Gate(64, rpm=None, tpm=None, clock=clock)
+    gate = Gate(64, rpm=None, tpm=None, server=Server(clock))
     for _ in range(64):
         gate.limited(999.0, 2.0, probe=False)
-    assert (gate.limit, gate.until, sum(gate.breaker.recent)) == (32, 1002.0, 1)
+    assert (gate.limit, gate.server.until, sum(gate.server.breaker.recent)) == (32, 1002.0, 1)
     clock.at += 3
     gate.limited(1002.5, None, probe=False)
     assert gate.limit == 16

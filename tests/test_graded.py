@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from raglan.decode import Asked, self_rag
 from raglan.decode.self_rag.cache import CandidateCache
 from raglan.decode.self_rag.recording import record
 from raglan.errors import GeneratorError, RecipeError
+from raglan.evaluate import spent as spent_on
 from raglan.generator import Graded, open_any
-from raglan.recipe import GeneratorSettings, PromptSettings, Recipe, SelfRagDecode
+from raglan.recipe import GeneratorSettings, PriceSettings, PromptSettings, Recipe, SelfRagDecode
 from raglan.records import Answer, Hit, Passage
 from test_cli import run
 from tiny import small_recipe
@@ -254,3 +256,52 @@ decode: {{kind: self_rag, weights: {{seq: 0}}}}
     code, out, _ = run("answer", str(recipe), "what year?", "decode.form=long", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
     assert "in 1700 [1]" in out
+
+
+def test_an_evaluation_tells_what_a_thousand_answers_cost(
+    server: FaultServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tokens that the server counts, so that its bill and ours are one; and nothing where nobody says what they cost."""
+    server.reply = lambda body: "yes" if body["messages"][0]["content"].startswith("You judge") else "in 1700"
+    recipe = small_recipe(tmp_path)
+    assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    recipe.write_text(f"""
+name: graded
+knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
+retriever: {{k: 2}}
+generator: {{kind: graded, model: m, endpoint: "{server.url}", api_key_env: GRADED_KEY}}
+decode: {{kind: self_rag, weights: {{seq: 0}}}}
+evaluate: {{questions: dev.jsonl, modes: [closed_book, retrieved], limit: 4, price: {{input: 2.5, output: 10}}}}
+""")
+
+    def evaluate(*more: str) -> tuple[str, str]:
+        code, out, err = run("evaluate", str(recipe), *more, capsys=capsys, monkeypatch=monkeypatch)
+        assert code == 0, err
+        return out, err
+
+    spent = json.loads(evaluate("--json")[0])["spent"]["untuned"]
+    assert set(spent) == {"closed_book", "retrieved"}
+    assert all({"generated", "seconds", "usd_per_1000"} <= set(own) for own in spent.values()), "beside tokens and time"
+    bill = sum(own["usd_per_1000"] for own in spent.values()) * 4 / 1000 * 10**9
+    assert bill == pytest.approx(server.bill, rel=1e-3)
+    sent = len(server.log)
+    dearer = json.loads(evaluate("evaluate.price.output=20", "--json")[0])["spent"]["untuned"]
+    assert dearer["retrieved"]["usd_per_1000"] > spent["retrieved"]["usd_per_1000"]
+    assert len(server.log) == sent, "another price measures nothing again"
+    assert f"usd_per_1000 {spent['retrieved']['usd_per_1000']:.4g}" in evaluate("--report")[1].replace("\n", " ")
+    page = (tmp_path / "runs/graded/report.html").read_text()
+    assert "dollars per 1,000" in page
+    assert f"{spent['retrieved']['usd_per_1000']:.4g}" in page
+    assert "spent" not in json.loads(evaluate("evaluate.price=null", "--json")[0])
+    assert "usd" not in evaluate("evaluate.price=null")[1]
+
+
+def test_a_server_that_counts_no_tokens_gets_no_price(server: FaultServer) -> None:
+    message = {"role": "assistant", "content": "yes"}
+    body = json.dumps({"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+    server.reply, server.faults = lambda body: "yes", lambda number, request: Fault(body=body)
+    generator = opened(server)
+    ask(generator, "mill")
+    assert (generator.server.billed.prompt, generator.server.untold > 0) == (0, True)
+    rows = [{"predictions": {"retrieved": {"seconds": 0.1}}}]
+    assert spent_on(rows, price=PriceSettings(input=Decimal(1), output=Decimal(1))) == {"retrieved": {"seconds": 0.1}}

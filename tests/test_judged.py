@@ -158,6 +158,30 @@ def test_a_run_that_stops_among_judgements_pays_none_twice_and_ends_the_same(
     assert {("j", "Compared")} == {pair for pair in models if pair[1] in ("Compared", "Supported")}
 
 
+def test_no_request_of_either_arrives_in_a_pause_that_one_was_told(server: FaultServer, tmp_path: Path, plan: Plan) -> None:
+    """Few jobs at a time and no second try, so that whoever is told has often nothing left to send, and the other has."""
+
+    def busy(number: int, request: Request) -> Fault | None:
+        last = name(request.body) in ("", "Compared") and len(request.body["messages"]) > 1  # answers and judgements
+        return Fault(429, headers={"Retry-After": "10"}) if last and number % 4 == 0 else None
+
+    server.faults = busy
+    assert judged(server, tmp_path, plan, piece=3, attempts=1).told["kept"] > 0
+    with closing(Journal(tmp_path / "calls")) as journal:
+        book = list(journal.lines())
+    sent = {request.idem: request for request in server.log}
+    intents = {(line["key"], line["attempt"]): line for line in book if line["kind"] == "intent"}
+    until, switched = 0.0, set()
+    for line in book:  # in the order in which the client wrote them
+        if line["kind"] == "outcome" and "429" in line.get("error", ""):
+            told = intents[line["key"], line["attempt"]]
+            until = sent[told["idem"]].at + 0.95 * 10 / 100
+        elif line["kind"] == "intent" and until:
+            assert sent[line["idem"]].at >= until, f"{line['model']} did not wait for what {told['model']} was told"
+            switched.add((told["model"], line["model"]))
+    assert {("m", "j"), ("j", "m")} <= switched
+
+
 def test_a_judge_is_shown_the_passages_and_what_is_known_and_no_role(server: FaultServer, tmp_path: Path, plan: Plan) -> None:
     done = judged(server, tmp_path, plan)
     examples = lines(done.folder / "examples.jsonl")

@@ -17,7 +17,7 @@ from raglan.errors import CheckpointError, CorpusError, IndexMismatch, RecipeErr
 from raglan.index import BM25Index, DenseIndex, HybridIndex, Queries
 from raglan.index.bm25 import build_bm25
 from raglan.index.dense import build_dense, exact_search, open_dense
-from raglan.knowledge import KnowledgeBase, build_knowledge
+from raglan.knowledge import KnowledgeBase, build_knowledge, reencoded
 from raglan.recipe import BM25Index as BM25Settings
 from raglan.recipe import ChunkSettings, EncoderSettings, KnowledgeSettings, VectorSettings
 from raglan.recipe import DenseIndex as DenseSettings
@@ -225,6 +225,86 @@ def test_another_encoder_is_refused_with_both_names(tmp_path: Path, encoder_fold
     assert str(encoder_folder) in caught.value.message
     assert str(other) in caught.value.message
     assert "raglan build" in str(caught.value)
+
+
+INDEXES = {
+    "dense": {"kind": "dense", "factory": "IVF4,Flat", "nprobe": 1}, "bm25": {"kind": "bm25"},
+    "hybrid": {"kind": "hybrid", "weights": [1, 1]},
+}  # fmt: skip
+
+
+def indexed(tmp_path: Path, encoder_folder: Path, **changes: dict[str, object]) -> KnowledgeSettings:
+    """Settings of three indexes, one or more of them changed."""
+    indexes = {name: {**told, **changes.get(name, {})} for name, told in INDEXES.items()}
+    return settings(tmp_path, encoder_folder, indexes=indexes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("dense", {"factory": "Flat"}, "factory 'IVF4,Flat', and the recipe names factory 'Flat'"),
+        ("dense", {"factory": None}, "factory 'IVF4,Flat', and the recipe names no factory"),
+        ("bm25", {"k1": 1.5}, r"k1 0\.9, and the recipe names k1 1\.5"),
+        ("bm25", {"b": 0.75, "han": "pairs"}, r"han 'both', b 0\.4, and the recipe names han 'pairs', b 0\.75"),
+    ],
+)
+def test_what_was_built_otherwise_is_refused_until_it_is_built(
+    tmp_path: Path, encoder_folder: Path, name: str, changed: dict[str, object], words: str
+) -> None:
+    pytest.importorskip("faiss")
+    build_knowledge(indexed(tmp_path, encoder_folder))
+    asked = indexed(tmp_path, encoder_folder, **{name: changed})
+    with pytest.raises(IndexMismatch, match=rf"index '{name}' of .*kb was built with {words}") as fault:
+        KnowledgeBase.of(asked)
+    assert "raglan build recipe.yaml" in str(fault.value)
+    made = build_knowledge(asked)
+    assert made.manifest["encoded"] == 0, "the vectors were there"
+    assert KnowledgeBase.of(asked).settings.indexes == asked.indexes
+
+
+def test_an_index_of_another_kind_is_refused(tmp_path: Path, encoder_folder: Path) -> None:
+    build_knowledge(settings(tmp_path, encoder_folder))
+    other = {"bm25": {"kind": "dense"}, "dense": {"kind": "dense"}}
+    with pytest.raises(IndexMismatch, match=r"index 'bm25' of .* was built with kind 'bm25', and .* names kind 'dense'"):
+        KnowledgeBase.of(settings(tmp_path, encoder_folder, indexes=other))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("hybrid", {"weights": [1, 0]}), ("hybrid", {"fusion": "weights"}), ("dense", {"nprobe": 4})]
+)
+def test_what_only_says_how_to_search_is_the_recipes(
+    tmp_path: Path, encoder_folder: Path, name: str, changed: dict[str, object]
+) -> None:
+    pytest.importorskip("faiss")
+    before = build_knowledge(indexed(tmp_path, encoder_folder))
+    asked = indexed(tmp_path, encoder_folder, **{name: changed})
+    found = KnowledgeBase.of(asked)
+    assert KnowledgeBase.of(indexed(tmp_path, encoder_folder)).searched == before.searched == before.version == found.version
+    deeper = KnowledgeBase.of(indexed(tmp_path, encoder_folder, hybrid={"depth": 7}))
+    assert len({found.searched, before.version, deeper.searched}) == 3
+    encoder = Encoder.open(before.settings.encoder)
+    queries = ["who built the tower", "old river", "lighthouse by the water"]
+
+    def search(base: KnowledgeBase) -> list[list[tuple[int, float]]]:
+        hits = Retriever(base, encoder, index=name).retrieve(queries, 10)
+        return [[(hit.row, hit.score) for hit in own] for own in hits]
+
+    here = search(found)
+    assert here != search(before)
+    assert Retriever(found, encoder, index=name).fingerprint != Retriever(before, encoder, index=name).fingerprint
+    built = build_knowledge(asked)
+    assert (search(built), built.searched) == (here, built.version)
+    assert built.manifest["encoded"] == 0
+    again = reencoded(found, encoder, tmp_path / "own")
+    assert search(again) == here, "another version of these passages is searched in the same way"
+
+
+def test_a_hybrid_of_what_was_not_built_is_told(tmp_path: Path, encoder_folder: Path) -> None:
+    build_knowledge(settings(tmp_path, encoder_folder))
+    more = {"dense": {"kind": "dense"}, "bm25": {"kind": "bm25"}, "pairs": {"kind": "bm25", "han": "pairs"}}
+    asked = settings(tmp_path, encoder_folder, indexes={**more, "hybrid": {"kind": "hybrid", "of": ["dense", "pairs"]}})
+    with pytest.raises(CheckpointError, match=r"has no index 'pairs'; it has dense, bm25, hybrid"):
+        KnowledgeBase.of(asked).index("hybrid")
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5", "llama"])

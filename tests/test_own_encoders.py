@@ -337,6 +337,46 @@ def test_a_query_tower_that_changes_in_place_makes_its_results_anew(recipe: Path
         synthesize(loaded)
 
 
+@pytest.mark.parametrize("searched", ["fused", "b"])
+def test_a_finished_dataset_notices_another_main_query_tower(
+    recipe: Path, tmp_path: Path, encoders: list[Path], searched: str
+) -> None:
+    """Where its evidence was found with it: a dense index without an encoder of its own, or a fusion of one."""
+    changes = [
+        f"knowledge.path={tmp_path / 'kb'}", f"synthesis.path={tmp_path / 'out'}", f"synthesis.retrievers={{{searched}: 1}}",
+        "knowledge.indexes.fused={kind: hybrid, of: [a, bm25]}", "evaluate.robustness.unseen=[]",
+    ]  # fmt: skip
+    build_knowledge(load_recipe(recipe, changes).knowledge)
+    before = synthesize(load_recipe(recipe, changes)).told
+    tower, tuned = tiny.sentence_encoder(tmp_path / "tower", seed=5), tmp_path / "tuned"
+    Encoder.open(EncoderSettings(**by(encoders[0], query_model=str(tower)))).save_query_tower(tuned)
+    main = "knowledge.encoder"
+    named = [f"{main}.query_model={tower}", f"{main}.query_prompt=who ", f"retriever.query_encoder={tuned}"]
+    for other in named:
+        if searched == "fused":
+            with pytest.raises(CheckpointError, match=r"holds the dataset .* of other settings"):
+                synthesize(load_recipe(recipe, [*changes, other]))
+        else:
+            assert synthesize(load_recipe(recipe, [*changes, other])).told["fingerprint"] == before["fingerprint"]
+    assert ("query_tower" in before["inputs"]) is False, "what named no tower is named as it always was"
+
+
+def test_a_dataset_notices_a_query_tower_that_changes_in_place_and_none_that_moves(recipe: Path, tmp_path: Path) -> None:
+    tower = tiny.sentence_encoder(tmp_path / "tower", seed=5)
+    changes = [f"synthesis.path={tmp_path / 'out'}", "synthesis.retrievers={a: 1}", "evaluate.robustness.unseen=[]"]
+
+    def made() -> str:
+        return str(synthesize(load_recipe(recipe, [*changes, f"knowledge.encoder.query_model={tower}"])).told["fingerprint"])
+
+    first = made()
+    (tmp_path / "tower").rename(tmp_path / "moved")
+    tower = tmp_path / "moved" / tower.name
+    assert made() == first
+    tiny.sentence_encoder(tmp_path / "moved", seed=6)
+    with pytest.raises(CheckpointError, match="of other settings"):
+        made()
+
+
 @pytest.mark.parametrize(("dealt", "unseen", "more", "words"), [
     ("fused", "b", [], "names 'b', which synthesis, as a part of 'fused', searches"),
     ("b", "b2", [], "names 'b2', which finds as 'b' does, and synthesis searches that"),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import tiny
 from raglan.cli import app
 from raglan.errors import CheckpointError, IndexMismatch
+from raglan.index import HybridIndex
 from raglan.knowledge import KnowledgeBase, build_knowledge
 from raglan.rag import RAG
 from raglan.recipe import load_recipe
@@ -47,6 +48,17 @@ def test_swapping_changes_the_answer_and_swapping_back_restores_it_exactly(two: 
     assert system.swap() == second
     assert system.answer(queries) == after
     assert weights == [parameter.data_ptr() for parameter in system.generator.model.parameters()]
+
+
+def test_a_swap_goes_on_searching_as_the_recipe_says(two: tuple[Path, str, str]) -> None:
+    path, first, _ = two
+    plain = "dense: {kind: dense}, bm25: {kind: bm25}"
+    system = RAG.open(load_recipe(path, [f"knowledge.indexes={{{plain}, hybrid: {{kind: hybrid, depth: 3}}}}"]))
+    for version in (first, None):
+        system.swap(version=version)
+        index = system.retriever.base.index("hybrid")
+        assert isinstance(index, HybridIndex)
+        assert index.settings.depth == 3
 
 
 def test_a_base_of_another_encoder_is_refused_and_nothing_changes(two: tuple[Path, str, str], tmp_path: Path) -> None:

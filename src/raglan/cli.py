@@ -110,8 +110,7 @@ def retrieve(
     from raglan.text import check_query
 
     check_query(question)
-    path = load_recipe(kb).knowledge.path if kb.suffix in (".yaml", ".yml") else kb
-    base = KnowledgeBase.open(path)
+    base = KnowledgeBase.of(load_recipe(kb).knowledge) if kb.suffix in (".yaml", ".yml") else KnowledgeBase.open(kb)
     names = list(base.settings.indexes)
     name = index or ("hybrid" if "hybrid" in names else names[0])
     encoder = Encoder.open(base.settings.encoder, query_encoder=query_encoder)
@@ -245,10 +244,12 @@ def evaluate(
         _calibrate(loaded, evaluations[-1], calibrate)
         return
     further = evaluate_further(loaded, evaluations)
+    price = loaded.evaluate.price if loaded.evaluate is not None else None
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
         told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
+        told |= {"spent": {e.system: spent(e.rows, price=price) for e in evaluations}} if price is not None else {}
         typer.echo(json.dumps(told | further.summary(), indent=2))
         return
     differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
@@ -266,7 +267,7 @@ def evaluate(
     for line in seed_lines(over_seeds(loaded), next(iter(heads), "")):
         typer.echo(line)
     for evaluation in evaluations:
-        _tell_spent(evaluation.system, spent(evaluation.rows))
+        _tell_spent(evaluation.system, spent(evaluation.rows, price=price))
         console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
     further.tell(loaded)
 

@@ -3,7 +3,7 @@
     RaglanError
     ├── RecipeError       a recipe, a setting or an argument that cannot work
     ├── CorpusError       documents, passages or questions that cannot be read or do not fit together
-    ├── IndexMismatch     a knowledge base opened with an encoder that did not build it
+    ├── IndexMismatch     a knowledge base opened with an encoder or settings that did not build it
     ├── GeneratorError    a language model that cannot do what is asked of it
     ├── CheckpointError   a folder that is not, or is only half, the artefact it should be
     ├── CallsStopped      paid calls that ended before all were answered; what came is kept
@@ -71,7 +71,7 @@ class CorpusError(RaglanError):
 
 
 class IndexMismatch(RaglanError):
-    """A knowledge base opened with an encoder that did not build it."""
+    """A knowledge base opened with an encoder or settings that did not build it."""
 
 
 class GeneratorError(RaglanError):

@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.calls import Usage
+from raglan.calls.money import Price
 from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
@@ -54,7 +56,15 @@ from raglan.metrics import (
     substring,
 )
 from raglan.rag import RAG
-from raglan.recipe import ClassifyDecode, DecodeSettings, EvaluateSettings, Recipe, SelfRagDecode
+from raglan.recipe import (
+    ClassifyDecode,
+    DecodeSettings,
+    EvaluateSettings,
+    MoneySettings,
+    PriceSettings,
+    Recipe,
+    SelfRagDecode,
+)
 from raglan.records import Answer, Example, Hit
 from raglan.reflection import normalise_label
 from raglan.refusals import abstained
@@ -207,7 +217,7 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         queries, history = [examples[place].query for place in places], [examples[place].history for place in places]
         choices = [choices_of(examples[place]) for place in places] if system.decode.kind in CHOOSES else []
         log.info("reading: %s, %d questions", mode, len(places))
-        began = time.monotonic()
+        began, before = time.monotonic(), _billed(system)
         if mode == "retrieved" and system.turns is not None:  # each turn searches for itself
             answers = system.answer(queries, history=history)
             given = [list(answer.hits) for answer in answers]
@@ -217,9 +227,10 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
                 again=system.k if mode == "retrieved" else 0,
             )  # fmt: skip
         took = round((time.monotonic() - began) / max(1, len(places)), 4)
+        bill = _bill(before, _billed(system), len(places))
         for place, answer, found in zip(places, answers, given, strict=True):
             _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
-            rows[place]["predictions"][mode] |= {"seconds": took, **({"tokens": len(answer.ids)} if answer.ids else {})}
+            rows[place]["predictions"][mode] |= {"seconds": took, **({"tokens": len(answer.ids)} if answer.ids else {}), **bill}
     return rows
 
 
@@ -238,11 +249,23 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     return figures
 
 
-def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def spent(
+    rows: Sequence[dict[str, Any]], *, price: PriceSettings | Literal["free"] | None = None
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Of each mode, what one answer took on average: tokens written and seconds, with others beside it in a batch.
 
-    Answers with a trace tell more: calls, tokens and passages, for which their own seconds stand.
+    Answers with a trace tell more: calls, tokens and passages, for which their own seconds stand. With a price, and where a
+    server has told the tokens of every reply, `usd_per_1000` is what a thousand answers cost.
     """
+    costs = _took(rows)
+    for mode, own in costs.items() if price is not None else ():
+        bills = [row["predictions"][mode].get("billed") for row in rows if mode in row["predictions"]]
+        if None not in bills:
+            own["usd_per_1000"] = _dollars([Usage(**bill) for bill in bills], price)
+    return costs
+
+
+def _took(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     costs: dict[str, list[Mapping[str, float]]] = {}
     for row in rows:
         for mode, prediction in row["predictions"].items():
@@ -256,6 +279,27 @@ def spent(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for mode, own in costs.items()
         if any(own)
     }
+
+
+def _dollars(bills: Sequence[Usage], price: PriceSettings | Literal["free"]) -> float:
+    """Of a thousand answers as these."""
+    dear = Price.of(MoneySettings(price=price))
+    pico = sum((b.prompt - b.cached) * dear.input + b.cached * dear.cached + b.output * dear.output for b in bills)
+    return round(pico / len(bills) / 10**9, 6)
+
+
+def _billed(system: RAG) -> tuple[Usage, int] | None:
+    """What a generator's server has counted so far, and how many replies without a count; None where no server writes."""
+    server = getattr(system.generator, "server", None)
+    return None if server is None else (server.billed, server.untold)
+
+
+def _bill(before: tuple[Usage, int] | None, after: tuple[Usage, int] | None, answers: int) -> dict[str, dict[str, float]]:
+    """An answer's share of the tokens in between; nothing where some of them are not known."""
+    if before is None or after is None or before[1] != after[1] or not answers:
+        return {}
+    names = ("prompt", "cached", "output")
+    return {"billed": {name: (getattr(after[0], name) - getattr(before[0], name)) / answers for name in names}}
 
 
 def interval_kinds(figures: Iterable[str]) -> str:
@@ -419,7 +463,7 @@ def _add_reading(
 
 def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> str:
     """Names everything that a system's answers to these questions depend on."""
-    base = KnowledgeBase.of(recipe.knowledge).version
+    base = KnowledgeBase.of(recipe.knowledge).searched
     shared = recipe.model_dump(mode="json", include={"prompt", "generator", "retriever", "decode", "seed"})
     files = [settings.questions, *([settings.rare_reference] if settings.rare_reference else [])]
     questions = [file_fingerprint(path) if path.is_file() else str(path) for path in files]
@@ -432,7 +476,7 @@ def system_fingerprint(recipe: Recipe, settings: EvaluateSettings, parts: Parts)
         *recipe.knowledge.own_query_models,
     )
     stamps = [folder_stamp(folder) for folder in folders]
-    asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset"})  # measured apart
+    asked = settings.model_dump(mode="json", exclude={"robustness", "judge", "dataset", "price"})  # measured apart
     if not settings.fold_numbers:
         del asked["fold_numbers"]
     return fingerprint([base, shared, encoder, stamps, asked, questions, asdict(parts)])

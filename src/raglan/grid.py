@@ -236,7 +236,7 @@ def _plan(recipe: Recipe) -> _Plan:
     tuned = replace(base, **{name: value for name in ASKING if (value := getattr(asks, name)) is not None})
     base_knowledge = KnowledgeBase.of(recipe.knowledge)
     return _Plan(
-        recipe, settings, base_knowledge.version, {BASE: base, R_FT: tuned},
+        recipe, settings, base_knowledge.searched, {BASE: base, R_FT: tuned},
         {BASE: base, LM_FT: replace(base, generator=writes)}, _tasks(recipe, settings, base_knowledge.corpus),
         _cells(settings),
     )  # fmt: skip

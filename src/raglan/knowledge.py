@@ -41,7 +41,8 @@ from raglan.index.bm25 import build_bm25
 from raglan.index.dense import DenseIndex, build_dense, open_dense
 from raglan.ready import ReadyVectors
 from raglan.recipe import BM25Index as BM25Settings
-from raglan.recipe import EncoderSettings, KnowledgeSettings
+from raglan.recipe import DenseIndex as DenseSettings
+from raglan.recipe import EncoderSettings, IndexSettings, KnowledgeSettings
 from raglan.recipe import HybridIndex as HybridSettings
 from raglan.records import Passage
 from raglan.text import terms_identity
@@ -63,6 +64,11 @@ KIND = "knowledge base"
 VECTORS = "vectors"  # the folder of those by the knowledge base's encoder
 MADE = ("model", "passage_prompt", "max_tokens")  # of an encoder's settings: what passage vectors depend on
 ASKS = ("query_model", "query_prompt")  # and what only queries do
+# Of an index' settings, by its kind: of what it is built, so that another value is another index; and how it is searched
+BUILT: Mapping[str, tuple[str, ...]] = {"dense": ("factory",), "bm25": ("han", "k1", "b"), "hybrid": ()}
+SEARCHED: Mapping[str, tuple[str, ...]] = {
+    "dense": ("nprobe",), "bm25": (), "hybrid": ("of", "fusion", "rrf_c", "weights", "depth"),
+}  # fmt: skip
 PROBE = 16  # passages encoded to see whose vectors ready-made ones are
 
 
@@ -72,6 +78,7 @@ class KnowledgeBase:
     Attributes:
         version: its id. manifest: what was written at the end of building.
         corpus: its passages. indexes: by name.
+        changed: settings of indexes that are searched otherwise than when they were built.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
@@ -79,6 +86,7 @@ class KnowledgeBase:
         self.version: str = folder.name
         self.settings = KnowledgeSettings.model_validate(manifest["settings"])
         self.corpus = Corpus(folder / "corpus")
+        self.changed: dict[str, IndexSettings] = {}
         self._indexes: dict[str, Index] = {}
         self._encoders: dict[EncoderSettings, Encoder] = {}
 
@@ -97,16 +105,19 @@ class KnowledgeBase:
 
     @classmethod
     def of(cls, settings: KnowledgeSettings, *, path: Path | None = None) -> KnowledgeBase:
-        """The current version of a recipe's knowledge base, or of the one in `path`, if its indexes' encoders are the recipe's.
+        """The current version of a recipe's knowledge base, or of the one in `path`, if its indexes were built as it says.
+
+        What a recipe says of searching alone (a hybrid's fusion, `nprobe`) needs no building, and is as the recipe says.
 
         Raises:
             CheckpointError: nothing has been built there, or the recipe's encoder of an index cannot be loaded.
-            IndexMismatch: an index was built with another encoder of its own, or with none.
+            IndexMismatch: an index was built with other settings, with another encoder of its own, or with none.
         """
         base = cls.open(settings.path if path is None else path)
         for name in (name for name in settings.indexes if name in base.settings.indexes):
+            base._check_built(name, settings.indexes[name])
             base._check_own(name, settings.own_encoders.get(name))
-        return base
+        return base.searching(settings.indexes)
 
     @staticmethod
     def publish(path: Path, version: str) -> None:
@@ -143,6 +154,25 @@ class KnowledgeBase:
             self._indexes[name] = self._index(name)
         return self._indexes[name]
 
+    def searching(self, asked: Mapping[str, IndexSettings]) -> KnowledgeBase:
+        """Itself, its indexes searched from now on as these settings say; what they say of building is not looked at."""
+        for name, built in self.settings.indexes.items():
+            wanted = asked.get(name, built)
+            if wanted.kind != built.kind or (isinstance(built, DenseSettings) and built.factory is None):
+                continue  # an exact search has no settings
+            now = built.model_copy(update={field: getattr(wanted, field) for field in SEARCHED[built.kind]})
+            if now != built:
+                self.changed[name] = now
+                self._indexes.clear()
+        if self.changed:
+            self.settings = self.settings.model_copy(update={"indexes": {**self.settings.indexes, **self.changed}})
+        return self
+
+    @property
+    def searched(self) -> str:
+        """Names what is found: the version, with how it is searched where that is not as it was built."""
+        return fingerprint([self.version, _dumped(self.changed)]) if self.changed else self.version
+
     @cached_property
     def vectors(self) -> DenseIndex:
         """The stored passage vectors of the knowledge base's encoder."""
@@ -151,6 +181,18 @@ class KnowledgeBase:
     def check(self, encoder: Encoder) -> None:
         """Refuse an encoder whose passage tower did not make these vectors."""
         self._check(self.manifest["encoder"], encoder)
+
+    def _check_built(self, name: str, asked: IndexSettings) -> None:
+        """Refuse settings in a recipe that would have made another index of that name."""
+        built = self.settings.indexes[name]
+        fields = BUILT[built.kind] if asked.kind == built.kind else ("kind",)
+        if other := [field for field in fields if getattr(built, field) != getattr(asked, field)]:
+            raise IndexMismatch(
+                f"index {name!r} of {self.folder.parent.parent} was built with {_values(built, other)}, and the recipe names "
+                f"{_values(asked, other)}",
+                hint="build it again with the recipe's: raglan build recipe.yaml (passages are not encoded again), or name the "
+                "other one in the recipe",
+            )
 
     def _check_own(self, name: str, asked: EncoderSettings | None) -> None:
         """Refuse an index's own encoder in a recipe that is not the one it was built with: the index searches by its own."""
@@ -382,7 +424,7 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
     It becomes that knowledge base's current version. What others have opened stays as it is; a version that was made
     before is not made again.
     """
-    indexes = base.manifest["settings"]["indexes"]
+    indexes = base.manifest["settings"]["indexes"] | _dumped(base.changed)
     others = {name: _identity(base.manifest["encoders"][name]) for name in base.settings.own_encoders}
     version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings), *_own(others)])
     final = path / "versions" / version
@@ -409,6 +451,15 @@ def _version(
     texts = ([document.id, document.title, document.text] for document in documents)
     before = [made_of, encoder.identity, *_terms(settings), *_own({name: other.identity for name, other in others.items()})]
     return streamed_fingerprint(before, texts, lambda: [documents.skipped, *ready])
+
+
+def _dumped(indexes: Mapping[str, IndexSettings]) -> dict[str, Any]:
+    return {name: index.model_dump(mode="json") for name, index in indexes.items()}
+
+
+def _values(index: IndexSettings, fields: Sequence[str]) -> str:
+    told = {field: getattr(index, field) for field in fields}
+    return ", ".join(f"no {field}" if value is None else f"{field} {value!r}" for field, value in told.items())
 
 
 def _spelt(encoder: EncoderSettings | None) -> str:

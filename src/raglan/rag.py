@@ -151,7 +151,7 @@ class RAG:
             IndexMismatch: built by another passage encoder. What was known before then stays.
         """
         own = self.retriever.base.folder.parent.parent
-        base = KnowledgeBase.open(own if path is None else path, version=version)
+        base = KnowledgeBase.open(own if path is None else path, version=version).searching(self.retriever.base.changed)
         self.retriever = self.retriever.over(base)
         return base.version
 

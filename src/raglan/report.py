@@ -11,7 +11,7 @@ from raglan.artifact import MANIFEST
 from raglan.critique_tables import critique_tables
 from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
+from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation, spent
 from raglan.grid import Grid, open_grid
 from raglan.grid_tables import GridTable, grid_tables
 from raglan.judge import judgements_folder, open_judged
@@ -104,6 +104,7 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "summary": " ".join([_summary(manifest, before, after, differences), *_seeds(recipe, differences)]),
         "systems": [evaluation.system for evaluation in evaluations],
         "tables": _tables(evaluations, differences),
+        "spent": _spent_table(recipe, evaluations),
         "curves": _curves(learning_curves(recipe)),
         "further": _further(recipe, evaluations),
         "robustness": _robustness_plots(_robust(recipe)),
@@ -114,6 +115,19 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "examples": _examples(before, after),
         "settings": {k: manifest[k] for k in ("knowledge", "questions", "k", "index", "raglan")} | _domain(recipe),
     }
+
+
+def _spent_table(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTable]:
+    """What an answer takes, system by system and mode by mode; dollars only where somebody says what tokens cost."""
+    price = recipe.evaluate.price if recipe.evaluate is not None else None
+    found = {(e.system, mode): own for e in evaluations for mode, own in spent(e.rows, price=price).items()}
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    rows = [
+        [system, NAMES.get(mode, mode), *(f"{own[name]:.4g}" if name in own else "–" for name in names)]
+        for (system, mode), own in found.items()
+    ]
+    head = ["", "", *("dollars per 1,000" if name == "usd_per_1000" else name for name in names)]
+    return [GridTable("What an answer takes, on average", head, rows, {})] if rows else []
 
 
 def _seeds(recipe: Recipe, differences: dict[str, Interval]) -> list[str]:

@@ -249,9 +249,9 @@ class Retriever:
 
     @property
     def fingerprint(self) -> str:
-        """Names what is found: the knowledge base's version, the index, the query tower as it is now, and its way of asking."""
+        """Names what is found: the knowledge base as it is searched, index, query tower as it is now, and its way of asking."""
         asks = self.encoder.query_fingerprint if self.index.needs_vectors else ""
-        return fingerprint([self.base.version, self.name, asks, self.history, *self.index.asks])
+        return fingerprint([self.base.searched, self.name, asks, self.history, *self.index.asks])
 
     def check_k(self, k: int) -> None:
         if k > len(self.base.corpus):

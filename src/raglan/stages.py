@@ -187,7 +187,7 @@ def stages_of(recipe: Recipe, version: str | None = None) -> list[tuple[Stage, P
 
     `version` of the knowledge base is the current one unless it is named.
     """
-    ground: list[Any] = [version or KnowledgeBase.of(recipe.knowledge).version, recipe.seed]
+    ground: list[Any] = [version or KnowledgeBase.of(recipe.knowledge).searched, recipe.seed]
     shared = [
         recipe.prompt.model_dump(mode="json"),
         recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),

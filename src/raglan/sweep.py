@@ -327,7 +327,7 @@ def _identity(recipe: Recipe, parts: Parts, decode: SelfRagDecode, questions: Pa
             folder_stamp(recipe.generator.model), folder_stamp(parts.generator),
         ]),
         "prompt": fingerprint([recipe.prompt.model_dump(mode="json"), decode.model_dump(mode="json", include=text)]),
-        "knowledge base": KnowledgeBase.of(recipe.knowledge, path=parts.knowledge).version,
+        "knowledge base": KnowledgeBase.of(recipe.knowledge, path=parts.knowledge).searched,
         "retriever": fingerprint([retriever, encoder]),
         "questions": fingerprint([source, _limit(recipe), recipe.seed]),
         "form": decode.form, "limit": decode.limit, "format": FORMAT,

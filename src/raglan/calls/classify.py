@@ -21,7 +21,7 @@ from typing import Any
 
 from raglan.calls.asks import CallClass, Usage
 
-__all__ = ["Reply", "Wire", "classify"]
+__all__ = ["Reply", "Wire", "classify", "usage_of"]
 
 QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 FILTER = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation")
@@ -69,7 +69,7 @@ def _completion(wire: Wire) -> Reply:
         message, finish = choice["message"], _sound(str(choice.get("finish_reason") or ""))
         text = message.get("content") or ""
         text = _sound(text) if isinstance(text, str) else ""
-        usage = _usage(body.get("usage"))
+        usage = usage_of(body.get("usage"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return Reply("transient", error=f"{wire.status} without a completion: {wire.body[:WORDS]!r}", billed=True)
     reply = Reply("ok", text, "", finish, usage, billed=True)
@@ -108,7 +108,8 @@ def _said(wire: Wire) -> tuple[str, str]:
         return "", wire.body[:WORDS]
 
 
-def _usage(said: Any) -> Usage | None:
+def usage_of(said: Any) -> Usage | None:
+    """A reply's tokens as its `usage` tells them; None where it does not, or not all of them."""
     if not isinstance(said, dict) or not isinstance(said.get("prompt_tokens"), int):
         return None
     if not any(isinstance(said.get(name), int) for name in ("completion_tokens", "total_tokens")):

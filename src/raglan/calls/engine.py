@@ -6,7 +6,8 @@
 
 One event loop in a thread of its own, `concurrency` workers, one connection pool. The caller's thread reads `asks`, as far as
 there is room, and hands outcomes out, so memory is O(concurrency) and there is never a task per record. Deeper asks go first.
-Equal asks in one run are one call. Ctrl-C stops sending and waits ≤ 10 s for what is under way; a second one does not wait.
+Equal asks in one run are one call. What a server has said holds for all engines of a journal that ask it: a Retry-After to the
+teacher pauses the judge. Ctrl-C stops sending and waits ≤ 10 s for what is under way; a second one does not wait.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from raglan.calls.asks import Ask, Outcome
 from raglan.calls.endpoint import read_key
 from raglan.calls.journal import Journal
-from raglan.calls.limits import Clock, Gate
+from raglan.calls.limits import Clock, Gate, Server
 from raglan.calls.money import Entry
 from raglan.calls.running import Run
 from raglan.calls.terms import Terms
@@ -42,7 +43,8 @@ class CallEngine(Terms):
         """
         self._key = read_key(settings.api_key_env)  # first, so that no journal is left open
         super().__init__(settings, folder, money=money, clock=clock)
-        self._gate = Gate(settings.concurrency, rpm=settings.rpm, tpm=settings.tpm, clock=self.clock)
+        server = self.journal.servers.setdefault(self.host, Server(self.clock))
+        self._gate = Gate(settings.concurrency, rpm=settings.rpm, tpm=settings.tpm, server=server)
         self._current: Run | None = None
 
     def __enter__(self) -> CallEngine:

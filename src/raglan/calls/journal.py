@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.calls.asks import canonical
+from raglan.calls.limits import Server
 from raglan.calls.money import Ledger
 from raglan.calls.places import Places
 from raglan.errors import CallsStopped, CheckpointError
@@ -59,7 +60,10 @@ class Intent:
 
 
 class Journal:
-    """The journal in a folder, opened for writing; `ledger` is what its lines cost, counted from them alone."""
+    """The journal in a folder, opened for writing; `ledger` is what its lines cost, counted from them alone.
+
+    `servers` is what those who write it share of each server, by its host, for as long as it is open; nothing of it is written.
+    """
 
     def __init__(self, folder: Path):
         """
@@ -70,6 +74,7 @@ class Journal:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger()
         self.modes: dict[tuple[str, str], str] = {}
+        self.servers: dict[str, Server] = {}
         self._answers = Places()  # of ok calls: where their outcomes are
         self._tries: dict[str, tuple[int, int]] = {}  # of a call without ok: intents, and how many of these the server settled
         self._failed: dict[str, int] = {}  # of a call without ok: requests, its repair's too, that failed for passing reasons

@@ -11,6 +11,8 @@ All on the monotonic clock, so that setting the machine's clock moves nothing. O
 is a date, of a reply without a Date of its own (RFC 9110, 6.6.1: it counts from when it came). It is asked once, for a number
 of seconds. One request at a time stands at the gate, in order, so that nobody overtakes and nothing polls.
 A burst of 429s, of requests that were under way together, counts once in the breaker: pause and halving answer it.
+
+All four are the server's, not the engine's: engines that ask one server, as teacher and judge, share a `Server`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-__all__ = ["Breaker", "Bucket", "Clock", "Gate", "backoff", "retry_after"]
+__all__ = ["Breaker", "Bucket", "Clock", "Gate", "Server", "backoff", "retry_after"]
 
 WINDOW, OPEN_SECONDS, OPENINGS = 50, 30.0, 5
 RAISE_AFTER = HEALED_AFTER = 50
@@ -119,17 +121,39 @@ class Breaker:
         self.recent.clear()
 
 
-class Gate:
-    """Lets requests through, `limit` at a time."""
+class Server:
+    """What a server has said, and how much it has been asked: for all engines that ask it, one after another.
 
-    def __init__(self, most: int, *, rpm: int | None, tpm: int | None, clock: Clock):
-        self.clock, self.most = clock, most
-        self.requests, self.tokens = Bucket(rpm, clock), Bucket(tpm, clock)
-        self.breaker = Breaker(clock)
-        self.limit, self.active = most, 0
-        self.until = 0.0  # of the pause
-        self._halved, self._good = float("-inf"), 0
+    Attributes:
+        until: the end of the pause. breaker: of all requests.
+        allowed: requests at a time since a 429; None before the first one.
+        halved: when that was; what was under way then says nothing new. good: successes since it last changed.
+    """
+
+    def __init__(self, clock: Clock):
+        self.clock, self.breaker = clock, Breaker(clock)
+        self.until, self.halved = 0.0, float("-inf")
+        self.allowed: int | None = None
+        self.good = 0
+        self._buckets: dict[tuple[str, int | None], Bucket] = {}
+
+    def bucket(self, what: str, rate: int | None) -> Bucket:
+        """Of requests or tokens; engines that name the same rate fill from the same one."""
+        return self._buckets.setdefault((what, rate), Bucket(rate, self.clock))
+
+
+class Gate:
+    """Lets an engine's requests through to a server, `limit` at a time."""
+
+    def __init__(self, most: int, *, rpm: int | None, tpm: int | None, server: Server):
+        self.server, self.clock, self.most = server, server.clock, most
+        self.requests, self.tokens = server.bucket("requests", rpm), server.bucket("tokens", tpm)
+        self.active = 0
         self._turn, self._changed = asyncio.Lock(), asyncio.Event()
+
+    @property
+    def limit(self) -> int:
+        return self.most if self.server.allowed is None else min(self.most, self.server.allowed)
 
     def begin(self) -> None:
         """Before a run, in its loop: nobody is under way. Pause, limit, buckets and breaker go on from the run before.
@@ -137,9 +161,9 @@ class Gate:
         A breaker that has stopped a run is new: who asks again says that the endpoint is well.
         """
         self._turn, self._changed = asyncio.Lock(), asyncio.Event()
-        self.active, self.breaker.probing = 0, False
-        if self.breaker.over:
-            self.breaker = Breaker(self.clock)
+        self.active, self.server.breaker.probing = 0, False
+        if self.server.breaker.over:
+            self.server.breaker = Breaker(self.clock)
 
     async def enter(self, tokens: float, ready: Callable[[], bool]) -> bool:
         """Wait for leave to send. Whether this request is the breaker's probe.
@@ -151,7 +175,7 @@ class Gate:
         async with self._turn:
             while True:
                 self._changed.clear()
-                if not ready() or self.breaker.probing or self.active >= self.limit:
+                if not ready() or self.server.breaker.probing or self.active >= self.limit:
                     await self._changed.wait()
                 elif wait := self._silent(tokens):
                     await self.clock.wait(self._changed, wait)
@@ -160,7 +184,7 @@ class Gate:
             self.requests.take(1)
             self.tokens.take(tokens)
             self.active += 1
-            self.breaker.probing = probe = self.breaker.half_open
+            self.server.breaker.probing = probe = self.server.breaker.half_open
             return probe
 
     def leave(self, *, unused: float = 0.0) -> None:
@@ -173,19 +197,19 @@ class Gate:
         self._changed.set()
 
     def good(self, *, probe: bool) -> None:
-        self.breaker.told(failed=False, probe=probe)
-        self._good += 1
-        if self._good >= RAISE_AFTER and self.limit < self.most:
-            self.limit, self._good = self.limit + 1, 0
+        self.server.breaker.told(failed=False, probe=probe)
+        self.server.good += 1
+        if self.server.good >= RAISE_AFTER and self.limit < self.most:
+            self.server.allowed, self.server.good = self.limit + 1, 0
 
     def bad(self, *, probe: bool) -> None:
-        self.breaker.told(failed=True, probe=probe)
+        self.server.breaker.told(failed=True, probe=probe)
 
     def pause(self, seconds: float | None) -> None:
         """Nobody sends for so long."""
         now = self.clock.now()
-        if seconds is not None and now + seconds > self.until:
-            self.until = now + seconds
+        if seconds is not None and now + seconds > self.server.until:
+            self.server.until = now + seconds
             if seconds >= TOLD:
                 log.warning("the endpoint wants no request for %.0f s; Ctrl-C stops, and what came is kept", seconds)
 
@@ -193,17 +217,17 @@ class Gate:
         """A 429 for a request sent at `sent`, with its Retry-After in seconds."""
         now = self.clock.now()
         self.pause(pause)
-        if sent >= self._halved:
-            self._halved, self._good = now, 0
-            self.limit = max(1, self.limit // 2)
-            self.breaker.told(failed=True, probe=probe)
+        if sent >= self.server.halved:
+            self.server.halved, self.server.good = now, 0
+            self.server.allowed = max(1, self.limit // 2)
+            self.server.breaker.told(failed=True, probe=probe)
         elif probe:
-            self.breaker.told(failed=True, probe=True)
+            self.server.breaker.told(failed=True, probe=True)
 
     def _silent(self, tokens: float) -> float:
         """Seconds to wait for pause, breaker and buckets."""
         now = self.clock.now()
-        silence = max(self.until, self.breaker.until) - now
+        silence = max(self.server.until, self.server.breaker.until) - now
         return max(silence, self.requests.wait(1), self.tokens.wait(tokens), 0.0)
 
 

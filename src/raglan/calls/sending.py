@@ -148,7 +148,7 @@ class Sender:
     def _affordable(self, ask: Ask, reserve: int) -> bool:
         """Whether a request may be reserved now. Raises if it never may."""
         self._go_on()
-        if self.gate.breaker.over:
+        if self.gate.server.breaker.over:
             raise CallsStopped(
                 f"{self.terms.host} keeps failing", reason="breaker", hint="run the same command again when it is well"
             )

@@ -288,6 +288,7 @@ class MarkedEndpoint(AskedGenerator):
     def _count(self, answer: Any, prompt: int, written: int, logprobs: int) -> None:
         details = getattr(answer.usage, "prompt_tokens_details", None)
         reused = int(getattr(details, "cached_tokens", None) or 0)
+        self.server.count(answer)
         self.cost.calls += 1
         self.cost.reused += reused
         self.cost.positions += prompt - reused + max(0, written - 1)

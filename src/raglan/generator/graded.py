@@ -266,6 +266,7 @@ class Graded(AskedGenerator):
 
     def _count(self, answer: Any) -> None:
         usage = answer.usage
+        self.server.count(answer)
         self.cost.calls += 1
         self.cost.positions += (usage.prompt_tokens + max(0, usage.completion_tokens - 1)) if usage is not None else 0
 

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from raglan.calls.asks import Usage
+from raglan.calls.classify import usage_of
 from raglan.errors import CheckpointError, GeneratorError, require
 from raglan.quiet import quietly
 from raglan.recipe import GeneratorSettings, ScorerSettings
@@ -31,6 +33,9 @@ class Server:
         field: the recipe's part that names it, for hints. `purpose`: what it is asked for, as in "to score on an endpoint".
         kept: what a hint says of the work that was done before a fault.
 
+    Attributes:
+        billed: tokens of all replies so far, as the server counts them. untold: how many replies came without a count.
+
     Raises:
         GeneratorError: `api_key_env` names a variable that is not set.
     """
@@ -38,10 +43,17 @@ class Server:
     def __init__(self, settings: ScorerSettings | GeneratorSettings, *, field: str, purpose: str, kept: str = ""):
         self.settings, self.field, self.purpose, self.kept = settings, field, purpose, kept
         self._key = _key(settings.api_key_env)
+        self.billed, self.untold = Usage(), 0
 
     @property
     def name(self) -> str:
         return f"{self.settings.endpoint} (model {self.settings.model!r})"
+
+    def count(self, answer: Any) -> None:
+        """Take in a reply's `usage`."""
+        found = usage_of(answer.usage.model_dump() if answer.usage is not None else None)
+        self.untold += found is None
+        self.billed += found or Usage()
 
     def together(self, one: Callable[[Any, T], Awaitable[R]], items: Sequence[T], *, first: First | None = None) -> list[R]:
         """What `one(client, item)` gives for each item, in order; `concurrency` of them run at a time, and `first` before all.

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raglan.recipe.base import Arguments, Settings
+from raglan.recipe.calls import PriceSettings
 from raglan.recipe.clean import DecontaminateSettings
 from raglan.recipe.critique import CritiqueSettings
 from raglan.recipe.data import AnswersAre, Data, searches
@@ -89,6 +90,9 @@ class EvaluateSettings(Settings):
     )
     fold_numbers: bool = Field(
         False, description="Compare numerals in one spelling (一九七八 = 1978, 3,000 = 3000); published figures do not."
+    )
+    price: PriceSettings | Literal["free"] | None = Field(
+        None, description="Of a generator on a server, US dollars per million tokens: tells what 1,000 answers cost."
     )
     robustness: RobustnessSettings | None = Field(None, description="Measure also under noise, orders and other retrievers.")
     judge: JudgeSettings | None = Field(None, description="Have the answers judged, too; without it there is no judge.")

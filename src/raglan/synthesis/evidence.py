@@ -101,6 +101,9 @@ class Assembler:
         answers: of other questions: false values are taken from them, and the guard counts how common they are.
         judge: tells whether a passage answers where the answer is no string; without one such passages are `unchecked`.
 
+    Attributes:
+        query_tower: names the one that the knowledge base's vectors are searched with, where a dealt index does that.
+
     Raises:
         CorpusError: the corpus has fewer passages than the largest K, and nothing is written from scratch.
         RecipeError: a retriever that is to be dealt and is not there.
@@ -120,6 +123,7 @@ class Assembler:
         if strange:
             raise RecipeError(f"there is no retriever {strange[0]!r}; there are {', '.join(retrievers)}")
         self.corpus, self.retrievers, self.settings = corpus, dict(retrievers), settings
+        self.query_tower = ""
         self.evidence, self.answers = tuple(evidence), tuple(dict.fromkeys(answers))
         step = max(1, len(corpus) // COUNTED)
         common = [answer for answer in self.answers if len(words(answer)) <= COMMON]
@@ -155,7 +159,10 @@ class Assembler:
         tokenizer = open_tokenizer(asked.budget.tokenizer or recipe.generator.model)
         chat = recipe.prompt.layout in ("auto", "chat") and bool(getattr(tokenizer, "chat_template", None))
         retrievers = {name: first.by(name) for name in every}
-        return cls(base.corpus, retrievers, asked, tokenizer, chat=chat, evidence=evidence, answers=answers, judge=judge)
+        made = cls(base.corpus, retrievers, asked, tokenizer, chat=chat, evidence=evidence, answers=answers, judge=judge)
+        if any(retriever.needs_vectors for retriever in retrievers.values()):
+            made.query_tower = encoder.query_fingerprint
+        return made
 
     def show(self, draft: Draft) -> Sheet | Reject:
         """The draft's passages as they are shown, and the prompt.

@@ -107,7 +107,7 @@ def _written(
             piece=checks.piece, corpus=base.corpus, embed=_embed(asked.dedupe), embed_questions=_embed(near),
             corpus_at=_corpus_at, ignores=opened.ignores, ignores_in_corpus=opened.ignores_in_corpus,
             cost=None if journal is None else lambda: cost(journal),
-            inputs={"knowledge": base.version, **_asking(recipe), **opened.inputs, **checks.inputs,
+            inputs={"knowledge": base.searched, **_asking(recipe, assembler), **opened.inputs, **checks.inputs,
                     **({"reserved": apart} if apart is not None else {})},
             sources=opened.sources, reserved=reserved,
         )  # fmt: skip
@@ -141,10 +141,18 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
         )  # fmt: skip
 
 
-def _asking(recipe: Recipe) -> dict[str, str]:
-    """Names the query towers of indexes' own encoders, which the knowledge base's version knows by their folders alone."""
+def _asking(recipe: Recipe, assembler: Assembler) -> dict[str, str]:
+    """Names the query towers of indexes' own encoders, which the knowledge base's version knows by their folders alone.
+
+    And the knowledge base's own, of which its version knows nothing, where the recipe says which, or how it asks.
+    """
     stamps = [folder_stamp(model) for model in recipe.knowledge.own_query_models]
-    return {"asking": fingerprint(stamps)} if stamps else {}
+    main = recipe.knowledge.encoder
+    chosen = any(one is not None for one in (main.query_model, main.query_prompt, recipe.retriever.query_encoder))
+    return {
+        **({"asking": fingerprint(stamps)} if stamps else {}),
+        **({"query_tower": assembler.query_tower} if chosen and assembler.query_tower else {}),
+    }
 
 
 def _task(job: Job) -> str:
