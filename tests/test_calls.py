@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from decimal import Decimal
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ from raglan.calls import Ask, CallEngine, Outcome, Usage, places
 from raglan.calls.classify import Wire, classify
 from raglan.calls.endpoint import Aiohttp, Endpoint, OpenAI, open_endpoint
 from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
-from raglan.calls.journal import NAME, Intent, Journal
+from raglan.calls.journal import NAME, Intent, Journal, read_ledger
 from raglan.calls.limits import Breaker, Bucket, Clock, Gate, Server, backoff, retry_after
 from raglan.calls.money import Ledger, Price, dollars, prompt_bound
 from raglan.calls.structured import parse, strict_schema
 from raglan.errors import CallsStopped, CheckpointError, GeneratorError, RecipeError
 from raglan.recipe import EndpointSettings, MoneySettings
+from raglan.synthesis.endpoint import cost
 
 HERE = Path(__file__).parent
 MONEY = MoneySettings(price=PRICE)
@@ -81,6 +83,7 @@ class Desk:
         assert self.server.bill <= ledger.spent, "the server bills more than the ledger knows"
         outcomes = [line for line in lines if line["kind"] == "outcome"]
         told = [line for line in outcomes if line["class"] != "transient" or sum(line["usage"])]
+        told = [line for line in told if "misreported" not in line]
         assert all(line["cost"] == Price.of(MONEY).cost(Usage(*line["usage"])) for line in told) or ledger.spent == 0
         if all(line["settled"] for line in outcomes) and not ledger.doubts.calls and not self.unknown:
             assert self.server.bill == ledger.spent
@@ -400,6 +403,60 @@ def test_what_is_no_completion_is_charged_at_the_reserve() -> None:
     for wire in (Wire(204), Wire(200, "[" * 100_000)):
         reply = classify(wire)
         assert (reply.cls, reply.usage, reply.billed) == ("transient", None, True)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"prompt_tokens": -90_000, "completion_tokens": 5},
+        {"prompt_tokens": 10, "completion_tokens": -5},
+        {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": -1},
+        {"prompt_tokens": True, "completion_tokens": 5},
+        {"prompt_tokens": 10, "completion_tokens": False},
+        {"prompt_tokens": 10.5, "completion_tokens": 5},
+        {"prompt_tokens": float("nan"), "completion_tokens": 5},
+        {"prompt_tokens": 10, "completion_tokens": float("inf")},
+        {"prompt_tokens": "10", "completion_tokens": 5},
+        {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": -4}},
+        {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": "four"}},
+        {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": "none"},
+        [10, 5],
+    ],
+)
+def test_usage_that_is_no_count_is_no_usage(said: Any) -> None:
+    body = {"choices": [{"message": {"content": "好"}, "finish_reason": "stop"}], "usage": said}
+    reply = classify(Wire(200, json.dumps(body)))
+    assert (reply.cls, reply.text, reply.usage, reply.billed) == ("ok", "好", None, True)
+    assert "no count of tokens" in reply.misreported
+
+
+def test_usage_that_lacks_what_may_be_lacking_is_usage() -> None:
+    body = {
+        "choices": [{"message": {"content": "x"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 14, "prompt_tokens_details": None},
+    }
+    reply = classify(Wire(200, json.dumps(body)))
+    assert (reply.usage, reply.misreported) == (Usage(10, 0, 4), "")
+    assert classify(Wire(200, json.dumps({**body, "usage": None}))).misreported == "", "not reported at all"
+
+
+def test_negative_usage_does_not_lower_what_was_spent(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """Each such reply costs its reserve, so that the cap holds."""
+    desk.unknown = True
+    desk.server.faults = lambda number, request: Fault(usage=(-90_000, 5))
+    with desk.engine() as engine:
+        reserve = engine.reserve(ask(0))[1]
+    money = MoneySettings(price=PRICE, cap_usd=Decimal(4 * reserve) / 10**9)
+    with caplog.at_level(logging.WARNING, "raglan"):
+        came, why = desk.stopped(asks(50), concurrency=1, money=money)
+    assert (why.reason, len(came), len(desk.server.log)) == ("cap", 4, 4)
+    with desk.engine() as engine:
+        ledger = engine.journal.ledger
+        assert (ledger.spent, ledger.misreported) == (4 * reserve, 4)
+        assert cost(engine.journal)["misreported"] == 4
+    told = [record.getMessage() for record in caplog.records if "no count of tokens" in record.getMessage()]
+    assert len(told) == 1
+    assert "-90000" in told[0]
 
 
 def test_usage_that_counts_reasoning_apart() -> None:
@@ -850,6 +907,63 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_told(desk: Desk, tmp_path
     (other / NAME).write_bytes(b"something else\n" + whole)
     with pytest.raises(CheckpointError, match="offset 0"):
         Journal(other)
+
+
+def _journal(folder: Path, *, bodies: tuple[str, ...]) -> bytes:
+    """A journal with these replies, a dollar each."""
+    journal = Journal(folder)
+    for number, body in enumerate(bodies):
+        intent = Intent(f"a{number}", 0, "answer", "m", f"i{number}", 2 * 10**9)
+        journal.intend(intent)
+        outcome = {"class": "ok", "finish": "stop", "usage": [3, 0, 2], "cost": 10**9, "settled": True, "took": 0.1}
+        journal.settle(intent, {**outcome, "body": body})
+    journal.close()
+    return (folder / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30], ids=["whole", "without its newline", "torn"])
+def test_no_flip_of_a_byte_is_silent(tmp_path: Path, cut: int) -> None:
+    whole = _journal(tmp_path / "calls", bodies=('{"word": "a \\"b\\" {c}"}', "青浦大桥 😀"))
+    whole = whole[: len(whole) - cut]
+    good = whole.count(b"\n")  # lines that have to be there, or an error
+    other = tmp_path / "other"
+    other.mkdir()
+    begin = whole.rindex(b"\n", 0, whole.rindex(b"\n")) if cut else 0  # what is before was flipped in the whole one
+    for place, byte in enumerate(whole[begin:], begin):
+        for changed in b" \r}\x0b" if byte == 10 else (10,) if place % 5 == 0 else (byte ^ 1,):
+            (other / NAME).write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
+            try:
+                journal = Journal(other)
+            except CheckpointError:
+                continue
+            there = 1 + len(list(journal.lines()))
+            journal.close()
+            assert there == good, f"byte {place} as {changed:#x}: {there} of {good} lines, and no error"
+            assert place >= whole.rindex(b"\n") + 1, f"byte {place} as {changed:#x} was taken for the one that was written"
+
+
+def test_a_damaged_journal_is_not_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "calls"
+    whole = _journal(folder, bodies=("one", "two", "三"))
+    assert read_ledger(folder).spent == 3 * 10**9
+    ends = [place for place, byte in enumerate(whole) if byte == 10]
+    for place in (ends[-2], ends[-1], ends[2] + 20, ends[-2] + 20):
+        (folder / NAME).write_bytes(whole[:place] + b"x" + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged at offset"):
+            read_ledger(folder)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "calls"
+    journal = Journal(folder)
+    words = "import sys, pathlib, raglan.calls.journal as j; j.Journal(pathlib.Path(sys.argv[1])).close()"
+    second = [sys.executable, "-c", words, str(folder)]
+    refused = subprocess.run(second, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0
+    assert f"process {os.getpid()} is writing the journal in {folder}" in refused.stderr
+    journal.close()
+    after = subprocess.run(second, capture_output=True, text=True, timeout=120)
+    assert after.returncode == 0, after.stderr
 
 
 def test_the_end_of_a_torn_journal_is_asked_again(desk: Desk) -> None:

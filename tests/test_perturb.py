@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from math import log
@@ -47,6 +48,7 @@ from raglan.perturb import (
     value_type,
 )
 from raglan.perturb.guard import numeric
+from raglan.perturb.spellings import respelled
 from raglan.perturb.values import replaced
 from raglan.pooled import check_varied, pool, retrieve_each, retrieve_pooled
 from raglan.prompt import fit
@@ -247,6 +249,85 @@ def test_a_counterfactual_keeps_no_alias_of_the_truth(case: tuple[tuple[str, ...
     assert held(made.passage, [made.value])
     assert (made.role, made.kind, made.origin, made.parents, made.guard) == ("noise", "counterfactual", "made", ("p",), "clean")
     assert made.operator.startswith("swap_")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("$3.5 million", "It cost $3.5 million to build.", r"It cost \$\d\.5 million to build\."),
+        ("$3.5 million", "It cost US$ 3.5 million.", r"It cost US\$ \d\.5 million\."),
+        ("50%", "Of all votes 50% were valid, fifty in a hundred.", r"Of all votes \d\d% were valid, fifty in a hundred\."),
+        ("50%", "It was 50 per cent.", r"It was \d\d per cent\."),
+        ("€20", "A ticket is €20.", r"A ticket is €\d\d\."),
+        ("-5 °C", "It fell to -5 °C at night.", r"It fell to -\d °C at night\."),
+        ("-5 °C", "It fell to \u22125 °C at night.", "It fell to \u2212\\d °C at night\\."),
+        ("12%", "占总数的百分之十二。", "占总数的百分之[一二三四五六七八九十]+。"),
+        ("12%", "占12%，即百分之十二。", r"占\d\d%，即百分之[一二三四五六七八九十]+。"),
+        ("3,000米。", "山高3,000米。", r"山高\d,000米。"),
+        ("3,000米。", "山高3,000米，山脚三千米。", r"山高\d,000米，山脚[一二四五六七八九]千米。"),
+        ("《春江》", "他写了《春江》。", "他写了《[^《》]+》。"),
+    ],
+)
+def test_no_sign_about_a_value_stands_twice(answer: str, text: str, expected: str) -> None:
+    example = Example("q", "How much?", (answer,))
+    for seed in range(8):
+        made = counterfactual(example, gold_slots([passage(text)])[0], seed=str(seed))
+        assert made is not None
+        assert re.fullmatch(expected, made.passage.text), made.passage.text
+        assert made.passage.text != text
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        (
+            "12 March 1873",
+            "On March 12, 1873 it opened; 12 March 1873 was dry.",
+            r"On March 12, (\d{4}) it opened; 12 March \1 was dry\.",
+        ),
+        ("12 March 1873", "Since 12 March 1873 (1873-03-12, 3/12/1873).", r"Since 12 March (\d{4}) \(\1-03-12, 3/12/\1\)\."),
+        ("12 March 1873", "12 March 1873, the 12th of March, 1873.", r"12 March (\d{4}), the 12th of March, \1\."),
+        ("March 1873", "March 1873, or rather Mar. 12, 1873.", r"March (\d{4}), or rather Mar\. 12, \1\."),
+        (
+            "1873年3月12日",
+            "1873年3月12日，即一八七三年三月十二日，12 March 1873。",
+            r"(\d{4})年3月12日，即[一二〇三四五六七八九]{4}年三月十二日，12 March \1。",
+        ),
+        ("1998年", "1998年建成（1998-07-12通车）。", r"(\d{4})年建成（\1-07-12通车）。"),
+    ],
+)
+def test_other_spellings_of_a_date_change_with_it(answer: str, text: str, expected: str) -> None:
+    made = counterfactual(Example("q", "When?", (answer,)), gold_slots([passage(text)])[0], seed="4")
+    assert made is not None
+    assert re.fullmatch(expected, made.passage.text), made.passage.text
+    assert "1873" not in made.passage.text
+    assert held(made.passage, [made.value])
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("1998年", "大桥于1998年建成，民国八十七年通车。"),
+        ("1998年", "大桥于1998年建成，98年通车。"),
+        ("1998年", "大桥于1998年建成，九八年通车。"),
+        ("1912年", "1912年，即民國元年。"),
+        ("1998", "Built in 1998, it was the talk of '98."),
+        ("3 March", "It was 3 March, 1873-03-03."),
+        ("$3.5 million", "It cost $3.5 million, or 3,500,000 dollars."),
+        ("3.5 million", "共3.5 million，即350万。"),
+    ],
+)
+def test_a_passage_in_which_the_truth_stays_is_no_counterfactual(answer: str, text: str) -> None:
+    slot = gold_slots([passage(text)])[0]
+    assert counterfactual(Example("q", "When?", (answer,)), slot, seed="4") is None
+    first = text.split("，")[0].split(",")[0]
+    assert counterfactual(Example("q", "When?", (answer,)), gold_slots([passage(first)])[0], seed="4") is not None
+
+
+def test_another_date_is_no_other_spelling() -> None:
+    text = "On 12 March 1873 it rained, on March 13, 1873 and 12 April 1873 it did not; 民国八十六年, '97 and 5 million."
+    assert respelled(text, ["12 March 1873"]) == respelled(text, ["1998年"]) == respelled(text, ["$5 thousand"]) == []
+    assert respelled(text, ["March 13, 1873", "yes", ""]) == []
 
 
 def test_the_worked_counterfactual() -> None:

@@ -393,17 +393,69 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def test_documents_are_visited_evenly(corpus: Corpus) -> None:
-    library = Library(corpus, seed=3, visits=25)
-    found = [library.visited(visit) for visit in range(30)]
+    library = Library(corpus, seed=3)
+    found = [library.visited(visit, "en") for visit in range(30)]
     assert [len({passage.document for passage in found[start : start + 10]}) for start in (0, 10, 20)] == [10, 10, 10]
     assert len({passage.id for passage in found}) == 30
-    assert library.visited(30).id == found[0].id
+    assert library.visited(30, "en").id == found[0].id
     with pytest.raises(RecipeError, match="25 examples need more than 2 visits"):
-        Library(corpus, seed=3, visits=25, most=2)
+        library.check({"en": 25}, most=2)
+
+
+def bilingual(folder: Path, *, english: int, chinese: int) -> Corpus:
+    """Documents of two passages that share a rare word with all others, a Latin name among Chinese characters."""
+    told = [("en", f"The lighthouse {n} of Marrow stands at pier {n}.", f"Odo {n} was its keeper.") for n in range(english)]
+    told += [("zh", f"第{n}座灯塔位于Marrow码头。", f"守塔人是奥多{n}号。") for n in range(chinese)]
+    passages = [
+        Passage(f"{language}{number}:{place}", text, "", f"{language}{number}", 0, len(text))
+        for number, (language, *texts) in enumerate(told)
+        for place, text in enumerate(texts)
+    ]
+    write_corpus(folder, passages)
+    return Corpus(folder)
+
+
+def test_a_cell_reads_documents_of_its_language(desk: Desk, tmp_path: Path) -> None:
+    corpus = bilingual(tmp_path / "corpus", english=10, chinese=10)
+    fit = {"answer_format": "fit", "query_format": "fit"}
+    asked = recipe(60, from_scratch=0, languages={"en": 2, "zh": 2, "cross": 2}, weights=fit)
+    plan = make_plan(asked)
+    came, _ = desk.write(plan, asked, corpus=corpus, jobs=[Job(cell, ordinal) for cell in plan.cells for ordinal in (0, 1)])
+    read: dict[str, Counter[str]] = {"en": Counter(), "zh": Counter(), "cross": Counter()}
+    for end in came:
+        assert isinstance(end, Made)
+        own = [passage for passage in end.sheet.draft.gold if corpus.row(passage.id) is not None]
+        languages = {passage.document[:2] for passage in own}
+        assert len(languages) == 1, "passages that are linked are of one language"
+        read[end.sheet.draft.job.cell.language].update(languages)
+    assert set(read["en"]) == {"en"}
+    assert set(read["zh"]) == {"zh"}
+    assert set(read["cross"]) == {"en", "zh"}
+    hashes = load_prompts()
+    for end in came:
+        assert isinstance(end, Made)
+        cell, own = end.sheet.draft.job.cell, end.sheet.draft.gold[0].document[:2]
+        asks = cell.language if cell.language != "cross" else {"en": "zh", "zh": "en"}[own]
+        assert end.seen["prompts"]["draft"] == hashes[asks].hashes["draft_corpus"]
+
+
+@pytest.mark.parametrize(("missing", "there"), [("zh", "en"), ("en", "zh")])
+def test_a_language_without_documents_is_refused_before_any_call(desk: Desk, tmp_path: Path, missing: str, there: str) -> None:
+    counts = {"english": 10, "chinese": 0} if there == "en" else {"english": 0, "chinese": 10}
+    corpus = bilingual(tmp_path / "corpus", **counts)
+    fit = {"answer_format": "fit", "query_format": "fit"}
+    asked = recipe(20, from_scratch=0, languages={"en": 0.5, "zh": 0.5}, weights=fit)
+    name = {"en": "English", "zh": "Chinese"}[missing]
+    with pytest.raises(RecipeError, match=f"10 examples are to rest on {name} documents, and none of the 10 is {name}"):
+        desk.write(make_plan(asked), asked, corpus=corpus)
+    assert not desk.server.log
+    alone = recipe(20, from_scratch=0, languages={there: 1, "cross": 1}, weights=fit)
+    came, _ = desk.write(make_plan(alone), alone, corpus=corpus)
+    assert {end.sheet.draft.gold[0].document[:2] for end in came if isinstance(end, Made)} == {there}
 
 
 def test_linked_passages_share_a_rare_word(corpus: Corpus) -> None:
-    library = Library(corpus, seed=3, visits=1)
+    library = Library(corpus, seed=3)
     passage = corpus[corpus.row("d4:0") or 0]
     linked = library.linked(passage)
     assert linked is not None
@@ -450,8 +502,8 @@ def test_what_is_noise_for_others_follows_from_plan_and_corpus(desk: Desk, corpu
     plan = make_plan(asked)
     with desk.engine() as engine:
         teacher = EndpointTeacher(engine, plan, factors_of(asked)[0], corpus=corpus)
-        read = {teacher._library.visited(teacher._places.of(Job(cell)).visit).id for cell in plan.cells
-                if cell.source == "knowledge"}  # fmt: skip
+        places = [teacher._places.of(Job(cell)) for cell in plan.cells if cell.source == "knowledge"]
+        read = {teacher._library.visited(place.visit, place.read).id for place in places}
         told = [passage.id for passage in teacher.evidence], list(teacher.answers)
         assert set(told[0]) == read
         assert len(told[0]) == len(read) > 5

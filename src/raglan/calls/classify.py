@@ -8,15 +8,15 @@
     permanent  other 4xx, a finish that nobody knows    rejected, with the server's words
     fatal      401 403, 404, quota gone, usage above the reserve                  nothing more is sent
 
-Costs are those of the reported usage. A 200 without usage, a timeout and a reset cost the reserve: nobody knows the bill.
-A refused connection and an error status cost nothing.
+Costs are those of the reported usage. A 200 without usage, a timeout and a reset cost the reserve: nobody knows the bill. Usage
+that is no count (negative, a fraction, true) is none, and is told. A refused connection and an error status cost nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raglan.calls.asks import CallClass, Usage
@@ -42,7 +42,8 @@ class Wire:
 
 @dataclass(frozen=True)
 class Reply:
-    """A classified answer. `usage` None: not reported. `settled`: the server has said what became of the request."""
+    """A classified answer. `usage` None: not reported, or `misreported`, which says how. `settled`: the server has said what
+    became of the request."""
 
     cls: CallClass
     text: str = ""
@@ -51,6 +52,7 @@ class Reply:
     usage: Usage | None = None
     billed: bool = False
     settled: bool = True
+    misreported: str = ""
 
 
 def classify(wire: Wire) -> Reply:
@@ -69,10 +71,10 @@ def _completion(wire: Wire) -> Reply:
         message, finish = choice["message"], _sound(str(choice.get("finish_reason") or ""))
         text = message.get("content") or ""
         text = _sound(text) if isinstance(text, str) else ""
-        usage = usage_of(body.get("usage"))
+        usage, strange = usage_of(body.get("usage"))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return Reply("transient", error=f"{wire.status} without a completion: {wire.body[:WORDS]!r}", billed=True)
-    reply = Reply("ok", text, "", finish, usage, billed=True)
+    reply = Reply("ok", text, "", finish, usage, billed=True, misreported=strange)
     if finish == "content_filter" or message.get("refusal"):
         return _as(reply, "refused", _sound(str(message.get("refusal") or "content filter")))
     if finish == "length":
@@ -80,7 +82,7 @@ def _completion(wire: Wire) -> Reply:
     if finish != "stop":
         return _as(reply, "permanent", f"the reply ended with finish_reason {finish!r}")
     if not text.strip():
-        return Reply("transient", "", f"{wire.status} with an empty reply", finish, usage, billed=True)
+        return replace(reply, cls="transient", text="", error=f"{wire.status} with an empty reply")
     return reply
 
 
@@ -108,16 +110,24 @@ def _said(wire: Wire) -> tuple[str, str]:
         return "", wire.body[:WORDS]
 
 
-def usage_of(said: Any) -> Usage | None:
-    """A reply's tokens as its `usage` tells them; None where it does not, or not all of them."""
-    if not isinstance(said, dict) or not isinstance(said.get("prompt_tokens"), int):
-        return None
-    if not any(isinstance(said.get(name), int) for name in ("completion_tokens", "total_tokens")):
-        return None  # half a bill would count the reply as free
-    prompt = said["prompt_tokens"]
-    cached = (said.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    output = max(said.get("completion_tokens") or 0, (said.get("total_tokens") or 0) - prompt)
-    return Usage(prompt, min(cached, prompt), output)
+def usage_of(said: Any) -> tuple[Usage | None, str]:
+    """A reply's tokens as its `usage` tells them, None where it does not or not all of them; and what is strange about it."""
+    if said is None:
+        return None, ""
+    details = (said.get("prompt_tokens_details") or {}) if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(details, dict):
+        return None, _strange(said)
+    told = [said.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")] + [details.get("cached_tokens")]
+    if any(count is not None and (type(count) is not int or count < 0) for count in told):
+        return None, _strange(said)
+    prompt, output, total, cached = told
+    if prompt is None or (output is None and total is None):
+        return None, ""  # half a bill would count the reply as free
+    return Usage(prompt, min(cached or 0, prompt), max(output or 0, (total or 0) - prompt)), ""
+
+
+def _strange(said: Any) -> str:
+    return f"usage that is no count of tokens: {_sound(repr(said)[:WORDS])}"
 
 
 def _sound(text: str) -> str:
@@ -126,4 +136,4 @@ def _sound(text: str) -> str:
 
 
 def _as(reply: Reply, cls: CallClass, error: str) -> Reply:
-    return Reply(cls, reply.text, error, reply.finish, reply.usage, billed=True)
+    return replace(reply, cls=cls, error=error)

@@ -2,7 +2,7 @@
 
     crc32 {"kind": "intent",  "key", "attempt", "step", "model", "idem", "reserve"}     written before the request is sent
     crc32 {"kind": "outcome", "key", "attempt", "class", "finish", "usage", "cost", "settled", "took", "body" | "error"
-           [, "for"]}                                                                    written before it is used
+           [, "for"] [, "misreported"]}                                                  written before it is used
     crc32 {"kind": "probe",   "host", "model", "mode"}                                  how the endpoint takes schemas
     crc32 {"kind": "given_up", "key", "error"}                                          a call that is never asked for again
 
@@ -11,8 +11,9 @@ it answers a look-up of that one too. A kill between a malformed reply and its r
 with the repair. An intent without an outcome is *in doubt*: it is charged at its reserve for good.
 
 Guarantees. A written line survives kill -9; the disk has it after at most 200 ms, so power loss may cost these. A torn last
-line is dropped. A damaged line before it is an error with its offset. One process writes (lock). When a line cannot be written
-no other is, and so no request is sent. Held in memory are sixteen bytes for each answered call, never a reply.
+line is dropped: one that lacks its newline, and that nothing stands behind. Any other damaged line is an error with its
+offset. One process writes (lock). When a line cannot be written no other is, and so no request is sent. Held in memory are
+sixteen bytes for each answered call, never a reply.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 HEADER: dict[str, Any] = {"kind": "journal", "version": 1}
 NAME = "journal.jsonl"
 LOCK_SECONDS = 5.0
+DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Journal:
     def __init__(self, folder: Path):
         """
         Raises:
-            CheckpointError: a damaged line that is not the last, or another process that writes.
+            CheckpointError: a damaged line that is not torn at the end, or another process that writes.
         """
         self.path = Path(folder) / NAME
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ class Journal:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All records from the beginning, the header left out."""
-        return _records(self.path)
+        return (record for record, start, _ in _records(self.path) if start)
 
     def _append(self, record: dict[str, Any]) -> int:
         """Write a line; its offset."""
@@ -212,24 +214,15 @@ class Journal:
         """Take in what is there. Returns where the good lines end."""
         if not self.path.is_file():
             return 0
-        end, bad = 0, -1
-        with open(self.path, "rb", buffering=1 << 20) as file:
-            for line in file:
-                if bad >= 0:
-                    raise _damaged(self.path, bad)
-                record = _record(line)
-                if record is None:
-                    bad = end
-                    if end == 0 and line.endswith(b"\n"):
-                        raise _damaged(self.path, 0)
-                    continue
-                try:
-                    self._take(record, end)
-                except (KeyError, TypeError, ValueError):  # whole, but not ours: an outcome of no intent
-                    raise _damaged(self.path, end) from None
-                end += len(line)
-        if bad >= 0:
-            log.warning("%s: the last line, at offset %d, is torn and left out", self.path, bad)
+        end = 0
+        for record, start, behind in _records(self.path):
+            try:
+                self._take(record, start)
+            except (KeyError, TypeError, ValueError):  # whole, but not ours: an outcome of no intent
+                raise _damaged(self.path, start) from None
+            end = behind
+        if end < self.path.stat().st_size:
+            log.warning("%s: the last line, at offset %d, is torn and left out", self.path, end)
         self.ledger.close_doubts()
         return end
 
@@ -278,13 +271,13 @@ def read_ledger(folder: Path) -> Ledger:
     """What a journal's calls cost, without writing it. Requests that another process has under way count as in doubt.
 
     Raises:
-        CheckpointError: no journal there.
+        CheckpointError: no journal there, or a damaged one.
     """
     path = Path(folder) / NAME
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no journal of calls: there is no {NAME}", hint="give the folder that holds it")
     ledger = Ledger()
-    for record in _records(path):
+    for record, _, _ in _records(path):
         if record["kind"] == "intent":
             ledger.intend(_intent(record))
         elif record["kind"] == "outcome":
@@ -293,11 +286,32 @@ def read_ledger(folder: Path) -> Ledger:
     return ledger
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+    """(record, where its line begins, where it ends), the header too, as far as the file went when reading began.
+
+    Raises:
+        CheckpointError: a damaged line.
+    """
+    end = 0
+    with open(path, "rb", buffering=1 << 20) as file:
+        size = os.fstat(file.fileno()).st_size
         for line in file:
-            if (record := _record(line)) is not None and record["kind"] != "journal":
-                yield record
+            record = _record(line)
+            if record is None and (line.endswith(b"\n") or _holds_more(line)):
+                raise _damaged(path, end)
+            if record is None or end >= size:
+                return
+            yield record, end, end + len(line)
+            end += len(line)
+
+
+def _holds_more(line: bytes) -> bool:
+    """Whether an unfinished line goes on behind a whole record: what was its newline is damaged, and it is not torn."""
+    text = line[9:].decode("latin-1")  # a cut character is no fault here
+    try:
+        return DECODER.raw_decode(text)[1] < len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _intent(record: dict[str, Any]) -> Intent:

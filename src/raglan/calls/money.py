@@ -86,11 +86,12 @@ class Entry:
 class Ledger:
     """Money by step × model × outcome, from intents and outcomes as the journal has them.
 
-    `spent` is what ended, with those in doubt at their reserve; `flying` what is reserved for requests under way.
+    `spent` is what ended, with those in doubt at their reserve; `flying` what is reserved for requests under way; `misreported`
+    how many replies named a usage that is none, and count at their reserve.
     """
 
     def __init__(self) -> None:
-        self.spent = self.flying = 0
+        self.spent = self.flying = self.misreported = 0
         self._open: dict[tuple[str, int], Intent] = {}
         self._rows: dict[tuple[str, str, str], Entry] = {}
 
@@ -114,6 +115,7 @@ class Ledger:
     def settle(self, outcome: Mapping[str, Any]) -> None:
         intent = self._open.pop((outcome["key"], outcome["attempt"]))
         self.flying -= intent.reserve
+        self.misreported += "misreported" in outcome
         self._count(intent, outcome["class"], Usage(*outcome["usage"]), outcome["cost"])
 
     def close_doubts(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -21,6 +22,8 @@ from raglan.calls.terms import Terms, value_of
 from raglan.errors import CallsStopped
 
 __all__ = ["Sender"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Sender:
         self.terms, self.settings, self.journal, self.gate = terms, terms.settings, terms.journal, gate
         self._wire, self._halt, self._go_on = wire, halt, go_on
         self._probing = asyncio.Lock()
+        self._told = False  # of usage that is none, once a run
 
     async def answer(self, ask: Ask, key: str) -> Outcome:
         """An ask's outcome, after one repetition or one repair."""
@@ -172,6 +176,9 @@ class Sender:
     def _cost(self, reply: Reply, reserve: int) -> int:
         if reply.usage is not None:
             return self.terms.price.cost(reply.usage)
+        if reply.misreported and not self._told:
+            self._told = True
+            log.warning("%s reports %s; such replies are charged at their reserve", self.terms.host, reply.misreported)
         return reserve if reply.billed else 0
 
     def _within(self, reply: Reply, cost: int, reserve: int) -> Reply:
@@ -220,4 +227,5 @@ def _line(reply: Reply, cost: int, took: float, instead_of: str | None) -> dict[
     }  # fmt: skip
     line |= {"body": reply.text} if reply.text else {}
     line |= {"error": reply.error} if reply.error else {}
+    line |= {"misreported": reply.misreported} if reply.misreported else {}
     return line | ({"for": instead_of} if instead_of else {})

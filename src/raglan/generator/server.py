@@ -51,7 +51,7 @@ class Server:
 
     def count(self, answer: Any) -> None:
         """Take in a reply's `usage`."""
-        found = usage_of(answer.usage.model_dump() if answer.usage is not None else None)
+        found, _ = usage_of(answer.usage.model_dump() if answer.usage is not None else None)
         self.untold += found is None
         self.billed += found or Usage()
 

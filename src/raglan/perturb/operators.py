@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from raglan.perturb.guard import held, searchable
 from raglan.perturb.slot import Slot, content_hash
+from raglan.perturb.spellings import respelled
 from raglan.perturb.values import replaced, swap, value_type
 from raglan.perturb.words import WORDS
 from raglan.records import Example, Passage
@@ -34,17 +35,20 @@ def counterfactual(
 ) -> Slot | None:  # fmt: skip
     """A passage that answers, with a false value of the same type in all spellings of the answer, title included.
 
+    None where the truth stands in a spelling that cannot be changed along with it.
+
     Args:
         source: gold or support.
         pool, avoid: see `raglan.perturb.values.swap`; the question and the source are avoided anyway.
     """
     passage = source.passage
-    values = swap(example.answers, seed=seed, pool=pool, avoid=f"{example.query}\n{passage.title}\n{passage.text}\n{avoid}")
+    said, answers = f"{passage.title}\n{passage.text}", searchable(example.answers)
+    others = respelled(said, answers)
+    values = swap([*answers, *others], seed=seed, pool=pool, avoid=f"{example.query}\n{said}\n{avoid}")
     title, text = replaced(passage.title, values), replaced(passage.text, values)
-    answers = searchable(example.answers)
-    false = list(values.values())
+    false = [value for old, value in values.items() if old not in others]
     made = _made(passage, "swap", title=title, text=text)
-    if not false or not held(made, false) or held(made, answers):
+    if not false or not held(made, false) or held(made, answers) or respelled(f"{title}\n{text}", answers):
         return None
     operator = f"swap_{value_type(answers[0])}"
     return Slot(made, "noise", "counterfactual", "made", operator, (passage.id,), "clean", value=false[0])

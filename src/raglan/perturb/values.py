@@ -73,8 +73,30 @@ def replaced(text: str, values: dict[str, str]) -> str:
     for old in sorted(values, key=len, reverse=True):
         wanted = [placed.word for placed in placed_words(old)]
         for start, end in reversed(_places(text, wanted)):
-            text = text[:start] + _styled(values[old], text[start:end]) + text[end:]
+            head, new, tail = _fitted(text[:start], old, values[old], text[end:])
+            text = head + _styled(new, text[len(head) : len(text) - len(tail)]) + tail
     return text
+
+
+def _fitted(head: str, old: str, new: str, tail: str) -> tuple[str, str, str]:
+    """What is around a place and the value to put there, so that no sign about the value stands twice: "$", "%", "。"."""
+    (left, right), (before, behind) = _edges(old), _edges(new)
+    core = new[len(before) : len(new) - len(behind)]
+    if head.endswith(before) or left == before:  # there already, or written otherwise or not at all in this place
+        before = ""
+    else:
+        head = head.removesuffix(left)
+    if tail.startswith(behind) or right == behind:
+        behind = ""
+    else:
+        tail = tail.removeprefix(right)
+    return head, f"{before}{core}{behind}", tail
+
+
+def _edges(value: str) -> tuple[str, str]:
+    """What stands before the first word of a value, and behind the last."""
+    places = placed_words(value)
+    return (value[: places[0].start], value[places[-1].end :]) if places else ("", "")
 
 
 def _places(text: str, wanted: Sequence[str]) -> list[tuple[int, int]]:

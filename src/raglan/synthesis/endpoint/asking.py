@@ -5,19 +5,17 @@ The one who writes passages sees facts, genre and length and never the query; wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from raglan.records import Passage
+from raglan.synthesis.endpoint.places import written_in
 from raglan.synthesis.endpoint.prompts import Messages, Prompts
 from raglan.synthesis.endpoint.replies import DraftReply, JobReply
 from raglan.synthesis.factors import Factors
 from raglan.synthesis.plan import ABSENT, Cell
-from raglan.text import SPACELESS
 
 __all__ = ["AGAINST", "Asking", "lacking", "shares", "sources"]
 
-HAN = re.compile(f"[{SPACELESS}]")
 SEVERAL = ("R3", "R4", "R6", "R7")  # relations of more than one fact
 AGAINST = ("R6", "R7")  # a corpus rarely contradicts itself: the second passage is written
 DRAFT = ("task", "query_format", "length", "clarity", "difficulty", "persona", "answer_format", "relation")
@@ -38,7 +36,7 @@ class Asking:
         """(of the question, of the passages). A cross cell asks in the other language than its passages have, by its seed."""
         if cell.language != "cross":
             return cell.language, cell.language
-        read = ("zh" if _is_han(passages[0].text) else "en") if passages else ("en", "zh")[cell.seed % 2]
+        read = (written_in(passages[0].text) or "en") if passages else ("en", "zh")[cell.seed % 2]
         return ("zh" if read == "en" else "en"), read
 
     def of(self, cell: Cell, passages: Sequence[Passage] = ()) -> Prompts:
@@ -162,11 +160,6 @@ def _whole(passage: Passage) -> str:
 
 def _numbered(texts: Sequence[str]) -> str:
     return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
-
-
-def _is_han(text: str) -> bool:
-    letters = [letter for letter in text if letter.isalpha()]
-    return sum(bool(HAN.match(letter)) for letter in letters) > len(letters) / 3
 
 
 def _folded(texts: Sequence[str]) -> set[str]:

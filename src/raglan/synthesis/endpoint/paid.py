@@ -94,4 +94,5 @@ def cost(journal: Journal) -> dict[str, Any]:
     ledger = journal.ledger
     rows = [asdict(row) for row in ledger.rows()]
     doubts = {"calls": ledger.doubts.calls, "nano_usd": ledger.doubts.nano}
-    return {"calls": sum(row["calls"] for row in rows), "nano_usd": ledger.spent, "in_doubt": doubts, "rows": rows}
+    strange = {"misreported": ledger.misreported} if ledger.misreported else {}
+    return {"calls": sum(row["calls"] for row in rows), "nano_usd": ledger.spent, "in_doubt": doubts, **strange, "rows": rows}

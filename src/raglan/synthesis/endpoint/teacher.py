@@ -96,7 +96,7 @@ class EndpointTeacher:
         book: while somebody reckons with them, the calls of each job: its id → key → (step, cells that the call serves).
 
     Raises:
-        RecipeError: such cells and no corpus, or too few documents for `writing.per_document`.
+        RecipeError: such cells and no corpus, no document in their language, or too few for `writing.per_document`.
     """
 
     # of a cell that has its passages from a corpus: these have their own topics and genres
@@ -111,9 +111,14 @@ class EndpointTeacher:
         self.prompts = load_prompts(self.writing.prompts)
         self.name = f"endpoint:{engine.settings.model}"
         self._asking = Asking(self.prompts, factors)
-        self._places = Places(plan.cells, self.prompts["en"].family, jobs=self.writing.jobs, first=self.shelf.first)
-        if self._places.visits and corpus is None:
-            raise RecipeError(f"{self._places.visits} cells have their passages from a corpus, and there is none")
+        over = sum(cell.source != SCRATCH for cell in plan.cells)
+        if over and corpus is None:
+            raise RecipeError(f"{over} cells have their passages from a corpus, and there is none")
+        read = self._library.read if over else None
+        family = self.prompts["en"].family
+        self._places = Places(plan.cells, family, jobs=self.writing.jobs, read=read, first=self.shelf.first)
+        if over:
+            self._library.check(self._places.visits, most=self.writing.per_document)
         self._given = Given(self.writing, plan.cells)
         for prompts in self.prompts.values():
             if lacks := [name for name in self._given.names if name not in prompts.given]:
@@ -124,14 +129,14 @@ class EndpointTeacher:
     @cached_property
     def _library(self) -> Library:
         assert self.corpus is not None
-        most, visits = self.writing.per_document, self._places.visits
-        return Library(self.corpus, seed=self.plan.seed, visits=visits, most=most, shelf=self.shelf)
+        return Library(self.corpus, seed=self.plan.seed, shelf=self.shelf)
 
     @cached_property
     def evidence(self) -> list[Passage]:
         """Of cells over a corpus; none of a plan that is all from scratch."""
         read = [cell for cell in self.plan.cells if cell.source != SCRATCH][:OTHERS]
-        found = (self._library.visited(self._places.of(Job(cell)).visit) for cell in read)
+        places = (self._places.of(Job(cell)) for cell in read)
+        found = (self._library.visited(place.visit, place.read) for place in places)
         return list({passage.id: passage for passage in found}.values())
 
     @cached_property
@@ -194,7 +199,7 @@ class EndpointTeacher:
     def _read(self, attempt: _Attempt) -> bool:
         """Find the source passages; False where there are too few, which ends the attempt."""
         cell, place = attempt.job.cell, self._places.of(attempt.job)
-        passage = self._library.visited(place.visit)
+        passage = self._library.visited(place.visit, place.read)
         attempt.source = (passage,)
         if cell.number in self._given.answers:
             attempt.span = self._given.answer(attempt.job, passage)
@@ -213,7 +218,7 @@ class EndpointTeacher:
     def _brainstorm(self, attempt: _Attempt) -> Ask:
         cell, place = attempt.job.cell, self._places.of(attempt.job)
         if attempt.source:
-            titles = self._library.titles(place.draw, self.writing.jobs)
+            titles = self._library.titles(place.draw, self.writing.jobs, place.read)
             messages = self._asking.brainstorm_corpus(cell, titles, self.writing.jobs)
             return self._ask(attempt, "brainstorm", messages, JobsReply, wording="brainstorm_corpus")
         messages = self._asking.brainstorm(cell, self.writing.jobs)
