@@ -124,7 +124,8 @@ def test_every_fault_has_its_own_reason(one: Written, why: str) -> None:
         replace(ONE, passages=(Shown("The Aldermere observatory opened in 1,873", role="support"),)),
         replace(ZH, target="该桥于1998年通车", format="sentence"),
         replace(ONE, format="json", target='{"when it was first opened": "in the year 1873"}'),  # its marks quote nobody
-        replace(ABSENT, target="It was 1873, and who opened it is not said.", policy="partial", passages=(NOISE, GOLD)),
+        replace(ABSENT, target="It was 1873, and who paid for it is not said.", policy="partial", passages=(NOISE, GOLD),
+                answers=("1873", "Countess Orla")),
         replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} Another says 1874. <ANSWER>: 1873"),
         replace(ONE, format="reasoning", target=f"{QUOTED} <ANSWER>: yes", answers=("yes",)),  # a label stands in no passage
         replace(ONE, format="json", target='{"verdict": "refuted"}', answers=("refuted",), labels=("supported", "refuted")),

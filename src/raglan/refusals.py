@@ -1,6 +1,7 @@
 """Whether an answer declines: one list of refusals, English and Chinese in both scripts, for training data and for evaluation.
 
     abstained   a listed refusal in the first sentence, and no alias of an answer beside it
+    declined    a listed refusal anywhere, whatever stands beside it
 
 An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
 is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
@@ -17,7 +18,7 @@ import yaml
 
 from raglan.text import answer_words, fold_numbers, sentences
 
-__all__ = ["abstained"]
+__all__ = ["abstained", "declined"]
 
 _CUT = "\0"  # stands where the refusal stood: no alias reaches over it
 
@@ -34,6 +35,11 @@ def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
     beside, whole = _padded([*first, _CUT, *others]), _padded([*_words(said[0]), _CUT, *others])
     aliases = [own for answer in answers if (own := _words(answer))]
     return not any(_padded(own) in (whole if _without_refusals(own)[1] else beside) for own in aliases)
+
+
+def declined(text: str) -> bool:
+    """Whether a text says of anything that it is not told."""
+    return any(_without_refusals(_words(sentence))[1] for sentence in sentences(text))
 
 
 def _without_refusals(words: list[str]) -> tuple[list[str], bool]:

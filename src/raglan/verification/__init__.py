@@ -23,8 +23,11 @@ from dataclasses import dataclass, replace
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
-from raglan.verification.checks import CLOSED, FREE, YES_NO, Verdict, concluded, holds
+from raglan.verification.checks import FREE, Verdict
 from raglan.verification.judge import UNREACHABLE, PaidJudge, Waits, settled
+from raglan.verification.parts import there
+from raglan.verification.readings import CONFLICT, readings
+from raglan.verification.said import CLOSED, YES_NO, concluded, holds, lacking
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -170,12 +173,17 @@ class Verifier:
         return ""
 
     def _support(self, one: Written) -> Verdict:
-        if one.gold_absent:
+        if one.gold_absent and not one.answers_part:
             return Verdict("support", "n/a")
         told = _by_string(one)
-        if told.outcome == "pass" or (self.nli is None and self.judge is None):
-            return told
-        for name, ask in (("nli", self._by_nli), ("judge", self._by_judge)):
+        asks = {"nli": self._by_nli, "judge": self._by_judge}
+        if one.evidence == CONFLICT and readings(one) is None:  # whether it takes a side only a judge tells who is asked that
+            if not isinstance(self.judge, PaidJudge):
+                return Verdict("support", "missing", "readings_unknown")
+            asks.pop("nli")
+        elif (self.nli is None and self.judge is None) or (told.outcome == "pass" and not one.answers_part):
+            return told  # a part's answer can stand there, and the rest be made up
+        for name, ask in asks.items():
             try:
                 found = ask(one)
             except CallsStopped:  # the run ends here, and goes on from here
@@ -192,7 +200,7 @@ class Verifier:
         """Passes if every sentence is entailed; else it is the judge's."""
         if self.nli is None:
             return None
-        said, shown = sentences(one.target), _evidence(one)
+        said, shown = [text for text in sentences(one.target) if not (one.answers_part and lacking(text))], _evidence(one)
         scores = list(self.nli([(premise, sentence) for sentence in said for premise in shown])) if said and shown else []
         if len(scores) != len(said) * len(shown):
             return Verdict("support", "missing", "nli_failed", f"{len(scores)} scores for {len(said) * len(shown)} pairs")
@@ -208,7 +216,9 @@ def _evidence(one: Written) -> list[str]:
 
 
 def _by_string(one: Written) -> Verdict:
-    """What the known answers tell; `missing` where there is none."""
+    """What the known answers tell; `missing` where there is none. Of a part, those that are there."""
+    if one.answers_part:
+        one = replace(one, answers=tuple(there(one)))
     if not one.answers:
         return Verdict("support", "missing", "no_verifier")
     said = _said(one)

@@ -10,27 +10,21 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from raglan.metrics import found_answers
 from raglan.refusals import abstained
-from raglan.text import SPACELESS, answer_words, fold_numbers, words
+from raglan.text import SPACELESS, fold_numbers, words
+from raglan.verification.parts import misses
+from raglan.verification.readings import CONFLICT, Reading, citable, one_sided, readings, uncited, unnamed
+from raglan.verification.said import CLOSED, FINAL, MARK, YES_NO, cited, concluded, holds, said_phrase
 from raglan.verification.written import FORMATS, Written
 
-__all__ = ["CLOSED", "FREE", "YES_NO", "Verdict", "concluded", "holds"]
+__all__ = ["FREE", "Verdict"]
 
 Outcome = Literal["pass", "fail", "missing", "n/a"]
-CLOSED = ("option", "label", "yes_no")  # answers that stand in no passage
-YES_NO = ("yes", "no", "是", "否", "不")
 SYNTAX = ("json", "code")  # where marks of quotation quote nobody
-FINAL = "<ANSWER>:"
-MARK = re.compile(r"\[\s*\d+(?:\s*[,;，、]\s*\d+)*\s*\]|【\s*\d+(?:\s*[,;，、]\s*\d+)*\s*】")
 QUOTE = re.compile(r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」", re.DOTALL)
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
 FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
@@ -139,10 +133,8 @@ FORMS: Mapping[str, Callable[[Written], bool]] = {
 
 def passage_talk(one: Written) -> Told:
     """The question stands by itself: it names no passage and no file."""
-    said = f" {' '.join(answer_words(one.query))} "
-    for phrase in _passage_talk():
-        if phrase in said:
-            return _failed("passage_talk", phrase.strip())
+    if phrase := said_phrase(one.query, "passage_talk"):
+        return _failed("passage_talk", phrase)
     found = FILE.search(one.query)
     return _failed("passage_talk", found.group()) if found else PASSES
 
@@ -160,36 +152,47 @@ def quotes(one: Written) -> Told:
 
 
 def citations(one: Written) -> Told:
-    """Every mark is in range, every gold passage is cited, and no noise is."""
-    cited = [int(number) for mark in MARK.findall(one.target) for number in re.findall(r"\d+", mark)]
-    if not cited:
+    """Every mark is in range, every gold passage is cited, and no noise is; of a conflict each reading, by its own."""
+    numbers = cited(one.target)
+    if not numbers:
         return NOT_ASKED
-    for number in cited:
+    for number in numbers:
         if not 1 <= number <= len(one.passages):
             return _failed("citation_out_of_range", f"[{number}] of {len(one.passages)}")
-    for number in cited:
-        if one.passages[number - 1].role == "noise" and one.evidence != "R6":  # there both readings are named
+    said = readings(one) if one.evidence == CONFLICT else None
+    against = citable(said) if said is not None else frozenset[int]()
+    for number in numbers:
+        if one.passages[number - 1].role == "noise" and number not in against and not _against(one, number):
             return _failed("noise_cited", f"[{number}]")
-    left = [n for n, passage in enumerate(one.passages, 1) if passage.role == "gold" and n not in cited]
+    if said is not None:
+        return PASSES  # whether each reading is cited, `counterfactual` tells, behind whether it is there
+    left = [n for n, passage in enumerate(one.passages, 1) if passage.role == "gold" and n not in numbers]
     return _failed("gold_not_cited", ", ".join(f"[{n}]" for n in left)) if left else PASSES
 
 
+def _against(one: Written, number: int) -> bool:
+    """Whether noise may be cited all the same, since it speaks against the evidence, and the target tells both."""
+    return one.evidence == CONFLICT and bool(one.passages[number - 1].false)
+
+
 def counterfactual(one: Written) -> Told:
-    """It does not say a false value without the true one; where passages contradict each other it says both."""
+    """It does not say a false value without the true one; of a conflict it names each reading, with who says it."""
     false = [value for passage in one.passages for value in passage.false]
-    if not false:
+    said = readings(one) if one.evidence == CONFLICT else None
+    if not false and said is None:
         return NOT_ASKED
     followed = holds([concluded(one)], false)
     if followed and not holds([concluded(one)], one.answers):
         return _failed("counterfactual_followed", followed[0])
-    if one.evidence == "R6" and not holds([one.target], false):
-        return _failed("one_sided", false[0])
-    return PASSES
+    return PASSES if said is None else _sides(one, said)
 
 
-def concluded(one: Written) -> str:
-    """What a target says in the end: of a reasoning what stands behind its mark, since before it every reading is quoted."""
-    return one.target.rpartition(FINAL)[2] if one.format == "reasoning" else one.target
+def _sides(one: Written, said: Sequence[Reading]) -> Told:
+    if value := one_sided(one, said):
+        return _failed("one_sided", value)
+    if value := uncited(one, said):
+        return _failed("reading_not_cited", value)
+    return _failed("reading_unnamed") if unnamed(one) else PASSES
 
 
 def gold_absent(one: Written) -> Told:
@@ -203,27 +206,18 @@ def gold_absent(one: Written) -> Told:
         return _failed("answer_shown", shown[0])
     if one.policy == "abstain":
         return PASSES if declines else _failed("does_not_abstain")
-    if one.policy == "own_knowledge" and not holds([one.target], one.answers):
-        return _failed("not_the_known_answer")
-    return _failed("abstains") if declines else PASSES
+    if declines and (one.answers or not one.answers_part):  # of a part without known answers nobody knows what is beside
+        return _failed("abstains")
+    if one.policy == "own_knowledge":
+        return PASSES if holds([one.target], one.answers) else _failed("not_the_known_answer")
+    reason, detail = misses(one)
+    return _failed(reason, detail) if reason else PASSES
 
 
 FREE: Mapping[str, Callable[[Written], Told]] = {
     "finish": finish, "language": language, "length": length, "format": form, "passage_talk": passage_talk, "quotes": quotes,
     "citations": citations, "counterfactual": counterfactual, "gold_absent": gold_absent,
 }  # fmt: skip
-
-
-def holds(texts: Iterable[str], answers: Sequence[str]) -> list[str]:
-    """The answers that stand, as whole words and with numbers folded, in any of the texts."""
-    folded = [fold_numbers(text) for text in texts]
-    return [answer for answer in answers if found_answers(folded, [fold_numbers(answer)])]
-
-
-@cache
-def _passage_talk() -> tuple[str, ...]:
-    told = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
-    return tuple(f" {' '.join(answer_words(phrase))} " for phrase in told["passage_talk"])
 
 
 def _folded(text: str) -> str:

@@ -79,6 +79,11 @@ class Written:
         return self.evidence == "R5"
 
     @property
+    def answers_part(self) -> bool:
+        """Whether the target is meant to answer what is shown, and to say what is missing."""
+        return self.gold_absent and self.policy == "partial"
+
+    @property
     def declines(self) -> bool:
         """Whether the target is meant to say that the passages do not tell."""
         return self.gold_absent and self.policy == "abstain"

@@ -259,8 +259,7 @@ class EndpointTeacher:
         if reason := lacking(cell, draft):
             return self._reject(attempt, "draft", reason, draft.query, raw)
         attempt.draft = draft
-        if attempt.source:
-            attempt.gold = attempt.source[: max(1, cell.evidence)]
+        attempt.gold = attempt.source  # of a part, too: what is not shown is withheld, and no noise either
         asks = []
         if lists := self._lists(attempt):
             asks.append(self._ask(attempt, "passages", self._asking.passages(cell, lists, attempt.source), PassagesReply))
