@@ -27,7 +27,7 @@ from raglan.verification.checks import FREE, Verdict
 from raglan.verification.judge import UNREACHABLE, PaidJudge, Waits, settled
 from raglan.verification.parts import there
 from raglan.verification.readings import CONFLICT, readings
-from raglan.verification.said import CLOSED, YES_NO, concluded, holds, lacking
+from raglan.verification.said import CLOSED, bare_polarity, concluded, fold_counts, holds, lacking, polarity
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -224,23 +224,42 @@ def _by_string(one: Written) -> Verdict:
     said = _said(one)
     if not said:
         return Verdict("support", "fail", "not_the_answer")
-    if one.format in CLOSED or _labels(one, said) or holds(_evidence(one), one.answers):
+    if one.format in CLOSED or _labels(one, said) or _stands(one):
         return Verdict("support", "pass", "string")
     return Verdict("support", "fail", "answer_from_memory", said[0])
 
 
+def _stands(one: Written) -> bool:
+    """Whether an answer stands in a passage that is no noise; of a number, in words, too."""
+    shown = _evidence(one)
+    return bool(holds(shown, one.answers) or (one.format == "number" and _counted(shown, one.answers)))
+
+
 def _labels(one: Written, said: Sequence[str]) -> bool:
     """Whether all that is known of the answer is a label, which stands in no passage, whatever it is wrapped in."""
-    closed = {label.casefold() for label in (*one.labels, *YES_NO)}
-    return all(answer.casefold() in closed for answer in (*said, *one.answers))
+    closed = {label.casefold() for label in one.labels}
+    return all(answer.casefold() in closed or bare_polarity(answer) for answer in (*said, *one.answers))
 
 
 def _said(one: Written) -> list[str]:
     """The aliases that the target gives: a label by itself, a yes or no first, others anywhere."""
-    if one.format not in CLOSED:
-        return holds([concluded(one)], one.answers)
-    given = words(one.target)[:1] if one.format == "yes_no" else words(one.target)
-    return [answer for answer in one.answers if words(answer) == given]
+    if one.format == "yes_no":
+        given = words(one.target)[:1]
+        says = polarity(one.target)
+        return [answer for answer in one.answers if words(answer) == given or (says and polarity(answer) == says)]
+    if one.format in CLOSED:
+        return [answer for answer in one.answers if words(answer) == words(one.target)]
+    if one.format == "number":
+        return holds([one.target], one.answers) or _counted([one.target], one.answers)
+    says = bare_polarity(concluded(one))
+    return holds([concluded(one)], one.answers) or [answer for answer in one.answers if says and bare_polarity(answer) == says]
+
+
+def _counted(texts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """The answers that stand in the texts once English numerals are digits."""
+    counts = {answer: fold_counts(answer) for answer in answers}
+    there = set(holds(map(fold_counts, texts), [*counts.values()]))
+    return [answer for answer, count in counts.items() if count in there]
 
 
 def answered(one: Written, text: str) -> bool:

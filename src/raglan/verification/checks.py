@@ -15,17 +15,31 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raglan.refusals import abstained
-from raglan.text import SPACELESS, fold_numbers, words
+from raglan.text import SPACELESS, words
 from raglan.verification.parts import misses
 from raglan.verification.readings import CONFLICT, Reading, citable, one_sided, readings, uncited, unnamed
-from raglan.verification.said import CLOSED, FINAL, MARK, YES_NO, cited, concluded, holds, said_phrase
+from raglan.verification.said import (
+    CLOSED,
+    FINAL,
+    MARK,
+    REASONING,
+    SYNTAX,
+    cited,
+    concluded,
+    fold_counts,
+    holds,
+    polarity,
+    said_phrase,
+)  # fmt: skip
 from raglan.verification.written import FORMATS, Written
 
 __all__ = ["FREE", "Verdict"]
 
 Outcome = Literal["pass", "fail", "missing", "n/a"]
-SYNTAX = ("json", "code")  # where marks of quotation quote nobody
-QUOTE = re.compile(r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」", re.DOTALL)
+QUOTE = re.compile(
+    r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」|『([^』]+)』|‘((?:[^‘’]|’(?=\w))+)’", re.DOTALL
+)
+OUTDATED = "R7"
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
 FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
 HAN = re.compile(f"[{SPACELESS}]")
@@ -54,9 +68,11 @@ def _failed(reason: str, detail: str = "") -> Told:
 
 
 def finish(one: Written) -> Told:
-    """It says something, and the writer stopped by itself: half an answer is never a label."""
+    """It says something, of what was thought nothing, and the writer stopped by itself: half an answer is never a label."""
     if not words(one.target):
         return _failed("empty")
+    if one.format not in SYNTAX and (tag := REASONING.search(one.target)):
+        return _failed("reasoning_markup", tag.group())
     return _failed("truncated", one.finish) if one.finish not in ("", "stop", "eos", "end_turn") else PASSES
 
 
@@ -123,8 +139,8 @@ def _is_table(one: Written) -> bool:
 
 FORMS: Mapping[str, Callable[[Written], bool]] = {
     "label": _is_label, "option": _is_option, "json": _is_json, "table": _is_table,
-    "number": lambda one: any(letter.isdigit() for letter in fold_numbers(one.target)),
-    "yes_no": lambda one: (words(one.target) or [""])[0] in YES_NO,
+    "number": lambda one: any(letter.isdigit() for letter in fold_counts(one.target)),
+    "yes_no": lambda one: bool(polarity(one.target)),
     "list": lambda one: len(re.findall(r"[\n;；,，、]", one.target.strip())) > 0,
     "cited": lambda one: bool(MARK.search(one.target)),
     "reasoning": lambda one: bool(QUOTE.search(one.target)) and FINAL in one.target,
@@ -153,7 +169,7 @@ def quotes(one: Written) -> Told:
 
 def citations(one: Written) -> Told:
     """Every mark is in range, every gold passage is cited, and no noise is; of a conflict each reading, by its own."""
-    numbers = cited(one.target)
+    numbers = cited(one)
     if not numbers:
         return NOT_ASKED
     for number in numbers:
@@ -166,13 +182,22 @@ def citations(one: Written) -> Told:
             return _failed("noise_cited", f"[{number}]")
     if said is not None:
         return PASSES  # whether each reading is cited, `counterfactual` tells, behind whether it is there
-    left = [n for n, passage in enumerate(one.passages, 1) if passage.role == "gold" and n not in numbers]
+    left = [n for n in _needed(one) if n not in numbers]
     return _failed("gold_not_cited", ", ".join(f"[{n}]" for n in left)) if left else PASSES
 
 
 def _against(one: Written, number: int) -> bool:
-    """Whether noise may be cited all the same, since it speaks against the evidence, and the target tells both."""
-    return one.evidence == CONFLICT and bool(one.passages[number - 1].false)
+    """Whether noise may be cited all the same: it contradicts the evidence, or is outdated and the target says what it says."""
+    passage = one.passages[number - 1]
+    outdated = one.evidence == OUTDATED and passage.kind in ("", "outdated") and bool(holds([one.target], passage.false))
+    return outdated or (one.evidence == CONFLICT and bool(passage.false))
+
+
+def _needed(one: Written) -> list[int]:
+    """The gold that has to be cited: all of it; of old and new, what holds the answer, if strings tell."""
+    gold = {n: passage for n, passage in enumerate(one.passages, 1) if passage.role == "gold"}
+    holding = [n for n, own in gold.items() if one.evidence == OUTDATED and holds([own.title, own.text], one.answers)]
+    return holding or [*gold]
 
 
 def counterfactual(one: Written) -> Told:

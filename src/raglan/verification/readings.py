@@ -75,7 +75,7 @@ def uncited(one: Written, said: Sequence[Reading]) -> str:
     Marks stand behind what they are for, or before it, but through one text alike.
     """
     parts = marked(one.target.replace(BEGIN, " ").replace(END, " "))
-    if not cited(one.target) and one.format != "cited":
+    if not cited(one) and one.format != "cited":
         return ""
     behind = list(parts)
     before = [(text, numbers) for (text, _), (_, numbers) in zip(parts[1:], parts[:-1], strict=True)]
@@ -92,7 +92,7 @@ def _uncited(parts: Sequence[tuple[str, list[int]]], said: Sequence[Reading]) ->
 
 def unnamed(one: Written) -> bool:
     """Whether sentences say who says what in no way at all: no mark, no title of a passage, no word for a source."""
-    if one.format not in PROSE or cited(one.target):
+    if one.format not in PROSE or cited(one):
         return False
     titles = [passage.title for passage in one.passages if passage.title]
     return not holds([one.target], titles) and not said_phrase(one.target, "attributes")

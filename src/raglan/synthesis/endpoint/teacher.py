@@ -40,6 +40,7 @@ from raglan.synthesis.offline.spans import language_of, spans
 from raglan.synthesis.plan import SCRATCH, Cell, Plan
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Show
 from raglan.text import sentences
+from raglan.verification.said import plain
 
 __all__ = ["EndpointTeacher"]
 
@@ -326,7 +327,7 @@ class EndpointTeacher:
 
     def _answered(self, attempt: _Attempt, text: str) -> list[Ask]:
         assert attempt.sheet is not None
-        return self._end(attempt, Made(attempt.sheet, text.strip(), "stop", attempt.seen()))
+        return self._end(attempt, Made(attempt.sheet, plain(text), "stop", attempt.seen()))
 
     def _paid(self, outcome: Outcome) -> dict[str, Any]:
         """Key, tokens and cost of a call, out of the journal, so that a run that goes on tells the same."""
