@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raglan.refusals import abstained
-from raglan.text import SPACELESS, words
+from raglan.text import words
 from raglan.verification.parts import misses
 from raglan.verification.readings import CONFLICT, Reading, citable, one_sided, readings, uncited, unnamed
 from raglan.verification.said import (
@@ -31,6 +31,7 @@ from raglan.verification.said import (
     polarity,
     said_phrase,
 )  # fmt: skip
+from raglan.verification.tongues import asks_for_another, in_language, language_of
 from raglan.verification.written import FORMATS, Written
 
 __all__ = ["FREE", "Verdict"]
@@ -42,10 +43,6 @@ QUOTE = re.compile(
 OUTDATED = "R7"
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
 FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
-HAN = re.compile(f"[{SPACELESS}]")
-EVERYWHERE = frozenset(["the", "of", "and", "to", "in", "is", "a", "was", "for", "that", "it", "on", "as", "with", "by", "are"])
-LONG = 20  # words; so long a text without one of the commonest is not English
-LATIN_IN_CHINESE, HAN_IN_ENGLISH = 0.7, 0.1  # of a text's letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +74,19 @@ def finish(one: Written) -> Told:
 
 
 def language(one: Written) -> Told:
-    """Question and answer are in the example's language, by script and by the commonest words."""
-    if one.language in ("", "cross"):
+    """Question and answer are in the example's language; a cross one's in one of both, and some gold in the other."""
+    if not one.language:
         return NOT_ASKED
-    for name in ("query", "target"):
-        if (name == "query" or one.format not in ("code", "json", "table")) and not _in_language(
-            getattr(one, name), one.language
-        ):
-            return _failed("language", f"{name} is not {one.language}")
+    wanted = language_of(one.query) if one.language == "cross" else one.language
+    if one.query_format != "mixed_language" and not in_language(one.query, wanted):
+        return _failed("language", f"query is not {wanted}")
+    free = one.format in ("code", "json", "table") or asks_for_another(one.query)
+    if not free and not in_language(one.target, wanted):
+        return _failed("language", f"target is not {wanted}")
+    gold = [passage.text for passage in one.passages if passage.role == "gold"]
+    if one.language == "cross" and gold and all(language_of(text) == wanted for text in gold):
+        return _failed("language", f"no passage is of another language than {wanted}")
     return PASSES
-
-
-def _in_language(text: str, wanted: str) -> bool:
-    letters = [letter for letter in text if letter.isalpha()]
-    if not letters:
-        return True
-    han = sum(bool(HAN.match(letter)) for letter in letters) / len(letters)
-    if wanted == "zh":
-        return han >= 1 - LATIN_IN_CHINESE or len(words(text)) <= 5  # a name may be Latin
-    latin = sum("LATIN" in unicodedata.name(letter, "") for letter in letters) / len(letters)
-    said = words(text)
-    return han <= HAN_IN_ENGLISH and latin > 1 / 2 and (len(said) < LONG or bool(EVERYWHERE & set(said)))
 
 
 def length(one: Written) -> Told:
