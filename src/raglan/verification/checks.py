@@ -29,8 +29,8 @@ from raglan.verification.said import (
     fold_counts,
     holds,
     polarity,
-    said_phrase,
 )  # fmt: skip
+from raglan.verification.talk import passage_talk
 from raglan.verification.tongues import asks_for_another, in_language, language_of
 from raglan.verification.written import FORMATS, Written
 
@@ -42,7 +42,6 @@ QUOTE = re.compile(
 )
 OUTDATED = "R7"
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
-FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +135,10 @@ FORMS: Mapping[str, Callable[[Written], bool]] = {
 }  # fmt: skip
 
 
-def passage_talk(one: Written) -> Told:
-    """The question stands by itself: it names no passage and no file."""
-    if phrase := said_phrase(one.query, "passage_talk"):
-        return _failed("passage_talk", phrase)
-    found = FILE.search(one.query)
-    return _failed("passage_talk", found.group()) if found else PASSES
+def stands_alone(one: Written) -> Told:
+    """The question stands by itself: it speaks of no passage and of no file that it is asked of."""
+    found = passage_talk(one.query)
+    return _failed("passage_talk", found) if found else PASSES
 
 
 def quotes(one: Written) -> Told:
@@ -229,7 +226,7 @@ def gold_absent(one: Written) -> Told:
 
 
 FREE: Mapping[str, Callable[[Written], Told]] = {
-    "finish": finish, "language": language, "length": length, "format": form, "passage_talk": passage_talk, "quotes": quotes,
+    "finish": finish, "language": language, "length": length, "format": form, "passage_talk": stands_alone, "quotes": quotes,
     "citations": citations, "counterfactual": counterfactual, "gold_absent": gold_absent,
 }  # fmt: skip
 
