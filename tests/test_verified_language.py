@@ -44,6 +44,7 @@ def test_other_latin_languages_are_no_english(name: str) -> None:
         "Name the author of Der Tod in Venedig.", "What does “le chat est dans la maison” mean?", "B", "Qué será, será",
         "How many des Moines residents are on the bus?", "grey stone", "Odo Hask, in a boat", "no", "Il nome della rosa",
         "Fill in {\"nom\": \"le la les des\", \"année\": \"…\"} for the tower.", "Zürich, Köln, München",
+        "Célestine Guynemer de la Hailandière", "38 Rue de la Chaussée-d'Antin",
         "De Nederlandsche Bank", "It was the Museu de Arte de São Paulo that was opened to all.",
     ],
 )  # fmt: skip

@@ -86,6 +86,7 @@ def test_a_closed_reasoning_is_taken_off(said: str, left: str) -> None:
         ("yes_no", ("是的",), "不是，建成于1801年。", "not_the_answer"), ("yes_no", ("否",), "不是，建成于1801年。", ""),
         ("yes_no", ("Yes, it is",), "Yes. It was built in 1801.", ""),
         ("yes_no", ("Yes, it is",), "No. It was not.", "not_the_answer"),
+        ("yes_no", ("是",), "对，建成于1801年。", ""), ("yes_no", ("是",), "对于此桥，1801年建成。", "format"),
         ("yes_no", ("yes",), "Yes: it is so.", ""), ("yes_no", ("No, it is not",), "no, it was built in 1801", ""),
         ("reasoning", ("Yes, it is",), "##begin_quote##built by Odo Hask in 1801##end_quote## settles it: <ANSWER>: yes", ""),
         ("number", ("12",), "twelve piers", ""), ("number", ("12",), "12 piers", ""), ("number", ("twelve",), "12", ""),

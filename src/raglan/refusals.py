@@ -18,7 +18,7 @@ import yaml
 
 from raglan.text import answer_words, fold_numbers, sentences
 
-__all__ = ["abstained", "declined"]
+__all__ = ["abstained", "beside", "declined", "refusals_in"]
 
 _CUT = "\0"  # stands where the refusal stood: no alias reaches over it
 
@@ -39,16 +39,30 @@ def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
 
 def declined(text: str) -> bool:
     """Whether a text says of anything that it is not told."""
-    return any(_without_refusals(_words(sentence))[1] for sentence in sentences(text))
+    return any(refusals_in(sentence) for sentence in sentences(text))
 
 
-def _without_refusals(words: list[str]) -> tuple[list[str], bool]:
-    kept, place = [], 0
+def refusals_in(text: str) -> list[str]:
+    """The listed refusals that a text holds, as words between blanks."""
+    return _without_refusals(_words(text))[1]
+
+
+def beside(text: str) -> list[str]:
+    """A text's words without its refusals."""
+    return [word for word in _without_refusals(_words(text))[0] if word != _CUT]
+
+
+def _without_refusals(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the words, cut where a refusal stood; the refusals)."""
+    kept: list[str] = []
+    found: list[str] = []
+    place = 0
     while place < len(words):
         phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
         kept.append(words[place] if phrase is None else _CUT)
+        found += [] if phrase is None else [" ".join(phrase)]
         place += 1 if phrase is None else len(phrase)
-    return kept, _CUT in kept
+    return kept, found
 
 
 @cache

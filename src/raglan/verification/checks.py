@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from raglan.refusals import abstained
 from raglan.text import words
+from raglan.verification.abstentions import declines, lacks
 from raglan.verification.parts import misses
 from raglan.verification.readings import CONFLICT, Reading, citable, one_sided, readings, uncited, unnamed
 from raglan.verification.said import (
@@ -208,16 +209,17 @@ def _sides(one: Written, said: Sequence[Reading]) -> Told:
 
 def gold_absent(one: Written) -> Told:
     """Without gold the target is what its policy says, and nothing shown holds the answer; with gold it does not decline."""
-    declines = abstained(one.target, one.answers)
     if not one.gold_absent:
-        return _failed("abstains") if declines else PASSES
+        return _failed("abstains") if declines(one) else PASSES
     others = [passage for passage in one.passages if not (one.policy == "partial" and passage.role == "gold")]
     shown = [] if one.format in CLOSED else holds((text for own in others for text in (own.title, own.text)), one.answers)
     if shown:
         return _failed("answer_shown", shown[0])
+    declined = abstained(one.target, one.answers)
     if one.policy == "abstain":
-        return PASSES if declines else _failed("does_not_abstain")
-    if declines and (one.answers or not one.answers_part):  # of a part without known answers nobody knows what is beside
+        reason, detail = ("does_not_abstain", "") if not declined else ("", "") if one.format in CLOSED else lacks(one)
+        return _failed(reason, detail) if reason else PASSES
+    if declined and (one.answers or not one.answers_part):  # of a part without known answers nobody knows what is beside
         return _failed("abstains")
     if one.policy == "own_knowledge":
         return PASSES if holds([one.target], one.answers) else _failed("not_the_known_answer")

@@ -12,12 +12,12 @@ import yaml
 
 from raglan.metrics import found_answers
 from raglan.refusals import declined
-from raglan.text import answer_words, fold_numbers, words
+from raglan.text import FUNCTION_WORDS, answer_words, fold_numbers, words
 from raglan.verification.written import Written
 
 __all__ = [
-    "BEGIN", "CLOSED", "END", "FINAL", "MARK", "REASONING", "SYNTAX", "bare_polarity", "cited", "concluded", "fold_counts",
-    "holds", "lacking", "marked", "plain", "polarity", "said_phrase",
+    "BEGIN", "CLOSED", "END", "FINAL", "MARK", "REASONING", "SYNTAX", "bare_polarity", "cited", "concluded",
+    "fold_counts", "holds", "lacking", "marked", "plain", "polarity", "said_phrase", "without_empty",
 ]  # fmt: skip
 
 CLOSED = ("option", "label", "yes_no")  # answers that stand in no passage
@@ -35,8 +35,9 @@ _CLOSED_REASONING = re.compile(rf"^.*(?:</(?:{_TAGS})>|\[/THINK\]|◁/think▷)"
 REASONING = re.compile(rf"</?(?:{_TAGS})>|\[/?THINK\]|◁/?think▷", re.IGNORECASE)
 _SAYS = {
     **dict.fromkeys(("yes", "yeah", "yep", "是", "对", "對"), "yes"),
-    **dict.fromkeys(("no", "nope", "not", "否", "不", "非", "没", "沒", "未"), "no"),
+    **dict.fromkeys(("no", "nope", "not", "否", "不", "没", "沒"), "no"),
 }
+_OF = re.compile(r"\W*[对對](?=\w)(?!的|啊|呀)")
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
     "nineteen"
@@ -94,7 +95,9 @@ def plain(text: str) -> str:
 
 
 def polarity(text: str) -> str:
-    """`yes` or `no` by the first word; empty for neither."""
+    """`yes` or `no` by the first word; empty for neither, as of 对于."""
+    if _OF.match(text):
+        return ""
     return _SAYS.get((words(text) or [""])[0], "")
 
 
@@ -133,6 +136,20 @@ def said_phrase(text: str, name: str) -> str:
     """The first of the phrases under a name that a text holds as whole words; empty if there is none."""
     said = f" {' '.join(answer_words(text))} "
     return next((phrase.strip() for phrase in _phrases(name) if phrase in said), "")
+
+
+def without_empty(said: Sequence[str]) -> list[str]:
+    """Words without those that say nothing of what is missing; of Chinese the signs that are left."""
+    empty, run = _empty()
+    signs = re.sub(r"(?<=[^\x00-\u02ff]) (?=[^\x00-\u02ff])", "", " ".join(said))
+    return [word for word in answer_words(run.sub(" ", signs)) if word not in empty]
+
+
+@cache
+def _empty() -> tuple[frozenset[str], re.Pattern[str]]:
+    told = _told()
+    runs = sorted(told["empty_han"], key=len, reverse=True)
+    return frozenset([*told["empty"].split(), *FUNCTION_WORDS]), re.compile("|".join(map(re.escape, runs)))
 
 
 @cache

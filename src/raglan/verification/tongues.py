@@ -1,7 +1,8 @@
 """In which language a text is, as far as it shows: by script, and of Latin letters by common words, letters and endings.
 
     zh       Han characters, three of ten letters; kana or Hangul make it another language, however short it is
-    en       Latin letters; not if another language has three signs and more than twice as many as English has
+    en       Latin letters; not if another language has three signs and more than twice as many as English has, but for names,
+             whose words are capitals with that language's small words between
     neither  too short to show anything: a name, a number, a title
 
 What is quoted, and what stands in braces or backticks, is no writer's own and is left out where something else is there.
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from raglan.text import SPACELESS, words
+from raglan.text import SPACELESS, cased_words, words
 
 __all__ = ["asks_for_another", "in_language", "language_of"]
 
@@ -78,7 +79,8 @@ def _english(text: str) -> bool:
     said = words(text)
     if len(said) >= LONG and not COMMONEST & set(said):
         return False
-    return all(not _outweighs(name, set(said), text) for name in _words() if name != "en")
+    small = {word for word in cased_words(text) if word.islower() and len(word) > 2}
+    return all(not (small - _words()[name] and _outweighs(name, set(said), text)) for name in _words() if name != "en")
 
 
 def _outweighs(name: str, said: set[str], text: str) -> bool:
