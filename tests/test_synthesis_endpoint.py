@@ -30,12 +30,14 @@ from raglan.errors import CallsStopped, RecipeError
 from raglan.perturb import Slot
 from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettings
 from raglan.records import Passage
+from raglan.splits import split_examples
 from raglan.synthesis import Plan, factors_of, make_plan, quotas
 from raglan.synthesis.desk import Desk as Checking
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.endpoint.asking import sources
 from raglan.synthesis.endpoint.given import Style, read_styles, repeats
 from raglan.synthesis.endpoint.places import Library, Places
+from raglan.synthesis.record import example_of
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet
 from raglan.verification import Verified, Verifier, Written
 from test_cli import run
@@ -54,7 +56,7 @@ def recipe(n: int, **settings: Any) -> Recipe:
 def show(draft: Draft) -> Sheet:
     """Evidence, and what was written beside it; the guard and the corpus's noise are another's."""
     cell = draft.job.cell
-    gold = () if cell.relation == "R5" and cell.absent_policy != "partial" else draft.gold
+    gold = draft.gold[: cell.evidence]
     slots = tuple(Slot(one, "gold", "gold", "gold") for one in gold)
     slots += tuple(Slot(one, "noise", "hard", "made") for one in draft.beside)
     listed = "\n".join(f"[{number}] {slot.passage.title}: {slot.passage.text}" for number, slot in enumerate(slots, 1))
@@ -487,7 +489,7 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
         draft, cell = end.sheet.draft, end.sheet.draft.job.cell
         own = [passage for passage in draft.gold if corpus.row(passage.id) is not None]
         assert len(own) == (1 if cell.relation in ("R6", "R7") else max(1, cell.evidence))
-        assert len(draft.gold) == max(1, cell.evidence)
+        assert len(draft.gold) == max(1, cell.evidence) + (cell.absent_policy == "partial")
         assert draft.about == ""  # tied by its documents
     drafts = [request for request in desk.asked if "DraftReply" in json.dumps(request.body)]
     assert all(
@@ -495,6 +497,23 @@ def test_passages_of_the_corpus_are_drafted_over(desk: Desk, corpus: Corpus) -> 
     )
     with pytest.raises(RecipeError, match="24 cells have their passages from a corpus"):
         desk.write(plan, asked)
+
+
+def test_of_a_part_the_other_passage_is_withheld_and_tied(desk: Desk, corpus: Corpus) -> None:
+    weights = {"task": {"bridge": 1}, "answer_format": {"short_sentence": 1}, "query_format": "fit", "genre": "fit"}
+    weights |= {"relation": {"R3": 1}, "absent_policy": {"partial": 1}}
+    asked = recipe(12, from_scratch=0, passages={"k": {3: 1}, "gold_absent": 0.5}, weights=weights)
+    plan = make_plan(asked)
+    came, _ = desk.write(plan, asked, corpus=corpus)
+    parts = [end for end in came if isinstance(end, Made) and end.sheet.draft.job.cell.absent_policy == "partial"]
+    assert len(parts) == 6
+    for end in parts:
+        one, two = end.sheet.draft.gold
+        assert [slot.passage.id for slot in end.sheet.slots if slot.role == "gold"] == [one.id]
+        example = example_of(end, teacher="m", corpus=corpus)
+        assert example.metadata["synth"]["withheld"] == [{"id": two.id, "document": two.document}]
+        keys = split_examples([example], by="document", shares={"train": 1}, seed=0, corpus=corpus).keys[example.id]
+        assert {f"document {one.document}", f"document {two.document}"} <= set(keys)
 
 
 def test_what_is_noise_for_others_follows_from_plan_and_corpus(desk: Desk, corpus: Corpus) -> None:

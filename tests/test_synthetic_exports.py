@@ -19,9 +19,10 @@ from raglan.exports.rules import PAIRS
 from raglan.exports.synthetic import wordings
 from raglan.prompt import Prompt
 from raglan.recipe import PromptSettings
+from raglan.refusals import abstained
 from raglan.rendering import Rendering, render
 from raglan.text import words
-from raglan.verification.checks import abstained, holds
+from raglan.verification.said import holds
 
 
 def run(*said: object) -> int:

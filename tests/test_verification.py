@@ -87,7 +87,7 @@ def test_sound_examples_stay(one: Written) -> None:
         (replace(ONE, format="option", target="the year 1873"), "format"),
         (replace(ONE, format="json", target="{'year': 1873}"), "format"),
         (replace(ONE, format="json", target='{"when": 1873}', fields=("year",)), "format"),
-        (replace(ONE, format="number", target="eighteen"), "format"), (replace(ONE, format="yes_no", target="1873"), "format"),
+        (replace(ONE, format="number", target="several"), "format"), (replace(ONE, format="yes_no", target="1873"), "format"),
         (replace(ONE, format="table", target="| year |\n| 1873 | x |"), "format"), (replace(ONE, format="list"), "format"),
         (replace(ONE, format="label", labels=("supported", "refuted"), target="perhaps"), "format"),
         (replace(ONE, format="reasoning", target="It opened in 1873, as one passage says, so that is the year."), "format"),
@@ -124,7 +124,8 @@ def test_every_fault_has_its_own_reason(one: Written, why: str) -> None:
         replace(ONE, passages=(Shown("The Aldermere observatory opened in 1,873", role="support"),)),
         replace(ZH, target="该桥于1998年通车", format="sentence"),
         replace(ONE, format="json", target='{"when it was first opened": "in the year 1873"}'),  # its marks quote nobody
-        replace(ABSENT, target="It was 1873, and who opened it is not said.", policy="partial", passages=(NOISE, GOLD)),
+        replace(ABSENT, target="It was 1873, and who paid for it is not said.", policy="partial", passages=(NOISE, GOLD),
+                answers=("1873", "Countess Orla")),
         replace(ONE, passages=(GOLD, FALSE), format="reasoning", target=f"{QUOTED} Another says 1874. <ANSWER>: 1873"),
         replace(ONE, format="reasoning", target=f"{QUOTED} <ANSWER>: yes", answers=("yes",)),  # a label stands in no passage
         replace(ONE, format="json", target='{"verdict": "refuted"}', answers=("refuted",), labels=("supported", "refuted")),

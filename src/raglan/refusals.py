@@ -1,6 +1,7 @@
 """Whether an answer declines: one list of refusals, English and Chinese in both scripts, for training data and for evaluation.
 
     abstained   a listed refusal in the first sentence, and no alias of an answer beside it
+    declined    a listed refusal anywhere, whatever stands beside it
 
 An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
 is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
@@ -17,7 +18,7 @@ import yaml
 
 from raglan.text import answer_words, fold_numbers, sentences
 
-__all__ = ["abstained"]
+__all__ = ["abstained", "beside", "declined", "refusals_in"]
 
 _CUT = "\0"  # stands where the refusal stood: no alias reaches over it
 
@@ -36,13 +37,32 @@ def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
     return not any(_padded(own) in (whole if _without_refusals(own)[1] else beside) for own in aliases)
 
 
-def _without_refusals(words: list[str]) -> tuple[list[str], bool]:
-    kept, place = [], 0
+def declined(text: str) -> bool:
+    """Whether a text says of anything that it is not told."""
+    return any(refusals_in(sentence) for sentence in sentences(text))
+
+
+def refusals_in(text: str) -> list[str]:
+    """The listed refusals that a text holds, as words between blanks."""
+    return _without_refusals(_words(text))[1]
+
+
+def beside(text: str) -> list[str]:
+    """A text's words without its refusals."""
+    return [word for word in _without_refusals(_words(text))[0] if word != _CUT]
+
+
+def _without_refusals(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the words, cut where a refusal stood; the refusals)."""
+    kept: list[str] = []
+    found: list[str] = []
+    place = 0
     while place < len(words):
         phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
         kept.append(words[place] if phrase is None else _CUT)
+        found += [] if phrase is None else [" ".join(phrase)]
         place += 1 if phrase is None else len(phrase)
-    return kept, _CUT in kept
+    return kept, found
 
 
 @cache

@@ -21,7 +21,7 @@ from raglan.perturb import swap
 from raglan.perturb.values import replaced
 from raglan.refusals import abstained
 from raglan.text import words
-from raglan.verification.checks import holds
+from raglan.verification.said import holds
 
 __all__ = ["pairs_of"]
 

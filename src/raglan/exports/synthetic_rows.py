@@ -30,7 +30,7 @@ from raglan.recipe import PromptSettings
 from raglan.records import Passage
 from raglan.rendering import read_rendering
 from raglan.text import content_terms, sentences
-from raglan.verification.checks import holds
+from raglan.verification.said import holds
 
 __all__ = ["SYNTHETIC", "export_synthetic"]
 

@@ -27,13 +27,10 @@ from raglan.perturb.slot import Slot, Verdict, content_hash, gold_slots, kind_na
 from raglan.records import Example, Hit, Passage
 
 __all__ = [
-    "Reading",
     "Sources",
-    "check_target",
     "decidable",
     "fill",
     "neighbours",
-    "readings",
     "shown_answers",
     "sweep",
 ]
@@ -61,15 +58,6 @@ class Sources:
     neighbours: Sequence[Passage] = ()
     other_gold: Sequence[Passage] = ()
     answers: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What some of a prompt's passages say: the value, the ids of the passages, and whether it is the truth."""
-
-    value: str
-    passages: tuple[str, ...]
-    true: bool
 
 
 def neighbours(corpus: Corpus, gold: Sequence[Passage]) -> list[Passage]:
@@ -141,34 +129,6 @@ def decidable(slots: Sequence[Slot]) -> bool:
     false = Counter(slot.value for slot in slots if slot.kind == "counterfactual")
     voices = len(_voices(slots))
     return not false or (voices >= 2 and voices > max(false.values()))
-
-
-def readings(example: Example, slots: Sequence[Slot]) -> tuple[Reading, ...]:
-    """What the passages say, the truth first: what a conflict's target has to name."""
-    true = tuple(slot.passage.id for slot in slots if slot.role in ("gold", "support", "redundant"))
-    false: dict[str, list[str]] = {}
-    for slot in slots:
-        if slot.kind == "counterfactual":
-            false.setdefault(slot.value, []).append(slot.passage.id)
-    said = [Reading(next(iter(searchable(example.answers)), ""), true, true=True)] if true else []
-    return (*said, *(Reading(value, tuple(ids), true=False) for value, ids in false.items()))
-
-
-def check_target(example: Example, slots: Sequence[Slot], target: str) -> None:
-    """Refuse a target that takes sides where the passages do not settle the answer. Raises CorpusError."""
-    if decidable(slots):
-        return
-    text = Passage("", target)
-    missing = [
-        said.value
-        for said in readings(example, slots)
-        if not held(text, searchable(example.answers) if said.true else [said.value])
-    ]
-    if missing:
-        raise CorpusError(
-            f"the passages of {example.id!r} contradict each other one against one, and the target does not say {missing[0]!r}",
-            hint="let the target name both readings, or show a second passage for the truth",
-        )
 
 
 def shown_answers(example: Example, rendered: str) -> list[str]:

@@ -27,7 +27,7 @@ def written_of(made: Made) -> Written:
         id=draft.job.id, query=draft.query, target=made.target, answers=draft.answers, history=draft.history,
         passages=tuple(_shown(slot) for slot in made.sheet.slots), finish=made.finish, labels=draft.labels, fields=draft.fields,
         format="label" if form == "span" and draft.labels else form, language=cell.language, evidence=cell.relation,
-        policy=cell.absent_policy or "abstain", facts=draft.facts,
+        policy=cell.absent_policy or "abstain", facts=draft.facts, query_format=cell.query_format,
     )  # fmt: skip
 
 

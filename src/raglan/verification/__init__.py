@@ -23,8 +23,11 @@ from dataclasses import dataclass, replace
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
 from raglan.text import sentences, words
-from raglan.verification.checks import CLOSED, FREE, YES_NO, Verdict, concluded, holds
+from raglan.verification.checks import FREE, Verdict
 from raglan.verification.judge import UNREACHABLE, PaidJudge, Waits, settled
+from raglan.verification.parts import there
+from raglan.verification.readings import CONFLICT, readings
+from raglan.verification.said import CLOSED, bare_polarity, concluded, fold_counts, holds, lacking, polarity
 from raglan.verification.written import FORMATS, ROLES, Shown, Written, read_written
 
 __all__ = [
@@ -170,12 +173,17 @@ class Verifier:
         return ""
 
     def _support(self, one: Written) -> Verdict:
-        if one.gold_absent:
+        if one.gold_absent and not one.answers_part:
             return Verdict("support", "n/a")
         told = _by_string(one)
-        if told.outcome == "pass" or (self.nli is None and self.judge is None):
-            return told
-        for name, ask in (("nli", self._by_nli), ("judge", self._by_judge)):
+        asks = {"nli": self._by_nli, "judge": self._by_judge}
+        if one.evidence == CONFLICT and readings(one) is None:  # whether it takes a side only a judge tells who is asked that
+            if not isinstance(self.judge, PaidJudge):
+                return Verdict("support", "missing", "readings_unknown")
+            asks.pop("nli")
+        elif (self.nli is None and self.judge is None) or (told.outcome == "pass" and not one.answers_part):
+            return told  # a part's answer can stand there, and the rest be made up
+        for name, ask in asks.items():
             try:
                 found = ask(one)
             except CallsStopped:  # the run ends here, and goes on from here
@@ -192,7 +200,7 @@ class Verifier:
         """Passes if every sentence is entailed; else it is the judge's."""
         if self.nli is None:
             return None
-        said, shown = sentences(one.target), _evidence(one)
+        said, shown = [text for text in sentences(one.target) if not (one.answers_part and lacking(text))], _evidence(one)
         scores = list(self.nli([(premise, sentence) for sentence in said for premise in shown])) if said and shown else []
         if len(scores) != len(said) * len(shown):
             return Verdict("support", "missing", "nli_failed", f"{len(scores)} scores for {len(said) * len(shown)} pairs")
@@ -208,29 +216,50 @@ def _evidence(one: Written) -> list[str]:
 
 
 def _by_string(one: Written) -> Verdict:
-    """What the known answers tell; `missing` where there is none."""
+    """What the known answers tell; `missing` where there is none. Of a part, those that are there."""
+    if one.answers_part:
+        one = replace(one, answers=tuple(there(one)))
     if not one.answers:
         return Verdict("support", "missing", "no_verifier")
     said = _said(one)
     if not said:
         return Verdict("support", "fail", "not_the_answer")
-    if one.format in CLOSED or _labels(one, said) or holds(_evidence(one), one.answers):
+    if one.format in CLOSED or _labels(one, said) or _stands(one):
         return Verdict("support", "pass", "string")
     return Verdict("support", "fail", "answer_from_memory", said[0])
 
 
+def _stands(one: Written) -> bool:
+    """Whether an answer stands in a passage that is no noise; of a number, in words, too."""
+    shown = _evidence(one)
+    return bool(holds(shown, one.answers) or (one.format == "number" and _counted(shown, one.answers)))
+
+
 def _labels(one: Written, said: Sequence[str]) -> bool:
     """Whether all that is known of the answer is a label, which stands in no passage, whatever it is wrapped in."""
-    closed = {label.casefold() for label in (*one.labels, *YES_NO)}
-    return all(answer.casefold() in closed for answer in (*said, *one.answers))
+    closed = {label.casefold() for label in one.labels}
+    return all(answer.casefold() in closed or bare_polarity(answer) for answer in (*said, *one.answers))
 
 
 def _said(one: Written) -> list[str]:
     """The aliases that the target gives: a label by itself, a yes or no first, others anywhere."""
-    if one.format not in CLOSED:
-        return holds([concluded(one)], one.answers)
-    given = words(one.target)[:1] if one.format == "yes_no" else words(one.target)
-    return [answer for answer in one.answers if words(answer) == given]
+    if one.format == "yes_no":
+        given = words(one.target)[:1]
+        says = polarity(one.target)
+        return [answer for answer in one.answers if words(answer) == given or (says and polarity(answer) == says)]
+    if one.format in CLOSED:
+        return [answer for answer in one.answers if words(answer) == words(one.target)]
+    if one.format == "number":
+        return holds([one.target], one.answers) or _counted([one.target], one.answers)
+    says = bare_polarity(concluded(one))
+    return holds([concluded(one)], one.answers) or [answer for answer in one.answers if says and bare_polarity(answer) == says]
+
+
+def _counted(texts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """The answers that stand in the texts once English numerals are digits."""
+    counts = {answer: fold_counts(answer) for answer in answers}
+    there = set(holds(map(fold_counts, texts), [*counts.values()]))
+    return [answer for answer, count in counts.items() if count in there]
 
 
 def answered(one: Written, text: str) -> bool:

@@ -10,34 +10,39 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from raglan.metrics import found_answers
 from raglan.refusals import abstained
-from raglan.text import SPACELESS, answer_words, fold_numbers, words
+from raglan.text import words
+from raglan.verification.abstentions import declines, lacks
+from raglan.verification.parts import misses
+from raglan.verification.readings import CONFLICT, Reading, citable, one_sided, readings, uncited, unnamed
+from raglan.verification.said import (
+    CLOSED,
+    FINAL,
+    MARK,
+    REASONING,
+    SYNTAX,
+    cited,
+    concluded,
+    fold_counts,
+    holds,
+    polarity,
+)  # fmt: skip
+from raglan.verification.talk import passage_talk
+from raglan.verification.tongues import asks_for_another, in_language, language_of
 from raglan.verification.written import FORMATS, Written
 
-__all__ = ["CLOSED", "FREE", "YES_NO", "Verdict", "concluded", "holds"]
+__all__ = ["FREE", "Verdict"]
 
 Outcome = Literal["pass", "fail", "missing", "n/a"]
-CLOSED = ("option", "label", "yes_no")  # answers that stand in no passage
-YES_NO = ("yes", "no", "是", "否", "不")
-SYNTAX = ("json", "code")  # where marks of quotation quote nobody
-FINAL = "<ANSWER>:"
-MARK = re.compile(r"\[\s*\d+(?:\s*[,;，、]\s*\d+)*\s*\]|【\s*\d+(?:\s*[,;，、]\s*\d+)*\s*】")
-QUOTE = re.compile(r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」", re.DOTALL)
+QUOTE = re.compile(
+    r"##begin_quote##(.+?)##end_quote##|“([^”]+)”|\"([^\"\n]+)\"|「([^」]+)」|『([^』]+)』|‘((?:[^‘’]|’(?=\w))+)’", re.DOTALL
+)
+OUTDATED = "R7"
 FEWEST_QUOTED = 3  # words: what is shorter may be a title or a word that is spoken of
-FILE = re.compile(r"\b[\w-]+\.(?:pdf|docx?|pptx?|xlsx?|html?|txt|md|csv|jsonl?|tex)\b", re.IGNORECASE)
-HAN = re.compile(f"[{SPACELESS}]")
-EVERYWHERE = frozenset(["the", "of", "and", "to", "in", "is", "a", "was", "for", "that", "it", "on", "as", "with", "by", "are"])
-LONG = 20  # words; so long a text without one of the commonest is not English
-LATIN_IN_CHINESE, HAN_IN_ENGLISH = 0.7, 0.1  # of a text's letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +65,28 @@ def _failed(reason: str, detail: str = "") -> Told:
 
 
 def finish(one: Written) -> Told:
-    """It says something, and the writer stopped by itself: half an answer is never a label."""
+    """It says something, of what was thought nothing, and the writer stopped by itself: half an answer is never a label."""
     if not words(one.target):
         return _failed("empty")
+    if one.format not in SYNTAX and (tag := REASONING.search(one.target)):
+        return _failed("reasoning_markup", tag.group())
     return _failed("truncated", one.finish) if one.finish not in ("", "stop", "eos", "end_turn") else PASSES
 
 
 def language(one: Written) -> Told:
-    """Question and answer are in the example's language, by script and by the commonest words."""
-    if one.language in ("", "cross"):
+    """Question and answer are in the example's language; a cross one's in one of both, and some gold in the other."""
+    if not one.language:
         return NOT_ASKED
-    for name in ("query", "target"):
-        if (name == "query" or one.format not in ("code", "json", "table")) and not _in_language(
-            getattr(one, name), one.language
-        ):
-            return _failed("language", f"{name} is not {one.language}")
+    wanted = language_of(one.query) if one.language == "cross" else one.language
+    if one.query_format != "mixed_language" and not in_language(one.query, wanted):
+        return _failed("language", f"query is not {wanted}")
+    free = one.format in ("code", "json", "table") or asks_for_another(one.query)
+    if not free and not in_language(one.target, wanted):
+        return _failed("language", f"target is not {wanted}")
+    gold = [passage.text for passage in one.passages if passage.role == "gold"]
+    if one.language == "cross" and gold and all(language_of(text) == wanted for text in gold):
+        return _failed("language", f"no passage is of another language than {wanted}")
     return PASSES
-
-
-def _in_language(text: str, wanted: str) -> bool:
-    letters = [letter for letter in text if letter.isalpha()]
-    if not letters:
-        return True
-    han = sum(bool(HAN.match(letter)) for letter in letters) / len(letters)
-    if wanted == "zh":
-        return han >= 1 - LATIN_IN_CHINESE or len(words(text)) <= 5  # a name may be Latin
-    latin = sum("LATIN" in unicodedata.name(letter, "") for letter in letters) / len(letters)
-    said = words(text)
-    return han <= HAN_IN_ENGLISH and latin > 1 / 2 and (len(said) < LONG or bool(EVERYWHERE & set(said)))
 
 
 def length(one: Written) -> Told:
@@ -129,22 +128,18 @@ def _is_table(one: Written) -> bool:
 
 FORMS: Mapping[str, Callable[[Written], bool]] = {
     "label": _is_label, "option": _is_option, "json": _is_json, "table": _is_table,
-    "number": lambda one: any(letter.isdigit() for letter in fold_numbers(one.target)),
-    "yes_no": lambda one: (words(one.target) or [""])[0] in YES_NO,
+    "number": lambda one: any(letter.isdigit() for letter in fold_counts(one.target)),
+    "yes_no": lambda one: bool(polarity(one.target)),
     "list": lambda one: len(re.findall(r"[\n;；,，、]", one.target.strip())) > 0,
     "cited": lambda one: bool(MARK.search(one.target)),
     "reasoning": lambda one: bool(QUOTE.search(one.target)) and FINAL in one.target,
 }  # fmt: skip
 
 
-def passage_talk(one: Written) -> Told:
-    """The question stands by itself: it names no passage and no file."""
-    said = f" {' '.join(answer_words(one.query))} "
-    for phrase in _passage_talk():
-        if phrase in said:
-            return _failed("passage_talk", phrase.strip())
-    found = FILE.search(one.query)
-    return _failed("passage_talk", found.group()) if found else PASSES
+def stands_alone(one: Written) -> Told:
+    """The question stands by itself: it speaks of no passage and of no file that it is asked of."""
+    found = passage_talk(one.query)
+    return _failed("passage_talk", found) if found else PASSES
 
 
 def quotes(one: Written) -> Told:
@@ -160,70 +155,82 @@ def quotes(one: Written) -> Told:
 
 
 def citations(one: Written) -> Told:
-    """Every mark is in range, every gold passage is cited, and no noise is."""
-    cited = [int(number) for mark in MARK.findall(one.target) for number in re.findall(r"\d+", mark)]
-    if not cited:
+    """Every mark is in range, every gold passage is cited, and no noise is; of a conflict each reading, by its own."""
+    numbers = cited(one)
+    if not numbers:
         return NOT_ASKED
-    for number in cited:
+    for number in numbers:
         if not 1 <= number <= len(one.passages):
             return _failed("citation_out_of_range", f"[{number}] of {len(one.passages)}")
-    for number in cited:
-        if one.passages[number - 1].role == "noise" and one.evidence != "R6":  # there both readings are named
+    said = readings(one) if one.evidence == CONFLICT else None
+    against = citable(said) if said is not None else frozenset[int]()
+    for number in numbers:
+        if one.passages[number - 1].role == "noise" and number not in against and not _against(one, number):
             return _failed("noise_cited", f"[{number}]")
-    left = [n for n, passage in enumerate(one.passages, 1) if passage.role == "gold" and n not in cited]
+    if said is not None:
+        return PASSES  # whether each reading is cited, `counterfactual` tells, behind whether it is there
+    left = [n for n in _needed(one) if n not in numbers]
     return _failed("gold_not_cited", ", ".join(f"[{n}]" for n in left)) if left else PASSES
 
 
+def _against(one: Written, number: int) -> bool:
+    """Whether noise may be cited all the same: it contradicts the evidence, or is outdated and the target says what it says."""
+    passage = one.passages[number - 1]
+    outdated = one.evidence == OUTDATED and passage.kind in ("", "outdated") and bool(holds([one.target], passage.false))
+    return outdated or (one.evidence == CONFLICT and bool(passage.false))
+
+
+def _needed(one: Written) -> list[int]:
+    """The gold that has to be cited: all of it; of old and new, what holds the answer, if strings tell."""
+    gold = {n: passage for n, passage in enumerate(one.passages, 1) if passage.role == "gold"}
+    holding = [n for n, own in gold.items() if one.evidence == OUTDATED and holds([own.title, own.text], one.answers)]
+    return holding or [*gold]
+
+
 def counterfactual(one: Written) -> Told:
-    """It does not say a false value without the true one; where passages contradict each other it says both."""
+    """It does not say a false value without the true one; of a conflict it names each reading, with who says it."""
     false = [value for passage in one.passages for value in passage.false]
-    if not false:
+    said = readings(one) if one.evidence == CONFLICT else None
+    if not false and said is None:
         return NOT_ASKED
     followed = holds([concluded(one)], false)
     if followed and not holds([concluded(one)], one.answers):
         return _failed("counterfactual_followed", followed[0])
-    if one.evidence == "R6" and not holds([one.target], false):
-        return _failed("one_sided", false[0])
-    return PASSES
+    return PASSES if said is None else _sides(one, said)
 
 
-def concluded(one: Written) -> str:
-    """What a target says in the end: of a reasoning what stands behind its mark, since before it every reading is quoted."""
-    return one.target.rpartition(FINAL)[2] if one.format == "reasoning" else one.target
+def _sides(one: Written, said: Sequence[Reading]) -> Told:
+    if value := one_sided(one, said):
+        return _failed("one_sided", value)
+    if value := uncited(one, said):
+        return _failed("reading_not_cited", value)
+    return _failed("reading_unnamed") if unnamed(one) else PASSES
 
 
 def gold_absent(one: Written) -> Told:
     """Without gold the target is what its policy says, and nothing shown holds the answer; with gold it does not decline."""
-    declines = abstained(one.target, one.answers)
     if not one.gold_absent:
-        return _failed("abstains") if declines else PASSES
+        return _failed("abstains") if declines(one) else PASSES
     others = [passage for passage in one.passages if not (one.policy == "partial" and passage.role == "gold")]
     shown = [] if one.format in CLOSED else holds((text for own in others for text in (own.title, own.text)), one.answers)
     if shown:
         return _failed("answer_shown", shown[0])
+    declined = abstained(one.target, one.answers)
     if one.policy == "abstain":
-        return PASSES if declines else _failed("does_not_abstain")
-    if one.policy == "own_knowledge" and not holds([one.target], one.answers):
-        return _failed("not_the_known_answer")
-    return _failed("abstains") if declines else PASSES
+        reason, detail = ("does_not_abstain", "") if not declined else ("", "") if one.format in CLOSED else lacks(one)
+        return _failed(reason, detail) if reason else PASSES
+    if declined and (one.answers or not one.answers_part):  # of a part without known answers nobody knows what is beside
+        return _failed("abstains")
+    if one.policy == "own_knowledge":
+        return PASSES if holds([one.target], one.answers) else _failed("not_the_known_answer")
+    reason, detail = misses(one)
+    return _failed(reason, detail) if reason else PASSES
 
 
 FREE: Mapping[str, Callable[[Written], Told]] = {
-    "finish": finish, "language": language, "length": length, "format": form, "passage_talk": passage_talk, "quotes": quotes,
+    "finish": finish, "language": language, "length": length, "format": form, "passage_talk": stands_alone, "quotes": quotes,
     "citations": citations, "counterfactual": counterfactual, "gold_absent": gold_absent,
 }  # fmt: skip
-
-
-def holds(texts: Iterable[str], answers: Sequence[str]) -> list[str]:
-    """The answers that stand, as whole words and with numbers folded, in any of the texts."""
-    folded = [fold_numbers(text) for text in texts]
-    return [answer for answer in answers if found_answers(folded, [fold_numbers(answer)])]
-
-
-@cache
-def _passage_talk() -> tuple[str, ...]:
-    told = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
-    return tuple(f" {' '.join(answer_words(phrase))} " for phrase in told["passage_talk"])
 
 
 def _folded(text: str) -> str:

@@ -34,6 +34,7 @@ from raglan.errors import CallsStopped, GeneratorError
 from raglan.records import Example, Passage
 from raglan.text import SPACELESS, half_character
 from raglan.verification.checks import Verdict
+from raglan.verification.readings import CONFLICT
 from raglan.verification.written import Written
 
 __all__ = [
@@ -137,7 +138,7 @@ class PaidJudge:
         Raises:
             Waits: it has to be asked first. GeneratorError: it was, and gave no reply that counts.
         """
-        compares = bool(one.facts or one.answers)
+        compares = bool(_compared(one))
         try:
             said = self._said("judge/support", one.id, support_messages(one), Compared if compares else Supported)
         except _Unreachable as why:
@@ -270,7 +271,7 @@ class PaidJudge:
 def support_messages(one: Written) -> tuple[dict[str, str], ...]:
     """What is read to judge an answer: question, all passages as shown without their roles, the answer, what is known."""
     told = _prompts()["zh" if one.language == "zh" or (one.language != "en" and HAN.search(one.query)) else "en"]
-    heads, known = told["heads"], bool(one.facts or one.answers)
+    heads, compared = told["heads"], _compared(one)
     shown = [f"[{number}] {passage.title}".strip() + f"\n{passage.text}" for number, passage in enumerate(one.passages, 1)]
     parts = [
         *([(heads["history"], "\n".join(one.history))] if one.history else []),
@@ -278,7 +279,14 @@ def support_messages(one: Written) -> tuple[dict[str, str], ...]:
         *([(heads["facts"], _listed(one.facts))] if one.facts else []),
         *([(heads["known"], " | ".join(one.answers))] if one.answers else []),
     ]  # fmt: skip
-    return _messages(f"{told['support']} {told['compare']}" if known else told["support"], parts, heads["none"])
+    return _messages(f"{told['support']} {told[compared]}" if compared else told["support"], parts, heads["none"])
+
+
+def _compared(one: Written) -> str:
+    """What an answer is held against beside the passages: all their sides, the part they tell, what is known, or nothing."""
+    if one.answers_part:
+        return "part"
+    return "sides" if one.evidence == CONFLICT else "compare" if one.facts or one.answers else ""
 
 
 def guard_messages(

@@ -6,8 +6,8 @@ One JSON object a line:
      "passages": [{"text": "…", "role": "gold"}, {"text": "…", "role": "noise", "false": ["1874"]}],
      "format": "span", "language": "en", "evidence": "R1", "policy": "abstain", "finish": "stop"}
 
-All but `query`, `target` and `passages` may be left out; `history`, `facts`, `labels` and `fields` may be there, too. Roles say
-what is known, and no model ever reads them.
+All but `query`, `target` and `passages` may be left out; `history`, `facts`, `labels`, `fields` and `query_format` may
+be there, too. Roles say what is known, and no model ever reads them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Written:
         target: the answer that would be learned.
         answers: aliases of the truth; none where a task has no short one.
         facts: what the question was made from; a judge compares the answer with them.
+        query_format: how the question is put, where that matters: `mixed_language`.
         format: of FORMATS. `labels`: allowed labels or option letters. `fields`: keys of a JSON answer.
         evidence: R1 … R7; R5 is "gold absent". `policy`: what a gold-absent target is to be.
         finish: why the writer stopped; empty where it cannot have been cut.
@@ -73,10 +74,16 @@ class Written:
     labels: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    query_format: str = ""
 
     @property
     def gold_absent(self) -> bool:
         return self.evidence == "R5"
+
+    @property
+    def answers_part(self) -> bool:
+        """Whether the target is meant to answer what is shown, and to say what is missing."""
+        return self.gold_absent and self.policy == "partial"
 
     @property
     def declines(self) -> bool:
@@ -106,6 +113,7 @@ def _written(row: Mapping[str, Any], line: int) -> Written:
         fields=_texts(row, "fields"), facts=_texts(row, "facts"), format=_one_of(row, "format", tuple(FORMATS)),
         language=_one_of(row, "language", LANGUAGES), evidence=_one_of(row, "evidence", RELATIONS),
         policy=_one_of(row, "policy", POLICIES, "abstain"), finish=str(row.get("finish") or ""),
+        query_format=str(row.get("query_format") or ""),
     )  # fmt: skip
     check_history(made.history)
     return made

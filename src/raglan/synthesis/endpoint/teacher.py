@@ -41,6 +41,7 @@ from raglan.synthesis.offline.spans import Span, language_of, spans
 from raglan.synthesis.plan import SCRATCH, Cell, Plan
 from raglan.synthesis.writing import Draft, Job, Made, Reject, Sheet, Shelf, Show
 from raglan.text import sentences
+from raglan.verification.said import plain
 
 __all__ = ["EndpointTeacher"]
 
@@ -292,8 +293,7 @@ class EndpointTeacher:
         if attempt.span is not None and not answered_with(draft.answers, attempt.span):
             return self._reject(attempt, "draft", "another_answer", attempt.span.text, raw)
         attempt.draft = draft
-        if attempt.source:
-            attempt.gold = attempt.source[: max(1, cell.evidence)]
+        attempt.gold = attempt.source  # of a part, too: what is not shown is withheld, and no noise either
         asks = []
         if lists := self._lists(attempt):
             asks.append(self._ask(attempt, "passages", self._asking.passages(cell, lists, attempt.source), PassagesReply))
@@ -360,7 +360,7 @@ class EndpointTeacher:
 
     def _answered(self, attempt: _Attempt, text: str) -> list[Ask]:
         assert attempt.sheet is not None
-        return self._end(attempt, Made(attempt.sheet, text.strip(), "stop", attempt.seen()))
+        return self._end(attempt, Made(attempt.sheet, plain(text), "stop", attempt.seen()))
 
     def _paid(self, outcome: Outcome) -> dict[str, Any]:
         """Key, tokens and cost of a call, out of the journal, so that a run that goes on tells the same."""

@@ -34,7 +34,7 @@ from raglan.synthesis.plan import ABSENT, Cell
 from raglan.synthesis.writing import Draft, Job
 from raglan.text import content_terms
 from raglan.text import words as counted
-from raglan.verification.checks import holds
+from raglan.verification.said import holds
 
 __all__ = ["Idea", "find_idea", "needs_link", "phrases"]
 
