@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raglan.answerable import kinds, kinds_text, uncomputed
 from raglan.artifact import MANIFEST
 from raglan.critique_tables import critique_tables
 from raglan.decode import tree_lines
@@ -40,7 +41,9 @@ NAMES = {
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
     "match": "holds the answer", "str_em": "STR-EM", "char_3gram": "3-grams of letters", "macro_f1": "macro F1",
-    "declined": "answers that decline", "citation_validity": "valid citations", "citation_precision": "citation precision",
+    "declined": "answers that decline", "abstention_precision": "abstention precision",
+    "abstention_recall": "abstention recall", "abstention_f1": "abstention F1", "over_abstention": "over-abstention",
+    "hallucination": "hallucination", "citation_validity": "valid citations", "citation_precision": "citation precision",
     "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
     "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
     "outside": "answers in no passage", "right_outside": "right answers in no passage", "substring": "holds its letters",
@@ -51,7 +54,7 @@ TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1f9aa8", "#8a6d3b")
 DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
-LOWER_IS_BETTER = ("truncated", "unfinished")
+LOWER_IS_BETTER = ("truncated", "unfinished", "over_abstention", "hallucination")
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
 Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
 
@@ -103,7 +106,8 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "summary": " ".join([_summary(manifest, before, after, differences), *_seeds(recipe, differences)]),
         "systems": [evaluation.system for evaluation in evaluations],
-        "tables": _tables(evaluations, differences),
+        "tables": _tables(evaluations, differences, _uncomputed(recipe, after)),
+        "counted": bool(kinds_text(kinds(after.rows))),
         "curves": _curves(learning_curves(recipe)),
         "further": _further(recipe, evaluations),
         "robustness": _robustness_plots(_robust(recipe)),
@@ -120,6 +124,10 @@ def _seeds(recipe: Recipe, differences: dict[str, Interval]) -> list[str]:
     """Sentences on the training seeds behind the comparison, if there is one."""
     name = next((f"retrieved/{metric}" for metric in HEADLINES if f"retrieved/{metric}" in differences), "")
     return [f"{line[0].upper()}{line[1:]}." for line in seed_lines(over_seeds(recipe), name)] if differences else []
+
+
+def _uncomputed(recipe: Recipe, evaluation: Evaluation) -> list[str]:
+    return uncomputed(evaluation.rows, recipe.evaluate, evaluation.figures) if recipe.evaluate is not None else []
 
 
 def _domain(recipe: Recipe) -> dict[str, str]:
@@ -243,7 +251,9 @@ def _evaluations(recipe: Recipe, *, needed: bool) -> list[Evaluation]:
 
 
 def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, differences: dict[str, Interval]) -> str:
-    told = f"{manifest['questions']} held-out questions, {manifest['k']} passages each from index “{manifest['index']}”."
+    of_kinds = kinds_text(kinds(after.rows))
+    asked = f"{manifest['questions']} held-out questions{' (' * bool(of_kinds)}{of_kinds}{')' * bool(of_kinds)}"
+    told = f"{asked}, {manifest['k']} passages each from index “{manifest['index']}”."
     name = next((f"retrieved/{metric}" for metric in HEADLINES if f"retrieved/{metric}" in differences), None)
     if name is not None:
         change = differences[name]
@@ -255,8 +265,11 @@ def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, di
     return told
 
 
-def _tables(evaluations: Sequence[Evaluation], differences: dict[str, Interval]) -> list[dict[str, Any]]:
-    names = list(evaluations[-1].figures)
+def _tables(
+    evaluations: Sequence[Evaluation], differences: dict[str, Interval], lacking: Sequence[str]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`lacking`: figures that were asked for and that no question has."""
+    names = [*evaluations[-1].figures, *lacking]
     groups = {"Retrieval": [name for name in names if "/" not in name]}
     for name in names:
         if "/" in name:
@@ -351,7 +364,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
         read = set(new["predictions"][mode]["passages"])
         found.append({
             "query": new["query"], "gold": new["answers"], "right": right,
-            "kind": "fixed" if right and not was_right else "right" if right else "broken" if was_right else "wrong",
+            "kind": "open" if _is_open(new) else _change(was_right, right),
             "before": old["predictions"].get(mode, {}).get("text", ""), "after": new["predictions"][mode]["text"],
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
@@ -362,8 +375,18 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
+def _change(was_right: bool, right: bool) -> str:
+    return ("right" if was_right else "fixed") if right else ("broken" if was_right else "wrong")
+
+
+def _is_open(row: dict[str, Any]) -> bool:
+    return not row["answers"] and not row.get("unanswerable")
+
+
 def _right(row: dict[str, Any], mode: str) -> bool:
-    """Whether an answer is the gold one: as it was measured, or else by exact match."""
+    """Whether an answer is the gold one: as it was measured, or else by exact match; or declines where it has to."""
+    if row.get("unanswerable"):
+        return row["figures"].get(f"{mode}/abstention_recall") == 1
     measured = [row["figures"][name] for metric in ("em", "accuracy") if (name := f"{mode}/{metric}") in row["figures"]]
     if measured:
         return measured[0] == 1
