@@ -225,6 +225,7 @@ def evaluate(
     calibrate: Annotated[
         str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Let a judge that costs money go on without a cap.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
@@ -244,14 +245,17 @@ def evaluate(
     if calibrate is not None:
         _calibrate(loaded, evaluations[-1], calibrate)
         return
-    further = evaluate_further(loaded, evaluations)
+    if not as_json:
+        tell_evaluations(loaded, evaluations)  # at once: what follows may take long, cost money, or stop
+    further = evaluate_further(loaded, evaluations, yes=yes)
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
         typer.echo(json.dumps(evaluation_summary(loaded, evaluations) | further.summary(), indent=2))
-        return
-    tell_evaluations(loaded, evaluations)
-    further.tell(loaded)
+    else:
+        further.tell()
+    if further.fault is not None:
+        raise further.fault
 
 
 def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:

@@ -6,7 +6,8 @@
     runs/<name>/calls/      the journal of calls: nothing is paid twice
 
 The judge sees the passages that were read, the question, its reference answers where there are any, and answers without
-names. What it does not answer, or not as the schema wants it, is missing. Prompts are data, in judge.yaml, in the language of
+names. What it does not answer, or not as the schema wants it, is missing. Where calls have a price, a cap or a yes is needed;
+how many they are and what is reserved for them is told before the first. Prompts are data, in judge.yaml, in the language of
 the question; their content is part of the fingerprint. The arithmetic is `judging`'s.
 """
 
@@ -16,7 +17,7 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,8 +26,10 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from raglan.answerable import kinds
 from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.calls import Ask, CallEngine
+from raglan.calls.money import dollars, lacks_cap
 from raglan.corpus import Corpus
 from raglan.critique.agreement import agreement
 from raglan.errors import CorpusError, RecipeError
@@ -37,11 +40,13 @@ from raglan.metrics import Interval
 from raglan.recipe import JudgeSettings, Recipe
 from raglan.text import answer_words
 
-__all__ = ["Choice", "Judged", "Score", "judge", "judgements_folder", "messages", "open_judged"]
+__all__ = ["NO_JUDGE", "Choice", "Judged", "Score", "judge", "judgements_folder", "lacks_judge", "messages", "open_judged"]
 
 log = logging.getLogger(__name__)
 KIND = "judgements"
 LIMIT = 300  # tokens of a reason and a verdict
+NO_JUDGE = "no judge: computed figures only"
+OF_OPEN = {"rouge_l", "str_em", "bleu1"}  # metrics of answers that are more than a span
 
 
 class Score(BaseModel):
@@ -91,12 +96,23 @@ class _Row:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Judged:
+def lacks_judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether open answers were given, or measured as such, and the recipe names nobody to judge them."""
+    if recipe.evaluate is None or recipe.evaluate.judge is not None:
+        return False
+    read = [row for row in evaluations[0].rows if row["predictions"]]
+    return bool(read and (kinds(read)["open"] or OF_OPEN & set(recipe.evaluate.metrics)))
+
+
+def judge(recipe: Recipe, evaluations: Sequence[Evaluation], *, yes: bool = False) -> Judged:
     """Judge the answers of an evaluation; what the journal of calls knows is not asked again.
 
+    Args:
+        yes: calls may cost money without a cap.
+
     Raises:
-        RecipeError: no judge is named, or the mode was not measured. CallsStopped: cap, fatal answer, Ctrl-C; run it again.
-        CorpusError: hand labels that cannot be read.
+        RecipeError: no judge is named, the mode was not measured, or calls that cost money have neither a cap nor a yes.
+        CallsStopped: cap, fatal answer, Ctrl-C; run it again. CorpusError: hand labels that cannot be read.
     """
     settings = _settings(recipe)
     labels = _hand_labels(Path(settings.labels)) if settings.labels is not None else {}
@@ -106,10 +122,10 @@ def judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Judged:
         _Row(row["id"], {e.system: e.rows[place]["predictions"][settings.mode]["text"] for e in evaluations})
         for place, row in _read_rows(evaluations, settings.mode)
     ]
-    asks = _asks(evaluations, settings, corpus)
     known = {row.id: row for row in rows}
     with CallEngine(settings.endpoint, recipe.run / "calls", money=settings.money) as engine:
-        for outcome in engine.run(asks):
+        _check_consent(engine, settings, _asks(evaluations, settings, corpus), yes=yes)
+        for outcome in engine.run(_asks(evaluations, settings, corpus)):
             kind, identity, which = json.loads(outcome.ask.ref)
             row, value = known[identity], outcome.value if outcome.cls == "ok" else None
             if kind == "rubric":
@@ -167,6 +183,25 @@ def _settings(recipe: Recipe) -> JudgeSettings:
     if recipe.evaluate is None or recipe.evaluate.judge is None:
         raise RecipeError(f"recipe {recipe.name!r} names no judge", hint="give it `evaluate: {judge: {endpoint: …, money: …}}`")
     return recipe.evaluate.judge
+
+
+def _check_consent(engine: CallEngine, settings: JudgeSettings, asks: Iterable[Ask], *, yes: bool) -> None:
+    """Tell what the calls will be, or raise RecipeError where they cost money and nobody said how much they may."""
+    reserves = {engine.key(ask): engine.reserve(ask)[1] for ask in asks if engine.known(ask) is None}
+    if not reserves:
+        return
+    told = f"{len(reserves)} calls, for which {dollars(sum(reserves.values()))} are reserved"
+    if lacks_cap(settings.money) and not yes:
+        raise RecipeError(
+            f"judge {settings.endpoint.model} takes {told}, and evaluate.judge.money has a price and no cap_usd",
+            hint="say how much they may cost at most: evaluate.judge.money.cap_usd=…; --yes goes without a cap",
+        )
+    log.info("judge %s: %s", settings.endpoint.model, told)
+    if engine.cap is not None and engine.journal.ledger.spent + sum(reserves.values()) > engine.cap:
+        log.warning(
+            "money.cap_usd is %s, of which %s are spent: judging may stop there, and a larger cap goes on",
+            dollars(engine.cap), dollars(engine.journal.ledger.spent),
+        )  # fmt: skip
 
 
 def _warn_of_family(settings: JudgeSettings) -> None:

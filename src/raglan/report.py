@@ -14,8 +14,8 @@ from raglan.decode import tree_lines
 from raglan.errors import CheckpointError, require
 from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
-from raglan.grid_tables import GridTable, grid_tables
-from raglan.judge import judgements_folder, open_judged
+from raglan.grid_tables import grid_tables
+from raglan.judge import NO_JUDGE, judgements_folder, lacks_judge, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.seeds import over_seeds, seed_lines
@@ -109,8 +109,9 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "tables": _tables(evaluations, differences, _uncomputed(recipe, after)),
         "counted": bool(kinds_text(kinds(after.rows))),
         "curves": _curves(learning_curves(recipe)),
-        "further": _further(recipe, evaluations),
+        "further": robustness_tables(_robust(recipe)),
         "robustness": _robustness_plots(_robust(recipe)),
+        "judge": _judge(recipe, evaluations),
         "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
         "critique": judged,
         "sweep": _sweep(told) if (told := open_sweep(recipe)) is not None else None,
@@ -182,13 +183,14 @@ def _robust(recipe: Recipe) -> list[Robustness]:
     return [open_robustness(folder) for folder in folders if (folder / MANIFEST).is_file()]
 
 
-def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTable]:
-    """Tables of robustness and of the judge, as far as they have been measured."""
-    tables = robustness_tables(_robust(recipe))
-    if recipe.evaluate is not None and recipe.evaluate.judge is not None:
-        folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
-        tables += judge_tables(open_judged(folder)) if (folder / MANIFEST).is_file() else []
-    return tables
+def _judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """What the judge said as far as it has, or that there is none where one is missed."""
+    if recipe.evaluate is None or recipe.evaluate.judge is None:
+        return {"note": f"{NO_JUDGE}.", "tables": []} if lacks_judge(recipe, evaluations) else None
+    folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
+    if not (folder / MANIFEST).is_file():
+        return {"note": f"judge {recipe.evaluate.judge.endpoint.model}: no judgements of these answers yet.", "tables": []}
+    return {"note": "", "tables": judge_tables(open_judged(folder))}
 
 
 def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
