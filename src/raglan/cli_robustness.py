@@ -39,7 +39,7 @@ class Further:
         """As JSON, by the names of the settings; empty where nothing was asked for."""
         found: dict[str, Any] = {"robustness": robustness_summary(self.robust)} if self.robust else {}
         if self.judged is not None:
-            found["judge"] = judge_summary(self.judged)
+            found["judge"] = judge_summary(self.judged) | {"warnings": list(self.judged.warnings)}
         elif lacks_judge(self.recipe, self.evaluations):
             found["judge"] = NO_JUDGE.partition(":")[0]
         return found | ({} if self.fault is None else {self.part: {"stopped": self.fault.message}})
@@ -55,6 +55,8 @@ class Further:
             console.print(f"{system.system}: {system.folder / 'answers.jsonl'}", soft_wrap=True)
         if self.judged is not None:
             console.print(f"judge {self.judged.model}: {self.judged.folder / 'judgements.jsonl'}", soft_wrap=True)
+            for warning in self.judged.warnings:
+                console.print(f"warning: {warning}", markup=False, soft_wrap=True)
         if (where := domain(self.recipe)) is not None and self.recipe.evaluate is not None:
             console.print(f"{self.recipe.evaluate.dataset}: {where}")
         if lacks_judge(self.recipe, self.evaluations):

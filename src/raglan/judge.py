@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,7 +38,7 @@ from raglan.evaluate import Evaluation
 from raglan.judging import STRATA, Better, Pairs, Rubric, family, length_stratum, pair_outcome, pairs, rubric
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import Interval
-from raglan.recipe import JudgeSettings, Recipe
+from raglan.recipe import EndpointSettings, JudgeSettings, Recipe
 from raglan.text import answer_words
 
 __all__ = ["NO_JUDGE", "Choice", "Judged", "Score", "judge", "judgements_folder", "lacks_judge", "messages", "open_judged"]
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 KIND = "judgements"
 LIMIT = 300  # tokens of a reason and a verdict
 NO_JUDGE = "no judge: computed figures only"
+_HEADING = re.compile(r"((?:^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])\s*)[#＃]")
 OF_OPEN = {"rouge_l", "str_em", "bleu1"}  # metrics of answers that are more than a span
 
 
@@ -75,6 +77,7 @@ class Judged:
         model: the judge. scores: system → rubric.
         pair: the last system (a) against the first (b). strata: the same by length of a against b.
         kappa: system → rows, agreement and κ with hand labels, where there are any.
+        warnings: what speaks against this judge.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Judged:
     pair: Pairs | None
     strata: dict[str, Pairs]
     kappa: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -115,8 +119,10 @@ def judge(recipe: Recipe, evaluations: Sequence[Evaluation], *, yes: bool = Fals
         CallsStopped: cap, fatal answer, Ctrl-C; run it again. CorpusError: hand labels that cannot be read.
     """
     settings = _settings(recipe)
-    labels = _hand_labels(Path(settings.labels)) if settings.labels is not None else {}
-    _warn_of_family(settings)
+    labels = _hand_labels(settings.labels) if settings.labels is not None else {}
+    warnings = _kinship(recipe, settings)
+    for warning in warnings:
+        log.warning(warning)
     corpus = KnowledgeBase.open(recipe.knowledge.path).corpus
     rows = [
         _Row(row["id"], {e.system: e.rows[place]["predictions"][settings.mode]["text"] for e in evaluations})
@@ -136,7 +142,7 @@ def judge(recipe: Recipe, evaluations: Sequence[Evaluation], *, yes: bool = Fals
                 value.reason if isinstance(value, Score | Choice) else f"{outcome.cls}: {outcome.error}"
             )
     folder = judgements_folder(recipe, evaluations)
-    _write(folder, recipe, settings, evaluations, rows, labels)
+    _write(folder, recipe, settings, evaluations, rows, labels, warnings)
     return open_judged(folder)
 
 
@@ -153,13 +159,14 @@ def open_judged(folder: Path) -> Judged:
     told = read_manifest(folder, KIND)
     scores = {name: Rubric(Interval(**own["score"]), own["missing"], own["n"]) for name, own in told["scores"].items()}
     pair = None if told["pair"] is None else _pairs_of(told["pair"])
-    return Judged(told["model"], folder, scores, pair, {k: _pairs_of(v) for k, v in told["strata"].items()}, told["kappa"])
+    strata = {name: _pairs_of(own) for name, own in told["strata"].items()}
+    return Judged(told["model"], folder, scores, pair, strata, told["kappa"], tuple(told.get("warnings", ())))
 
 
 def messages(
     row: Mapping[str, Any], passages: Sequence[tuple[str, str]], answers: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the judge reads: one answer to score, or two to compare.
+    """What the judge reads: one answer to score, or two to compare. No text in it can open a section: its headings are escaped.
 
     Args:
         row: of an evaluation: query, history, answers. passages: title and text of each.
@@ -174,8 +181,9 @@ def messages(
         *([(heads["reference"], " | ".join(row["answers"]))] if row.get("answers") else []),
         *zip([heads["answer"]] if len(answers) == 1 else [heads["first"], heads["second"]], answers, strict=True),
     ]
-    body = "\n\n".join(f"## {head}\n{text.strip() or heads['none']}" for head, text in parts)
-    task = told["rubric" if len(answers) == 1 else "pair"]
+    cut = [(head, _HEADING.sub(r"\1\\#", text)) for head, text in parts]
+    body = "\n\n".join(f"## {head}\n{text.strip() or heads['none']}" for head, text in cut)
+    task = told["rubric" if len(answers) == 1 else "pair"] + (f"\n{told['escaped']}" if cut != parts else "")
     return {"role": "system", "content": task}, {"role": "user", "content": body}
 
 
@@ -204,12 +212,15 @@ def _check_consent(engine: CallEngine, settings: JudgeSettings, asks: Iterable[A
         )  # fmt: skip
 
 
-def _warn_of_family(settings: JudgeSettings) -> None:
-    if settings.teacher is not None and family(settings.teacher) == family(settings.endpoint.model):
-        log.warning(
-            "the judge %s is of the teacher's family (%s): judges prefer what sounds like themselves",
-            settings.endpoint.model, settings.teacher,
-        )  # fmt: skip
+def _kinship(recipe: Recipe, settings: JudgeSettings) -> list[str]:
+    """Warnings of teachers, named or the recipe's own, that are of the judge's family."""
+    own = recipe.synthesis.teacher if recipe.synthesis is not None else None
+    teachers = [settings.teacher, own.model if isinstance(own, EndpointSettings) else None]
+    model = settings.endpoint.model
+    return [
+        f"the judge {model} is of the teacher's family ({teacher}): judges prefer what sounds like themselves"
+        for teacher in dict.fromkeys(teachers) if teacher is not None and family(teacher) == family(model)
+    ]  # fmt: skip
 
 
 def _read_rows(evaluations: Sequence[Evaluation], mode: str) -> list[tuple[int, dict[str, Any]]]:
@@ -255,7 +266,7 @@ def _passages(ids: Sequence[str], corpus: Corpus) -> list[tuple[str, str]]:
 
 def _write(
     folder: Path, recipe: Recipe, settings: JudgeSettings, evaluations: Sequence[Evaluation], rows: Sequence[_Row],
-    labels: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, Mapping[str, str]], warnings: Sequence[str],
 ) -> None:  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -275,7 +286,7 @@ def _write(
         "scores": {name: _rubric_dict(rubric(own, seed=recipe.seed)) for name, own in scored.items()},
         "pair": asdict(pairs(verdicts, seed=recipe.seed)) if compared else None,
         "strata": {name: asdict(pairs(own, seed=recipe.seed)) for name, own in strata.items() if own and compared},
-        "kappa": {name: _agreed(name, rows, labels) for name in scored if name in labels},
+        "kappa": {name: _agreed(name, rows, labels) for name in scored if name in labels}, "warnings": list(warnings),
     })  # fmt: skip
 
 

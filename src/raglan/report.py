@@ -190,7 +190,8 @@ def _judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> dict[str, Any] 
     folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
     if not (folder / MANIFEST).is_file():
         return {"note": f"judge {recipe.evaluate.judge.endpoint.model}: no judgements of these answers yet.", "tables": []}
-    return {"note": "", "tables": judge_tables(open_judged(folder))}
+    judged = open_judged(folder)
+    return {"note": " ".join(f"Warning: {warning}." for warning in judged.warnings), "tables": judge_tables(judged)}
 
 
 def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
