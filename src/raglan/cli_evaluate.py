@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raglan.answerable import kinds, kinds_text, uncomputed
+from raglan.domains import domain
 from raglan.evaluate import Evaluation, compare, interval_kinds, spent
 from raglan.metrics import Interval
 from raglan.progress import console
@@ -23,14 +25,15 @@ NONE = {"mean": None, "low": None, "high": None, "n": 0}
 
 
 def evaluation_summary(recipe: Recipe, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The figures as JSON, by system; and the kinds of questions, where not all have answers."""
+    """The figures as JSON, by system; the kinds of questions, where not all have answers; the verdict on `dataset`."""
     assert recipe.evaluate is not None
     told: dict[str, Any] = {}
     for one in evaluations:
         lacking = uncomputed(one.rows, recipe.evaluate, one.figures)
         told[one.system] = {n: _numbers(i) for n, i in one.figures.items()} | {name: dict(NONE) for name in lacking}
-    found = kinds(evaluations[0].rows)
-    return told | ({"questions": found} if kinds_text(found) else {})
+    found, where = kinds(evaluations[0].rows), domain(recipe)
+    told |= {"questions": found} if kinds_text(found) else {}
+    return told | ({} if where is None else {"domain": asdict(where)})
 
 
 def tell_evaluations(recipe: Recipe, evaluations: Sequence[Evaluation]) -> None:

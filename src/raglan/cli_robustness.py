@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from raglan.domains import domain
 from raglan.errors import RaglanError
-from raglan.evaluate import Evaluation, domain
+from raglan.evaluate import Evaluation
 from raglan.judge import NO_JUDGE, Judged, judge, lacks_judge
 from raglan.progress import console
 from raglan.recipe import Recipe
@@ -57,8 +58,8 @@ class Further:
             console.print(f"judge {self.judged.model}: {self.judged.folder / 'judgements.jsonl'}", soft_wrap=True)
             for warning in self.judged.warnings:
                 console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-        if (where := domain(self.recipe)) is not None and self.recipe.evaluate is not None:
-            console.print(f"{self.recipe.evaluate.dataset}: {where}")
+        if (where := domain(self.recipe)) is not None:
+            console.print(f"{where.dataset}: {where}", soft_wrap=True)
         if lacks_judge(self.recipe, self.evaluations):
             console.print(NO_JUDGE)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from raglan.answerable import ABSTENTION_TOGETHER, abstention_measures, abstention_whole, computes_nothing, kinds
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
 from raglan.documents import read_examples
+from raglan.domains import domain
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import (
@@ -69,15 +69,13 @@ from raglan.robustness import (
     quote_figures,
     str_em,
 )
-from raglan.stages import Parts, finished_parts, folder_stamp, learned_from
+from raglan.stages import Parts, finished_parts, folder_stamp
 from raglan.text import fold_numbers
 
 __all__ = [
     "Evaluation",
     "compare",
     "compared_systems",
-    "data_sets",
-    "domain",
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
@@ -134,31 +132,6 @@ def compared_systems(recipe: Recipe) -> list[tuple[str, Parts]]:
     return [systems[0], *systems[1:][-1:]]
 
 
-def domain(recipe: Recipe) -> str | None:
-    """Whether a finished stage learned from the data set of these questions, as the stages' manifests say.
-
-    A manifest names data sets by its sources' names, by the first word of its files' names (nq of nq-train.jsonl.gz), and by
-    what the manifest beside a file says of its own sources.
-    """
-    if recipe.evaluate is None or recipe.evaluate.dataset is None:
-        return None
-    names = {name for data in learned_from(recipe).values() for name in data_sets(data)}
-    return "in-domain" if recipe.evaluate.dataset.casefold() in names else "out of domain"
-
-
-def data_sets(data: Mapping[str, Any]) -> set[str]:
-    """The names of the data sets behind data settings."""
-    found = {name.casefold() for name in data.get("sources") or {}}
-    mixed = [data.get(name) for name in (data.get("mix") or "").split("+") if name]
-    files = [data.get("path"), *mixed, *(source.get("path") for source in (data.get("sources") or {}).values())]
-    for path in (Path(name) for name in files if name):
-        found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
-        beside = (path if path.is_dir() else path.parent) / MANIFEST
-        if beside.is_file():
-            found |= {name.casefold() for name in json.loads(beside.read_text(encoding="utf-8")).get("sources") or {}}
-    return found
-
-
 def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
     """Where the measurement of these settings, questions and parts is, or will be."""
     return recipe.run / "evaluations" / f"{name}-{system_fingerprint(recipe, settings, parts)[:8]}"
@@ -191,7 +164,17 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
             "figures": {key: asdict(value) for key, value in figures.items()}, "spent": spent(rows),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
+    _note_domain(recipe, name, folder)
     return open_evaluation(folder)
+
+
+def _note_domain(recipe: Recipe, name: str, folder: Path) -> None:
+    """Keep the verdict on `dataset` beside the figures. It is looked up anew: the set's name changes no figure."""
+    found = domain(recipe, name)
+    told = None if found is None else asdict(found)
+    manifest = read_manifest(folder, KIND)
+    if manifest.get("domain") != json.loads(json.dumps(told)):
+        write_json(folder / MANIFEST, {**manifest, "domain": told})
 
 
 def _is_whole(folder: Path) -> bool:

@@ -118,8 +118,8 @@ def length_stratum(a: str, b: str) -> str:
 def family(model: str) -> str:
     """A model's family by its name, without owner: "org/Qwen2.5-7B" and "QwQ-32B" → "qwen", "Meta-Llama-3-8B" → "llama".
 
-    Of several families that a name tells of (a distilled model's), the first. A name that is not known is cut at its first digit
-    or mark; a name that its owner made up tells nothing.
+    Of several families that a name tells of (a distilled model's), the first. A name that is not known is cut at its first
+    digit or mark; a name that its owner made up tells nothing.
     """
     name = model.rpartition("/")[2].casefold()
     if re.match(r"o\d", name):

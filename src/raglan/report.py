@@ -11,8 +11,9 @@ from raglan.answerable import kinds, kinds_text, uncomputed
 from raglan.artifact import MANIFEST
 from raglan.critique_tables import critique_tables
 from raglan.decode import tree_lines
+from raglan.domains import domain
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation
+from raglan.evaluate import Evaluation, compare, compared_systems, evaluation_folder, open_evaluation
 from raglan.grid import Grid, open_grid
 from raglan.grid_tables import grid_tables
 from raglan.judge import NO_JUDGE, judgements_folder, lacks_judge, open_judged
@@ -132,8 +133,8 @@ def _uncomputed(recipe: Recipe, evaluation: Evaluation) -> list[str]:
 
 
 def _domain(recipe: Recipe) -> dict[str, str]:
-    where = domain(recipe)
-    return {} if where is None or recipe.evaluate is None else {str(recipe.evaluate.dataset): where}
+    found = domain(recipe)
+    return {} if found is None else {found.dataset: str(found)}
 
 
 def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
