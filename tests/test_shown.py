@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 import tiny
+from raglan.domains import data_sets
 from raglan.errors import CheckpointError, CorpusError, RecipeError
-from raglan.evaluate import data_sets
 from raglan.generator import HFGenerator, open_generator
 from raglan.knowledge import build_knowledge
 from raglan.recipe import GeneratorSettings, PromptSettings, ShownData, load_recipe

@@ -19,7 +19,7 @@ from fault_server import KEY, Fault, FaultServer, Request, say
 from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, CorpusError, RecipeError
-from raglan.evaluate import _add_reading, _measures, data_sets, domain, evaluate_recipe
+from raglan.evaluate import _add_reading, _measures, evaluate_recipe
 from raglan.judge import judge, messages, open_judged
 from raglan.metrics import Interval, answer_recall
 from raglan.rag import RAG
@@ -298,25 +298,6 @@ def test_a_constant_condition_warns(caplog: pytest.LogCaptureFixture) -> None:
     assert "alike right or wrong under clean;" in caplog.text
 
 
-def test_in_domain_is_what_the_manifests_say(recipe: Path, tmp_path: Path) -> None:
-    names = data_sets({"path": str(tmp_path / "NQ-train.jsonl.gz")})
-    assert names == {"nq"}
-    mixed = {"sources": {"trivia": {"path": "x/hotpot.train.jsonl"}, "text": {"path": None}}}
-    assert data_sets(mixed) == {"trivia", "text", "hotpot"}
-    (tmp_path / "manifest.json").write_text('{"sources": {"DuReader": 3}}')
-    assert data_sets({"path": str(tmp_path / "mix.jsonl")}) == {"mix", "dureader"}
-    assert domain(load_recipe(recipe)) is None
-    assert domain(load_recipe(recipe, ["evaluate.dataset=train"])) == "out of domain"  # nothing was trained yet
-    stages = "{read: {data: {kind: questions, path: train.jsonl, passages: 2}, objective: {kind: answer}}}"
-    (recipe.parent / "trained.yaml").write_text(recipe.read_text() + f"stages: {stages}\n")
-    changes = ["name=trained", "train.max_steps=1", "evaluate.dataset=Train", "evaluate.robustness.unseen=[]"]
-    trained = load_recipe(recipe.parent / "trained.yaml", changes)
-    assert domain(trained) == "out of domain"
-    train(trained)
-    assert domain(trained) == "in-domain"
-    assert domain(load_recipe(recipe.parent / "trained.yaml", [*changes, "evaluate.dataset=popqa"])) == "out of domain"
-
-
 def test_a_comparison_says_how_many_training_seeds_are_behind_it(recipe: Path) -> None:
     stages = "{read: {data: {kind: questions, path: train.jsonl, passages: 2}, objective: {kind: answer}}}"
     text = recipe.read_text().replace("limit: 6", "limit: 3")
@@ -507,15 +488,17 @@ def test_the_key_is_in_nothing_that_judging_leaves_behind(
     with caplog.at_level(logging.DEBUG):
         done = runner.invoke(app, ["evaluate", str(recipe), *changes, "--report"])
         assert done.exit_code == 0, done.exception
+        shown = (tmp_path / "runs/small/report.html").read_text()
         told = runner.invoke(app, ["calls", str(tmp_path / "runs/small/calls")])
         server.faults = lambda number, request: Fault(401)
         stopped = runner.invoke(app, ["evaluate", str(recipe), *changes, "evaluate.judge.endpoint.model=m-2", "--report"])
     assert isinstance(stopped.exception, CallsStopped)
     page, *others = (tmp_path / "runs" / "small" / name for name in ("report.html", "judgements", "calls"))
-    assert "judge m-1: rubric, 1 to 5" in page.read_text()
+    assert "judge m-1: rubric, 1 to 5" in shown
+    assert "judge m-2: no judgements of these answers yet" in page.read_text(), "the second judge said nothing"
     (judgements,) = others[0].glob("*/judgements.jsonl")
     assert "permanent: 422: not now, Bearer …" in judgements.read_text(), "the server said it, and it was cut out"
-    said = done.output + told.output + stopped.output + str(stopped.exception) + repr(stopped.exception) + caplog.text
+    said = shown + done.output + told.output + stopped.output + str(stopped.exception) + repr(stopped.exception) + caplog.text
     assert KEY not in said
     files = [path for folder in (tmp_path, recipe.parent) for path in folder.rglob("*") if path.is_file()]
     assert {page, judgements, others[1] / "journal.jsonl"} <= set(files)

@@ -224,12 +224,13 @@ def evaluate(
     calibrate: Annotated[
         str | None, typer.Option(help="Self-RAG: fit decode.calibration to what was measured; temperature or isotonic.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Let a judge that costs money go on without a cap.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the system before and after training, or a grid of systems, with 95 % intervals."""
+    from raglan.cli_evaluate import evaluation_summary, tell_evaluations
     from raglan.cli_robustness import evaluate_further
-    from raglan.evaluate import compare, evaluate_recipe, interval_kinds, spent
-    from raglan.seeds import over_seeds, seed_lines
+    from raglan.evaluate import evaluate_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if cache or rescore or sweep or fill or confirm:
@@ -243,40 +244,17 @@ def evaluate(
     if calibrate is not None:
         _calibrate(loaded, evaluations[-1], calibrate)
         return
-    further = evaluate_further(loaded, evaluations)
-    price = loaded.evaluate.price if loaded.evaluate is not None else None
+    if not as_json:
+        tell_evaluations(loaded, evaluations)  # at once: what follows may take long, cost money, or stop
+    further = evaluate_further(loaded, evaluations, yes=yes)
     if with_report:
         _report([loaded], loaded.run / "report.html")
     if as_json:
-        told: dict[str, Any] = {e.system: {n: _interval(i) for n, i in e.figures.items()} for e in evaluations}
-        told |= {"spent": {e.system: spent(e.rows, price=price) for e in evaluations}} if price is not None else {}
-        typer.echo(json.dumps(told | further.summary(), indent=2))
-        return
-    differences = compare(evaluations[0], evaluations[-1]) if len(evaluations) > 1 else {}
-    table = Table("figure", *(e.system for e in evaluations), *(["difference"] if differences else []), box=None)
-    for name in evaluations[-1].figures:
-        cells = [_percent(e.figures[name]) if name in e.figures else "" for e in evaluations]
-        table.add_row(name, *cells, *([_percent(differences[name], sign=True)] if differences else []))
-    from rich.console import Console
-
-    Console(width=max(100, 34 + 24 * (len(evaluations) + 1)), highlight=False).print(table)
-    console.print(f"{len(evaluations[0].rows)} questions; percent, 95 % intervals by {interval_kinds(evaluations[-1].figures)}")
-    heads = [name for name in ("retrieved/em", "retrieved/accuracy", "retrieved/rouge_l", "recall@1") if name in differences]
-    for name in heads:
-        typer.echo(_verdict(name, evaluations[0].figures[name], evaluations[-1].figures[name], differences[name]))
-    for line in seed_lines(over_seeds(loaded), next(iter(heads), "")):
-        typer.echo(line)
-    for evaluation in evaluations:
-        _tell_spent(evaluation.system, spent(evaluation.rows, price=price))
-        console.print(f"{evaluation.system}: {evaluation.folder / 'predictions.jsonl'}", soft_wrap=True)
-    further.tell(loaded)
-
-
-def _tell_spent(system: str, costs: dict[str, dict[str, float]]) -> None:
-    """What an answer took in each mode."""
-    for mode, cost in costs.items():
-        told = ", ".join(f"{name} {value:.4g}" for name, value in cost.items())
-        console.print(f"{system}, {mode}, an answer: {told}", soft_wrap=True)
+        typer.echo(json.dumps(evaluation_summary(loaded, evaluations) | further.summary(), indent=2))
+    else:
+        further.tell()
+    if further.fault is not None:
+        raise further.fault
 
 
 def _calibrate(recipe: Any, evaluation: Any, kind: Any) -> None:
@@ -440,6 +418,7 @@ def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as
     from rich.console import Console
 
     from raglan.artifact import write_json
+    from raglan.cli_evaluate import percent
     from raglan.grid import evaluate_grid
     from raglan.grid_tables import grid_summary, grid_tables
 
@@ -463,7 +442,7 @@ def _evaluate_grid(recipe: Recipe, *, with_report: bool, fail_on: str | None, as
         )  # fmt: skip
     regressions = grid.regressions()
     for task, cell, kind, change in regressions:
-        console.print(f"{kind} than base: {cell} on {task}, {_percent(change, sign=True)} points", soft_wrap=True)
+        console.print(f"{kind} than base: {cell} on {task}, {percent(change, sign=True)} points", soft_wrap=True)
     if fail_on is not None and any(kind == fail_on for _, _, kind, _ in regressions):
         raise typer.Exit(1)
 
@@ -518,19 +497,3 @@ def _shares(found: Any, place: int) -> dict[str, float]:
     """p(z|x) and p(z|x,y) of a passage, where the decoding knows them."""
     return {"prior": found.prior[place], "posterior": found.posterior[place]} if found.posterior else {}
 
-
-def _interval(value: Any) -> dict[str, float]:
-    return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-
-
-def _verdict(name: str, before: Any, after: Any, difference: Any) -> str:
-    """In words, whether a figure has changed."""
-    change = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not clearly changed"
-    change = "unchanged" if difference.low == difference.high == 0 else change
-    apart = "" if before.overlaps(after) else "; the two intervals do not overlap"
-    return f"{name} is {change}: {_percent(difference, sign=True)} points{apart}"
-
-
-def _percent(value: Any, *, sign: bool = False) -> str:
-    form = "{:+.1f}" if sign else "{:.1f}"
-    return f"{form.format(100 * value.mean)} [{form.format(100 * value.low)}, {form.format(100 * value.high)}]"

@@ -40,6 +40,7 @@ __all__ = [
     "write_examples",
 ]
 
+SYNTHETIC = "synth"  # where an example tells how it was written
 PAIRS = ".json"  # LlamaIndex' EmbeddingQAFinetuneDataset
 NO_PAIRS = "is no JSON of queries, corpus and relevant_docs"
 PAIRS_FORM = 'the form is {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [corpus ids]}}'
@@ -198,7 +199,8 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
     from a .json of LlamaIndex' question-passage pairs, with all the passages that it names for a question.
 
     `relevant` holds passage ids, or objects {document, quote} that name the words which hold the answer; the latter are
-    kept in `metadata["evidence"]` and become passage ids once there is a corpus.
+    kept in `metadata["evidence"]` and become passage ids once there is a corpus. `answers: []` says that the question is
+    unanswerable; without `answers` it is open. (Of a synthetic example its own record says what it is.)
 
     Raises:
         CorpusError: a missing file, a line that is not such an object, an empty query or an id that occurs twice.
@@ -256,10 +258,13 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
 
 
 def example_row(example: Example) -> dict[str, Any]:
-    """An example as the object that `read_examples` reads; what is empty is left out."""
+    """An example as the object that `read_examples` reads; what is empty is left out, but for `answers` where that says so."""
     metadata = {key: value for key, value in example.metadata.items() if key != "evidence"}
     relevant = [*example.relevant, *example.metadata.get("evidence", ())]
-    row = {"id": example.id, "query": example.query, "answers": list(example.answers), "relevant": relevant}
+    says = bool(example.answers) or example.unanswerable or SYNTHETIC in example.metadata
+    row = {
+        "id": example.id, "query": example.query, **({"answers": list(example.answers)} if says else {}), "relevant": relevant
+    }  # fmt: skip
     extra = {"grades": dict(example.grades), "history": list(example.history)}
     return {**row, **{key: value for key, value in extra.items() if value}, **metadata}
 
@@ -328,7 +333,8 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
         raise CorpusError(f"`answers` is {answers!r}; it must be a list of texts")
     if any(not answer.strip() for answer in answers):
         raise CorpusError(
-            f"`answers` is {answers!r}; an answer is empty", hint="leave it out; `answers: []` is a question without one"
+            f"`answers` is {answers!r}; an answer is empty",
+            hint="leave it out; `answers: []` is a question that no passage answers, and an open one has no `answers`",
         )
     if not isinstance(relevant, list):
         raise CorpusError(f"`relevant` is {relevant!r}; it must be a list of passage ids")
@@ -351,6 +357,7 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
         grades=grades,
         history=tuple(history),
         metadata={**metadata, **({"evidence": evidence} if evidence else {})},
+        unanswerable="answers" in row and not answers and SYNTHETIC not in row,
     )
 
 
@@ -411,7 +418,7 @@ def _beir_examples(folder: Path, split: str) -> Iterator[Example]:
         if identity in grades:
             graded = grades.pop(identity)
             relevant = [passage for passage, grade in graded.items() if grade > 0]
-            asked = {"answers": [], **row, "id": identity, "query": row.get("text"), "relevant": relevant, "grades": graded}
+            asked = {**row, "id": identity, "query": row.get("text"), "relevant": relevant, "grades": graded}
             yield _example(asked, queries, line)
     if grades:
         raise CorpusError(

@@ -4,8 +4,8 @@
         predictions.jsonl   one line a question: hits, answers in every mode, every figure
         manifest.json       means with 95 % intervals
 
-Nothing is averaged over batches. A figure that does not apply to a question (no gold answer, no relevant passage) is left
-out of that figure's mean, and n says so.
+All questions are answered, those without gold answers too (`answerable`). Nothing is averaged over batches. A figure that does
+not apply to a question (no gold answer, no relevant passage) is left out of that figure's mean, and n says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,13 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.answerable import ABSTENTION_TOGETHER, abstention_measures, abstention_whole, computes_nothing, kinds
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.calls import Usage
 from raglan.calls.money import Price
 from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
 from raglan.documents import read_examples
+from raglan.domains import domain
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import (
@@ -78,15 +79,13 @@ from raglan.robustness import (
     quote_figures,
     str_em,
 )
-from raglan.stages import Parts, finished_parts, folder_stamp, learned_from
+from raglan.stages import Parts, finished_parts, folder_stamp
 from raglan.text import fold_numbers
 
 __all__ = [
     "Evaluation",
     "compare",
     "compared_systems",
-    "data_sets",
-    "domain",
     "evaluate",
     "evaluate_recipe",
     "evaluation_folder",
@@ -106,7 +105,12 @@ OF_A_QUESTION = {
     "match": lambda text, answers: answer_recall([text], answers),
     "declined": lambda text, answers: float(abstained(text, answers)),
 }  # fmt: skip
-TOGETHER = ("bleu1", "distinct_1", "distinct_2", "distinct_3", "macro_f1")  # of all answers, and no mean over questions
+TOGETHER = (  # of all answers, and no mean over questions
+    "bleu1", "distinct_1", "distinct_2", "distinct_3", "macro_f1", *ABSTENTION_TOGETHER,
+)  # fmt: skip
+
+
+OF_GOLD = {"citation_precision", "citation_recall", "quotes_gold"}
 
 
 @dataclass(frozen=True)
@@ -138,31 +142,6 @@ def compared_systems(recipe: Recipe) -> list[tuple[str, Parts]]:
     return [systems[0], *systems[1:][-1:]]
 
 
-def domain(recipe: Recipe) -> str | None:
-    """Whether a finished stage learned from the data set of these questions, as the stages' manifests say.
-
-    A manifest names data sets by its sources' names, by the first word of its files' names (nq of nq-train.jsonl.gz), and by
-    what the manifest beside a file says of its own sources.
-    """
-    if recipe.evaluate is None or recipe.evaluate.dataset is None:
-        return None
-    names = {name for data in learned_from(recipe).values() for name in data_sets(data)}
-    return "in-domain" if recipe.evaluate.dataset.casefold() in names else "out of domain"
-
-
-def data_sets(data: Mapping[str, Any]) -> set[str]:
-    """The names of the data sets behind data settings."""
-    found = {name.casefold() for name in data.get("sources") or {}}
-    mixed = [data.get(name) for name in (data.get("mix") or "").split("+") if name]
-    files = [data.get("path"), *mixed, *(source.get("path") for source in (data.get("sources") or {}).values())]
-    for path in (Path(name) for name in files if name):
-        found.add(re.split(r"[._-]", path.name, maxsplit=1)[0].casefold())
-        beside = (path if path.is_dir() else path.parent) / MANIFEST
-        if beside.is_file():
-            found |= {name.casefold() for name in json.loads(beside.read_text(encoding="utf-8")).get("sources") or {}}
-    return found
-
-
 def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Path:
     """Where the measurement of these settings, questions and parts is, or will be."""
     return recipe.run / "evaluations" / f"{name}-{system_fingerprint(recipe, settings, parts)[:8]}"
@@ -171,7 +150,7 @@ def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
     """Measure one system; a measurement with the same settings, questions and parts is not made twice."""
     folder = evaluation_folder(recipe, settings, name, parts)
-    if not (folder / MANIFEST).is_file():
+    if not _is_whole(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         began = time.monotonic()
@@ -182,13 +161,37 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         rows = measure(system, examples, settings)
         with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        figures = summarise(rows, settings)
+        if computes_nothing(figures):
+            log.warning(
+                "nothing can be computed of the answers to %s: no question has answers or relevant passages that the metrics "
+                "%s need; read predictions.jsonl, or name a judge (evaluate.judge)",
+                settings.questions, ", ".join(settings.metrics),
+            )  # fmt: skip
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
-            "source": str(settings.questions), "k": system.k, "index": recipe.index, "seed": recipe.seed,
-            "figures": {key: asdict(value) for key, value in summarise(rows, settings).items()}, "spent": spent(rows),
+            "asked": kinds(rows), "source": str(settings.questions), "k": system.k, "index": recipe.index, "seed": recipe.seed,
+            "figures": {key: asdict(value) for key, value in figures.items()}, "spent": spent(rows),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
+    _note_domain(recipe, name, folder)
     return open_evaluation(folder)
+
+
+def _note_domain(recipe: Recipe, name: str, folder: Path) -> None:
+    """Keep the verdict on `dataset` beside the figures. It is looked up anew: the set's name changes no figure."""
+    found = domain(recipe, name)
+    told = None if found is None else asdict(found)
+    manifest = read_manifest(folder, KIND)
+    if manifest.get("domain") != json.loads(json.dumps(told)):
+        write_json(folder / MANIFEST, {**manifest, "domain": told})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a finished evaluation is there; older ones, which say nothing of kinds, read only questions with answers."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    return "asked" in read_manifest(folder, KIND) or all(row["answers"] for row in open_evaluation(folder).rows)
 
 
 def open_evaluation(folder: Path) -> Evaluation:
@@ -210,9 +213,10 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     cut = any(hit.passage.document != hit.passage.id for found in hits for hit in found)
     of = (lambda identity: _document(identity, corpus)) if cut else None
     rows = [_retrieval_row(example, found, settings, system.k, of) for example, found in zip(examples, hits, strict=True)]
-    answered = [place for place, example in enumerate(examples) if example.answers]
+    if any(example.unanswerable for example in examples):
+        measures |= abstention_measures(settings)
     for mode in settings.modes:
-        places = [place for place in answered if mode != "gold" or examples[place].relevant]
+        places = [place for place, example in enumerate(examples) if mode != "gold" or example.relevant]
         given = [_given(mode, system, examples[place], hits[place]) for place in places]
         queries, history = [examples[place].query for place in places], [examples[place].history for place in places]
         choices = [choices_of(examples[place]) for place in places] if system.decode.kind in CHOOSES else []
@@ -242,8 +246,9 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     figures = {name: bootstrap(column) for name, column in measured.items() if column}
     for name in (name for name in figures if name.rpartition("/")[2] in settings.metrics and constant(measured[name])):
         log.warning("%s is %g for every question; look at predictions.jsonl", name, measured[name][0])
+    abstaining = ABSTENTION_TOGETHER if kinds(rows)["unanswerable"] else ()
     for mode in settings.modes:
-        together = [f"{mode}/{metric}" for metric in settings.metrics if metric in TOGETHER]
+        together = [f"{mode}/{metric}" for metric in (*settings.metrics, *abstaining) if metric in TOGETHER]
         wholes = {name: _whole(rows, name) for name in together}
         figures |= {name: jackknife(whole) for name, whole in wholes.items() if not math.isnan(whole.value)}
     return figures
@@ -314,10 +319,12 @@ def interval_kinds(figures: Iterable[str]) -> str:
 def _whole(rows: Sequence[dict[str, Any]], name: str) -> Whole:
     """A figure of all answers of a mode together."""
     mode, _, metric = name.partition("/")
+    if metric in ABSTENTION_TOGETHER:
+        return abstention_whole(rows, mode, metric)
     if metric == "bleu1":
         return bleu1([row["counts"][name] for row in rows if name in row["counts"]])
     if metric == "macro_f1":
-        read = [row for row in rows if mode in row["predictions"]]
+        read = [row for row in rows if mode in row["predictions"] and row["answers"]]
         return macro_f1([row["predictions"][mode]["text"] for row in read], [row["answers"][0] for row in read])
     texts = [row["predictions"][mode]["text"] for row in rows if mode in row["predictions"]]
     return distinct(texts, int(metric.removeprefix("distinct_")))
@@ -358,7 +365,7 @@ def _retrieval_row(
         figures |= {f"answer_recall@{k}": occurs(texts[:k], example.answers) for k in settings.k}
     return {
         "id": example.id, "query": example.query, "history": list(example.history), "answers": list(example.answers),
-        "relevant": list(example.relevant),
+        "relevant": list(example.relevant), **({"unanswerable": True} if example.unanswerable else {}),
         "hits": [
             {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score, "rank": h.rank}
             for h in hits[: max(10, kept)]
@@ -395,15 +402,15 @@ def _measures(settings: EvaluateSettings, system: RAG) -> Measures:
     """Name → (answer's text, example) → figure, NaN where it does not apply."""
     fold = fold_numbers if settings.fold_numbers else str
     known: Measures = {
-        name: lambda text, example, measure=measure: measure(  # type: ignore[misc]
+        name: lambda text, example, name=name, measure=measure: measure(  # type: ignore[misc]
             fold(text), [*map(fold, gold(example, system.decode))]
-        )
+        ) if example.answers or name == "declined" else math.nan
         for name, measure in OF_A_QUESTION.items()
-    }
+    }  # fmt: skip
     if settings.answers_are == "regex":  # words have no overlap with a pattern
         known = {
-            "em": lambda text, example: regex_match(text, example.answers),
-            "match": lambda text, example: regex_recall([text], example.answers),
+            "em": lambda text, example: regex_match(text, example.answers) if example.answers else math.nan,
+            "match": lambda text, example: regex_recall([text], example.answers) if example.answers else math.nan,
         }
     known |= {
         "str_em": lambda text, example: str_em(text, example.metadata.get("short_answers", ())),
@@ -445,7 +452,9 @@ def _add_reading(
     if "quotes" in settings.metrics and given:
         texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in given]
         figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
-    if "bleu1" in settings.metrics and settings.answers_are != "regex":
+    if not example.answers and not example.relevant:  # an open question of which nobody says what is gold
+        figures |= dict.fromkeys(OF_GOLD & set(figures), math.nan)
+    if "bleu1" in settings.metrics and settings.answers_are != "regex" and example.answers:
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures |= {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}

@@ -6,7 +6,8 @@
     runs/<name>/calls/      the journal of calls: nothing is paid twice
 
 The judge sees the passages that were read, the question, its reference answers where there are any, and answers without
-names. What it does not answer, or not as the schema wants it, is missing. Prompts are data, in judge.yaml, in the language of
+names. What it does not answer, or not as the schema wants it, is missing. Where calls have a price, a cap or a yes is needed;
+how many they are and what is reserved for them is told before the first. Prompts are data, in judge.yaml, in the language of
 the question; their content is part of the fingerprint. The arithmetic is `judging`'s.
 """
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,8 +27,10 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from raglan.answerable import kinds
 from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.calls import Ask, CallEngine
+from raglan.calls.money import dollars, lacks_cap
 from raglan.corpus import Corpus
 from raglan.critique.agreement import agreement
 from raglan.errors import CorpusError, RecipeError
@@ -34,14 +38,17 @@ from raglan.evaluate import Evaluation
 from raglan.judging import STRATA, Better, Pairs, Rubric, family, length_stratum, pair_outcome, pairs, rubric
 from raglan.knowledge import KnowledgeBase
 from raglan.metrics import Interval
-from raglan.recipe import JudgeSettings, Recipe
+from raglan.recipe import EndpointSettings, JudgeSettings, Recipe
 from raglan.text import answer_words
 
-__all__ = ["Choice", "Judged", "Score", "judge", "judgements_folder", "messages", "open_judged"]
+__all__ = ["NO_JUDGE", "Choice", "Judged", "Score", "judge", "judgements_folder", "lacks_judge", "messages", "open_judged"]
 
 log = logging.getLogger(__name__)
 KIND = "judgements"
 LIMIT = 300  # tokens of a reason and a verdict
+NO_JUDGE = "no judge: computed figures only"
+_HEADING = re.compile(r"((?:^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])\s*)[#＃]")
+OF_OPEN = {"rouge_l", "str_em", "bleu1"}  # metrics of answers that are more than a span
 
 
 class Score(BaseModel):
@@ -70,6 +77,7 @@ class Judged:
         model: the judge. scores: system → rubric.
         pair: the last system (a) against the first (b). strata: the same by length of a against b.
         kappa: system → rows, agreement and κ with hand labels, where there are any.
+        warnings: what speaks against this judge.
     """
 
     model: str
@@ -78,6 +86,7 @@ class Judged:
     pair: Pairs | None
     strata: dict[str, Pairs]
     kappa: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -91,25 +100,38 @@ class _Row:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Judged:
+def lacks_judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether open answers were given, or measured as such, and the recipe names nobody to judge them."""
+    if recipe.evaluate is None or recipe.evaluate.judge is not None:
+        return False
+    read = [row for row in evaluations[0].rows if row["predictions"]]
+    return bool(read and (kinds(read)["open"] or OF_OPEN & set(recipe.evaluate.metrics)))
+
+
+def judge(recipe: Recipe, evaluations: Sequence[Evaluation], *, yes: bool = False) -> Judged:
     """Judge the answers of an evaluation; what the journal of calls knows is not asked again.
 
+    Args:
+        yes: calls may cost money without a cap.
+
     Raises:
-        RecipeError: no judge is named, or the mode was not measured. CallsStopped: cap, fatal answer, Ctrl-C; run it again.
-        CorpusError: hand labels that cannot be read.
+        RecipeError: no judge is named, the mode was not measured, or calls that cost money have neither a cap nor a yes.
+        CallsStopped: cap, fatal answer, Ctrl-C; run it again. CorpusError: hand labels that cannot be read.
     """
     settings = _settings(recipe)
-    labels = _hand_labels(Path(settings.labels)) if settings.labels is not None else {}
-    _warn_of_family(settings)
+    labels = _hand_labels(settings.labels) if settings.labels is not None else {}
+    warnings = _kinship(recipe, settings)
+    for warning in warnings:
+        log.warning(warning)
     corpus = KnowledgeBase.open(recipe.knowledge.path).corpus
     rows = [
         _Row(row["id"], {e.system: e.rows[place]["predictions"][settings.mode]["text"] for e in evaluations})
         for place, row in _read_rows(evaluations, settings.mode)
     ]
-    asks = _asks(evaluations, settings, corpus)
     known = {row.id: row for row in rows}
     with CallEngine(settings.endpoint, recipe.run / "calls", money=settings.money) as engine:
-        for outcome in engine.run(asks):
+        _check_consent(engine, settings, _asks(evaluations, settings, corpus), yes=yes)
+        for outcome in engine.run(_asks(evaluations, settings, corpus)):
             kind, identity, which = json.loads(outcome.ask.ref)
             row, value = known[identity], outcome.value if outcome.cls == "ok" else None
             if kind == "rubric":
@@ -120,7 +142,7 @@ def judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> Judged:
                 value.reason if isinstance(value, Score | Choice) else f"{outcome.cls}: {outcome.error}"
             )
     folder = judgements_folder(recipe, evaluations)
-    _write(folder, recipe, settings, evaluations, rows, labels)
+    _write(folder, recipe, settings, evaluations, rows, labels, warnings)
     return open_judged(folder)
 
 
@@ -137,13 +159,14 @@ def open_judged(folder: Path) -> Judged:
     told = read_manifest(folder, KIND)
     scores = {name: Rubric(Interval(**own["score"]), own["missing"], own["n"]) for name, own in told["scores"].items()}
     pair = None if told["pair"] is None else _pairs_of(told["pair"])
-    return Judged(told["model"], folder, scores, pair, {k: _pairs_of(v) for k, v in told["strata"].items()}, told["kappa"])
+    strata = {name: _pairs_of(own) for name, own in told["strata"].items()}
+    return Judged(told["model"], folder, scores, pair, strata, told["kappa"], tuple(told.get("warnings", ())))
 
 
 def messages(
     row: Mapping[str, Any], passages: Sequence[tuple[str, str]], answers: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the judge reads: one answer to score, or two to compare.
+    """What the judge reads: one answer to score, or two to compare. No text in it can open a section: its headings are escaped.
 
     Args:
         row: of an evaluation: query, history, answers. passages: title and text of each.
@@ -158,8 +181,9 @@ def messages(
         *([(heads["reference"], " | ".join(row["answers"]))] if row.get("answers") else []),
         *zip([heads["answer"]] if len(answers) == 1 else [heads["first"], heads["second"]], answers, strict=True),
     ]
-    body = "\n\n".join(f"## {head}\n{text.strip() or heads['none']}" for head, text in parts)
-    task = told["rubric" if len(answers) == 1 else "pair"]
+    cut = [(head, _HEADING.sub(r"\1\\#", text)) for head, text in parts]
+    body = "\n\n".join(f"## {head}\n{text.strip() or heads['none']}" for head, text in cut)
+    task = told["rubric" if len(answers) == 1 else "pair"] + (f"\n{told['escaped']}" if cut != parts else "")
     return {"role": "system", "content": task}, {"role": "user", "content": body}
 
 
@@ -169,12 +193,34 @@ def _settings(recipe: Recipe) -> JudgeSettings:
     return recipe.evaluate.judge
 
 
-def _warn_of_family(settings: JudgeSettings) -> None:
-    if settings.teacher is not None and family(settings.teacher) == family(settings.endpoint.model):
+def _check_consent(engine: CallEngine, settings: JudgeSettings, asks: Iterable[Ask], *, yes: bool) -> None:
+    """Tell what the calls will be, or raise RecipeError where they cost money and nobody said how much they may."""
+    reserves = {engine.key(ask): engine.reserve(ask)[1] for ask in asks if engine.known(ask) is None}
+    if not reserves:
+        return
+    told = f"{len(reserves)} calls, for which {dollars(sum(reserves.values()))} are reserved"
+    if lacks_cap(settings.money) and not yes:
+        raise RecipeError(
+            f"judge {settings.endpoint.model} takes {told}, and evaluate.judge.money has a price and no cap_usd",
+            hint="say how much they may cost at most: evaluate.judge.money.cap_usd=…; --yes goes without a cap",
+        )
+    log.info("judge %s: %s", settings.endpoint.model, told)
+    if engine.cap is not None and engine.journal.ledger.spent + sum(reserves.values()) > engine.cap:
         log.warning(
-            "the judge %s is of the teacher's family (%s): judges prefer what sounds like themselves",
-            settings.endpoint.model, settings.teacher,
+            "money.cap_usd is %s, of which %s are spent: judging may stop there, and a larger cap goes on",
+            dollars(engine.cap), dollars(engine.journal.ledger.spent),
         )  # fmt: skip
+
+
+def _kinship(recipe: Recipe, settings: JudgeSettings) -> list[str]:
+    """Warnings of teachers, named or the recipe's own, that are of the judge's family."""
+    own = recipe.synthesis.teacher if recipe.synthesis is not None else None
+    teachers = [settings.teacher, own.model if isinstance(own, EndpointSettings) else None]
+    model = settings.endpoint.model
+    return [
+        f"the judge {model} is of the teacher's family ({teacher}): judges prefer what sounds like themselves"
+        for teacher in dict.fromkeys(teachers) if teacher is not None and family(teacher) == family(model)
+    ]  # fmt: skip
 
 
 def _read_rows(evaluations: Sequence[Evaluation], mode: str) -> list[tuple[int, dict[str, Any]]]:
@@ -220,7 +266,7 @@ def _passages(ids: Sequence[str], corpus: Corpus) -> list[tuple[str, str]]:
 
 def _write(
     folder: Path, recipe: Recipe, settings: JudgeSettings, evaluations: Sequence[Evaluation], rows: Sequence[_Row],
-    labels: Mapping[str, Mapping[str, str]],
+    labels: Mapping[str, Mapping[str, str]], warnings: Sequence[str],
 ) -> None:  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -240,7 +286,7 @@ def _write(
         "scores": {name: _rubric_dict(rubric(own, seed=recipe.seed)) for name, own in scored.items()},
         "pair": asdict(pairs(verdicts, seed=recipe.seed)) if compared else None,
         "strata": {name: asdict(pairs(own, seed=recipe.seed)) for name, own in strata.items() if own and compared},
-        "kappa": {name: _agreed(name, rows, labels) for name in scored if name in labels},
+        "kappa": {name: _agreed(name, rows, labels) for name in scored if name in labels}, "warnings": list(warnings),
     })  # fmt: skip
 
 

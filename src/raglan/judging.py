@@ -17,6 +17,7 @@ A failed judgement is missing: it is neither 0 nor a tie, it is in no mean, and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,12 @@ __all__ = ["Better", "Outcome", "Pairs", "Rubric", "family", "length_stratum", "
 Better = Literal["first", "second", "tie"]
 Outcome = Literal["a", "b", "tie", "missing"]
 STRATA = ("shorter", "alike", "longer")
+FAMILIES = {  # family → words in its models' names; a word of more than four letters may stand within another, as in CodeLlama
+    "claude": ("claude",), "deepseek": ("deepseek",), "gemini": ("gemini", "gemma"), "glm": ("glm", "chatglm"),
+    "gpt": ("gpt", "chatgpt", "davinci"), "llama": ("llama",),
+    "mistral": ("mistral", "mixtral", "ministral", "codestral", "magistral", "pixtral", "devstral"),
+    "phi": ("phi",), "qwen": ("qwen", "qwq", "qvq"), "yi": ("yi",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,19 @@ def length_stratum(a: str, b: str) -> str:
 
 
 def family(model: str) -> str:
-    """A model's family by its name: the letters before the first digit or mark, without owner; "org/Qwen2.5-7B" → "qwen"."""
+    """A model's family by its name, without owner: "org/Qwen2.5-7B" and "QwQ-32B" → "qwen", "Meta-Llama-3-8B" → "llama".
+
+    Of several families that a name tells of (a distilled model's), the first. A name that is not known is cut at its first
+    digit or mark; a name that its owner made up tells nothing.
+    """
     name = model.rpartition("/")[2].casefold()
+    if re.match(r"o\d", name):
+        return "gpt"
+    words = re.findall(r"[^\W\d_]+", name)
+    known = next((own for word in words for own, signs in FAMILIES.items() if any(_is_in(sign, word) for sign in signs)), None)
     head = name[: next((place for place, letter in enumerate(name) if not letter.isalpha()), len(name))]
-    return head or name
+    return known or head or name
+
+
+def _is_in(sign: str, word: str) -> bool:
+    return sign in word if len(sign) > 4 else sign == word

@@ -66,7 +66,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question. `relevant` holds passage ids, `grades` their graded relevance where a collection has it."""
+    """A question. `relevant` holds passage ids, `grades` their graded relevance where a collection has it.
+
+    Without `answers` it is open, unless it is said to be `unanswerable`: that no passage tells.
+    """
 
     id: str
     query: str
@@ -75,6 +78,7 @@ class Example:
     grades: Mapping[str, float] = field(default_factory=dict)
     history: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    unanswerable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

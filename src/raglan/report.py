@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raglan.answerable import kinds, kinds_text, uncomputed
 from raglan.artifact import MANIFEST
 from raglan.critique_tables import critique_tables
 from raglan.decode import tree_lines
+from raglan.domains import domain
 from raglan.errors import CheckpointError, require
-from raglan.evaluate import Evaluation, compare, compared_systems, domain, evaluation_folder, open_evaluation, spent
+from raglan.evaluate import Evaluation, compare, compared_systems, evaluation_folder, open_evaluation, spent
 from raglan.grid import Grid, open_grid
 from raglan.grid_tables import GridTable, grid_tables
-from raglan.judge import judgements_folder, open_judged
+from raglan.judge import NO_JUDGE, judgements_folder, lacks_judge, open_judged
 from raglan.metrics import Interval, exact_match
 from raglan.recipe import Recipe
 from raglan.seeds import over_seeds, seed_lines
@@ -40,7 +42,9 @@ NAMES = {
     "bleu1": "BLEU-1", "q_bleu1": "Q-BLEU-1",
     "distinct_1": "distinct words", "distinct_2": "distinct pairs", "distinct_3": "distinct trigrams",
     "match": "holds the answer", "str_em": "STR-EM", "char_3gram": "3-grams of letters", "macro_f1": "macro F1",
-    "declined": "answers that decline", "citation_validity": "valid citations", "citation_precision": "citation precision",
+    "declined": "answers that decline", "abstention_precision": "abstention precision",
+    "abstention_recall": "abstention recall", "abstention_f1": "abstention F1", "over_abstention": "over-abstention",
+    "hallucination": "hallucination", "citation_validity": "valid citations", "citation_precision": "citation precision",
     "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
     "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
     "outside": "answers in no passage", "right_outside": "right answers in no passage", "substring": "holds its letters",
@@ -51,7 +55,7 @@ TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1f9aa8", "#8a6d3b")
 DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
-LOWER_IS_BETTER = ("truncated", "unfinished")
+LOWER_IS_BETTER = ("truncated", "unfinished", "over_abstention", "hallucination")
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
 Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
 
@@ -103,11 +107,13 @@ def _section(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "summary": " ".join([_summary(manifest, before, after, differences), *_seeds(recipe, differences)]),
         "systems": [evaluation.system for evaluation in evaluations],
-        "tables": _tables(evaluations, differences),
+        "tables": _tables(evaluations, differences, _uncomputed(recipe, after)),
         "spent": _spent_table(recipe, evaluations),
+        "counted": bool(kinds_text(kinds(after.rows))),
         "curves": _curves(learning_curves(recipe)),
-        "further": _further(recipe, evaluations),
+        "further": robustness_tables(_robust(recipe)),
         "robustness": _robustness_plots(_robust(recipe)),
+        "judge": _judge(recipe, evaluations),
         "synthesis": synthesis_tables(recipe.synthesis.path) if recipe.synthesis is not None else [],
         "critique": judged,
         "sweep": _sweep(told) if (told := open_sweep(recipe)) is not None else None,
@@ -136,9 +142,13 @@ def _seeds(recipe: Recipe, differences: dict[str, Interval]) -> list[str]:
     return [f"{line[0].upper()}{line[1:]}." for line in seed_lines(over_seeds(recipe), name)] if differences else []
 
 
+def _uncomputed(recipe: Recipe, evaluation: Evaluation) -> list[str]:
+    return uncomputed(evaluation.rows, recipe.evaluate, evaluation.figures) if recipe.evaluate is not None else []
+
+
 def _domain(recipe: Recipe) -> dict[str, str]:
-    where = domain(recipe)
-    return {} if where is None or recipe.evaluate is None else {str(recipe.evaluate.dataset): where}
+    found = domain(recipe)
+    return {} if found is None else {found.dataset: str(found)}
 
 
 def _grid_section(recipe: Recipe, grid: Grid) -> dict[str, Any]:
@@ -188,13 +198,15 @@ def _robust(recipe: Recipe) -> list[Robustness]:
     return [open_robustness(folder) for folder in folders if (folder / MANIFEST).is_file()]
 
 
-def _further(recipe: Recipe, evaluations: Sequence[Evaluation]) -> list[GridTable]:
-    """Tables of robustness and of the judge, as far as they have been measured."""
-    tables = robustness_tables(_robust(recipe))
-    if recipe.evaluate is not None and recipe.evaluate.judge is not None:
-        folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
-        tables += judge_tables(open_judged(folder)) if (folder / MANIFEST).is_file() else []
-    return tables
+def _judge(recipe: Recipe, evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
+    """What the judge said as far as it has, or that there is none where one is missed."""
+    if recipe.evaluate is None or recipe.evaluate.judge is None:
+        return {"note": f"{NO_JUDGE}.", "tables": []} if lacks_judge(recipe, evaluations) else None
+    folder = judgements_folder(recipe, [evaluations[0], *evaluations[1:][-1:]])
+    if not (folder / MANIFEST).is_file():
+        return {"note": f"judge {recipe.evaluate.judge.endpoint.model}: no judgements of these answers yet.", "tables": []}
+    judged = open_judged(folder)
+    return {"note": " ".join(f"Warning: {warning}." for warning in judged.warnings), "tables": judge_tables(judged)}
 
 
 def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
@@ -257,7 +269,9 @@ def _evaluations(recipe: Recipe, *, needed: bool) -> list[Evaluation]:
 
 
 def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, differences: dict[str, Interval]) -> str:
-    told = f"{manifest['questions']} held-out questions, {manifest['k']} passages each from index “{manifest['index']}”."
+    of_kinds = kinds_text(kinds(after.rows))
+    asked = f"{manifest['questions']} held-out questions{' (' * bool(of_kinds)}{of_kinds}{')' * bool(of_kinds)}"
+    told = f"{asked}, {manifest['k']} passages each from index “{manifest['index']}”."
     name = next((f"retrieved/{metric}" for metric in HEADLINES if f"retrieved/{metric}" in differences), None)
     if name is not None:
         change = differences[name]
@@ -269,8 +283,11 @@ def _summary(manifest: dict[str, Any], before: Evaluation, after: Evaluation, di
     return told
 
 
-def _tables(evaluations: Sequence[Evaluation], differences: dict[str, Interval]) -> list[dict[str, Any]]:
-    names = list(evaluations[-1].figures)
+def _tables(
+    evaluations: Sequence[Evaluation], differences: dict[str, Interval], lacking: Sequence[str]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`lacking`: figures that were asked for and that no question has."""
+    names = [*evaluations[-1].figures, *lacking]
     groups = {"Retrieval": [name for name in names if "/" not in name]}
     for name in names:
         if "/" in name:
@@ -365,7 +382,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
         read = set(new["predictions"][mode]["passages"])
         found.append({
             "query": new["query"], "gold": new["answers"], "right": right,
-            "kind": "fixed" if right and not was_right else "right" if right else "broken" if was_right else "wrong",
+            "kind": "open" if _is_open(new) else _change(was_right, right),
             "before": old["predictions"].get(mode, {}).get("text", ""), "after": new["predictions"][mode]["text"],
             "passages": [
                 {**hit, "relevant": hit["id"] in new["relevant"]} for hit in new["hits"] if hit["id"] in read
@@ -376,8 +393,18 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
+def _change(was_right: bool, right: bool) -> str:
+    return ("right" if was_right else "fixed") if right else ("broken" if was_right else "wrong")
+
+
+def _is_open(row: dict[str, Any]) -> bool:
+    return not row["answers"] and not row.get("unanswerable")
+
+
 def _right(row: dict[str, Any], mode: str) -> bool:
-    """Whether an answer is the gold one: as it was measured, or else by exact match."""
+    """Whether an answer is the gold one: as it was measured, or else by exact match; or declines where it has to."""
+    if row.get("unanswerable"):
+        return row["figures"].get(f"{mode}/abstention_recall") == 1
     measured = [row["figures"][name] for metric in ("em", "accuracy") if (name := f"{mode}/{metric}") in row["figures"]]
     if measured:
         return measured[0] == 1

@@ -22,7 +22,7 @@ from raglan.recipe import MoneySettings
 if TYPE_CHECKING:
     from raglan.calls.journal import Intent
 
-__all__ = ["Entry", "Ledger", "Price", "cap_of", "dollars", "prompt_bound"]
+__all__ = ["Entry", "Ledger", "Price", "cap_of", "dollars", "lacks_cap", "prompt_bound"]
 
 PER_MESSAGE, HIDDEN = 16, 256
 
@@ -58,6 +58,12 @@ class Price:
 def cap_of(money: MoneySettings) -> int | None:
     """The cap in nano-dollars, rounded down."""
     return None if money.cap_usd is None else int(money.cap_usd * 10**9)
+
+
+def lacks_cap(money: MoneySettings, prices: Sequence[object] | None = None) -> bool:
+    """Whether calls cost money, and nothing says how much they may. `prices`: of all servers, where these have their own."""
+    asked = [money.price] if prices is None else prices
+    return money.cap_usd is None and any(price not in (None, "free") for price in asked)
 
 
 def dollars(nano: int) -> str:

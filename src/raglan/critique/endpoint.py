@@ -13,6 +13,7 @@ from pathlib import Path
 from raglan.artifact import fingerprint
 from raglan.calls import Ask, CallEngine, Outcome
 from raglan.calls.estimate import Estimate, estimate
+from raglan.calls.money import lacks_cap
 from raglan.critique.judgements import LABELS, Judgement, Reject, Template, Verdict, read_reply, reply_model
 from raglan.critique.teacher import Labelled, Teacher
 from raglan.errors import RecipeError
@@ -36,7 +37,7 @@ class EndpointLabels(Teacher):
         self, settings: EndpointSettings, templates: Mapping[JudgementKind, Template], folder: Path, *, money: MoneySettings,
         uncapped: bool = False,
     ):  # fmt: skip
-        if money.price not in (None, "free") and money.cap_usd is None and not uncapped:
+        if lacks_cap(money) and not uncapped:
             raise RecipeError(
                 "critique.money has a price and no cap_usd",
                 hint="say how much the labels may cost at most; --estimate tells what to expect, --yes goes without a cap",

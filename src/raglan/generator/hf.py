@@ -244,6 +244,8 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
         told: dict[str, Any] = {
             "model": self.settings.model, "lora": self.settings.lora, "vocabulary": self.settings.vocabulary,
         }  # fmt: skip
+        if self.settings.adapter is not None:
+            told["adapter"] = self.settings.adapter.model_dump(mode="json")
         if self.settings.vocabulary == "self_rag":
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
         if self.settings.overflow == "cut_left":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -65,5 +66,7 @@ class JudgeSettings(Settings):
     rubric: bool = Field(True, description="Score every system's answers from 1 to 5.")
     pairwise: bool = Field(True, description="Compare first and last system, in both orders.")
     mode: Literal["closed_book", "gold", "retrieved"] = Field("retrieved", description="Whose answers are judged.")
-    teacher: str | None = Field(None, description="The model that wrote training data: a judge of its family is warned of.")
-    labels: str | None = Field(None, description="Hand labels, a .csv with id, system and score (1 to 5), for κ.")
+    teacher: str | None = Field(
+        None, description="The model that wrote training data: a judge of its family is warned of, as of `synthesis.teacher`'s."
+    )
+    labels: Path | None = Field(None, description="Hand labels, a .csv with id, system and score (1 to 5), for κ.")

@@ -167,7 +167,7 @@ def _kept_out(sets: Sequence[EvaluationQuestions], missing: Sequence[str], near:
     """What says which examples leak: how near they may come, and the questions themselves, wherever their files are."""
     return {
         "near": near.model_dump(mode="json", exclude={"sets", "missing"}), "missing": sorted(missing),
-        "sets": {one.name: fingerprint([example_row(example) for example in one.examples]) for one in sets},
+        "sets": {one.name: fingerprint([{"answers": [], **example_row(example)} for example in one.examples]) for one in sets},
     }  # fmt: skip
 
 

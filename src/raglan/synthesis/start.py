@@ -22,6 +22,7 @@ from raglan.artifact import file_fingerprint, fingerprint
 from raglan.calls.estimate import SAMPLE, Estimate
 from raglan.calls.journal import Journal
 from raglan.dedupe import Embed
+from raglan.domains import source_name
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
@@ -186,7 +187,7 @@ def open_teacher(
     if asked.questions is not None:
         people = open_questions(recipe, base.corpus)
         inputs = {"questions": file_fingerprint(asked.questions)} if asked.questions.is_file() else {}
-        sources = {asked.questions.name.partition(".")[0]: str(asked.questions)}
+        sources = {source_name(asked.questions): str(asked.questions)}
         return Opened(people, make_plan(recipe), people.evidence, people.answers, people.ignores, inputs, sources)
     if isinstance(asked.teacher, OfflineTeacher):
         plan = plan or make_plan(recipe, cannot=CANNOT)

@@ -17,7 +17,7 @@ from typing import Any
 from raglan.calls import CallEngine
 from raglan.calls.estimate import Estimate
 from raglan.calls.journal import Journal
-from raglan.calls.money import dollars
+from raglan.calls.money import dollars, lacks_cap
 from raglan.corpus import Corpus
 from raglan.errors import RecipeError
 from raglan.recipe import EndpointSettings, Recipe, SynthesisSettings
@@ -48,7 +48,7 @@ def open_endpoint(
 
 def check_consent(settings: SynthesisSettings, prices: Sequence[object], *, yes: bool) -> None:
     """Raises RecipeError where calls cost money, one of `prices`, and nobody said how much they may."""
-    if any(price not in (None, "free") for price in prices) and settings.money.cap_usd is None and not yes:
+    if lacks_cap(settings.money, prices) and not yes:
         raise RecipeError(
             "calls have a price, and synthesis.money has no cap_usd",
             hint="--dry-run runs and pays 24 cells and tells what all will cost; then set a cap, or say --yes",
