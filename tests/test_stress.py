@@ -27,7 +27,8 @@ from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSett
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.report import _robustness_plots
 from raglan.seeds import over_seeds, seed_lines
-from raglan.stress import ALONE, CLEAN, Robustness, conditions, draw_prompts, evaluate_robustness, summarise_conditions
+from raglan.stress import Robustness, conditions, draw_prompts, evaluate_robustness
+from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 from raglan.stress_tables import (
     abstention_shares,
     distractor_points,
@@ -37,7 +38,7 @@ from raglan.stress_tables import (
     robustness_tables,
 )
 from raglan.train import train
-from tiny import small_recipe
+from tiny import gpt2, small_recipe
 
 runner = CliRunner()
 BARE = RAG(None, None, ConcatDecode(), 1)  # type: ignore[arg-type]  # nothing of it but the decoding is looked at
@@ -136,6 +137,35 @@ def test_a_measurement_is_not_made_twice_and_the_report_draws_it(recipe: Path, m
     assert [x for x, _ in noise_points(system, gold=True)["hard"]] == [0, 0.5, 1]
     assert [x for x, _ in noise_points(system, gold=False)["random"]] == [0, 0.5, 1]
     assert all(len(row) == len(table.head) for table in robustness_tables([system]) for row in table.rows)
+
+
+def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """Room for two passages of three: the third is left out of row and figures; without gold the condition is missing."""
+    generator = gpt2(tmp_path)
+    asks = "{noise: [counterfactual], ratios: [0, 1], gold: [present], distractors: [2], orders: 2, retrievers: []}"
+    changes = [f"generator={{model: {generator}, dtype: float32}}", "prompt={whole_passages: true, max_tokens: 140}",
+               f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}", "evaluate.metrics=[em, citations]"]  # fmt: skip
+    told = load_recipe(recipe, changes)
+    (system,) = evaluate_robustness(told)
+    rows = [json.loads(line) for line in (system.folder / "answers.jsonl").read_text().splitlines()]
+    lost = [name for row in rows for name in row["lost"]]
+    assert {CLEAN} <= set(lost) <= {CLEAN, "noise/counterfactual/present/1", "distractors/counterfactual/2", "conflict/1"}
+    for row in rows:
+        assert not set(row["lost"]) & set(row["conditions"])
+        for own in row["lost"].values():
+            assert set(own["dropped"]) == {own["gold"]}
+        for name, own in row["conditions"].items():
+            assert len(own["passages"]) <= 2
+            assert own["figures"]["truncated"] == float(bool(own["figures"]["dropped"]))
+            assert [slot["passage"] for slot in own.get("slots", [])] == (own["passages"] if "slots" in own else []), name
+            false = [slot for slot in own.get("slots", []) if slot["value"]]
+            assert (own["figures"]["follow"] is not None) == bool(false)
+    assert system.missing[CLEAN] == lost.count(CLEAN) / len(rows) > 0
+    assert system.figures["order/0"]["dropped"].mean == pytest.approx(1 / 3)
+    assert "passages left out" in robustness_tables([system])[0].head
+    (evaluation,) = evaluate_recipe(told)
+    assert evaluation.figures["retrieved/dropped"].mean == pytest.approx(1 / 3)
+    assert all(len(row["predictions"]["retrieved"]["passages"]) == 2 for row in evaluation.rows)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +400,7 @@ def test_figures_of_citations_and_quotes_are_in_the_evaluation() -> None:
     told = {name.removeprefix("retrieved/"): value for name, value in row["figures"].items()}
     assert told == {
         "em": 0, "match": 1, "declined": 0, "str_em": 0.5, "citation_validity": 0.5, "citation_precision": 0.5,
-        "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0,
+        "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0, "dropped": 0,
     }  # fmt: skip
 
 

@@ -228,6 +228,7 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
+    measured = {name: own for name, own in measured.items() if not name.endswith("/dropped") or any(own)}  # some were left out
     figures = {name: bootstrap(column) for name, column in measured.items() if column}
     for name in (name for name in figures if name.rpartition("/")[2] in settings.metrics and constant(measured[name])):
         log.warning("%s is %g for every question; look at predictions.jsonl", name, measured[name][0])
@@ -390,21 +391,24 @@ def _add_reading(
     settings: EvaluateSettings,
     measures: Measures,
 ) -> None:
+    shown = answer.read if answer.trace is None else tuple(given)
     row["predictions"][mode] = {
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
-        "passages": [hit.passage.id for hit in given],
+        "passages": [hit.passage.id for hit in shown],
     }  # fmt: skip
+    row["predictions"][mode] |= {"dropped": [hit.passage.id for hit in answer.dropped]} if answer.dropped else {}
     figures: dict[str, float] = {}
-    if "citations" in settings.metrics and given:
-        gold = [number for number, hit in enumerate(given, 1) if hit.passage.id in example.relevant]
-        figures |= citation_figures(marks(answer.text), len(given), good=gold, needed=gold)
-    if "quotes" in settings.metrics and given:
-        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in given]
+    if "citations" in settings.metrics and shown:
+        gold = [number for number, hit in enumerate(shown, 1) if hit.passage.id in example.relevant]
+        figures |= citation_figures(marks(answer.text), len(shown), good=gold, needed=gold)
+    if "quotes" in settings.metrics and shown:
+        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in shown]
         figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
     if "bleu1" in settings.metrics and settings.answers_are != "regex":
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures |= {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
+    figures |= {"dropped": len(answer.dropped) / len(found)} if (found := {*answer.hits, *answer.dropped}) else {}
     if answer.trace is not None:  # Self-RAG says itself what it read
         row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
         read = [f"{hit.passage.title}\n{hit.passage.text}" for hit in answer.hits]

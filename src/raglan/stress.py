@@ -14,10 +14,10 @@
     retriever/INDEX          the best passages of every index in turn
 
 Passages are made by `perturb`, behind its guard, once, from the first system's search; all systems read the same ones, and gold
-stands at the same place whatever the kind. A question without gold passages, or for which there is too little noise of a kind,
-is missing under that condition, and the share of these stands beside every figure. Intervals draw whole documents, since
-questions about one passage fail together. Deltas are paired by question: noise against clean, distractors and conflict against
-gold alone, orders against the search's, retrievers against the recipe's own.
+stands at the same place whatever the kind. A question without gold passages, for which there is too little noise of a kind, or
+whose gold found no room in the prompt, is missing under that condition, and the share of these stands beside every figure.
+Intervals draw whole documents, since questions about one passage fail together. Deltas are paired by question: noise against
+clean, distractors and conflicts against gold alone, orders against the search's, retrievers against the recipe's own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from raglan.data import choices_of, load_examples
 from raglan.decode import CHOOSES, NEEDS_PRIOR
 from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compared_systems, system_fingerprint
-from raglan.metrics import Interval, answer_recall, bootstraps, exact_match, f1, regex_match, regex_recall
+from raglan.metrics import Interval, answer_recall, exact_match, f1, regex_match, regex_recall
 from raglan.perturb import (
     Frequencies,
     Guard,
@@ -59,11 +59,11 @@ from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.refusals import abstained
-from raglan.robustness import abstention, citation_figures, constant, disagreement, flipped, follows, marks
+from raglan.robustness import citation_figures, follows, marks
 from raglan.stages import Parts
+from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 
 __all__ = [
-    "CLEAN",
     "Condition",
     "Robustness",
     "conditions",
@@ -71,16 +71,11 @@ __all__ = [
     "evaluate_robustness",
     "open_robustness",
     "robustness_folder",
-    "summarise_conditions",
 ]
 
 log = logging.getLogger(__name__)
 KIND = "robustness"
-CLEAN, ALONE = "clean", "distractors/0"
-FIGURES = (
-    "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
-    "citation_recall", "truncated", "unfinished", "tokens",
-)  # fmt: skip
+FORM = 2  # of what is measured: what another form measured is measured again
 MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
 WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
 COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
@@ -158,7 +153,7 @@ def robustness_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
     asked = None if settings.robustness is None else settings.robustness.model_dump(mode="json")
     first = compared_systems(recipe)[0][1]  # its search gives the noise
     named = [system_fingerprint(recipe, settings, one) for one in (parts, first)]
-    return recipe.run / "robustness" / f"{name}-{fingerprint([*named, asked])[:8]}"
+    return recipe.run / "robustness" / f"{name}-{fingerprint([*named, asked, FORM])[:8]}"
 
 
 def open_robustness(folder: Path) -> Robustness:
@@ -311,8 +306,8 @@ def _measure(
     examples = _examples(recipe, settings, system.retriever.base.corpus)
     indexes = _indexes(system, asked)
     seconds: dict[str, float] = {}
-    rows = [
-        {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}}
+    rows: list[dict[str, Any]] = [
+        {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}, "lost": {}}
         for e in examples
     ]
     for condition, given in chain(
@@ -327,9 +322,11 @@ def _measure(
         answers = _read(system, [examples[place] for place in given], list(given.values()))
         seconds[condition] = round((time.monotonic() - began) / len(given), 4)
         for (place, hits), answer in zip(given.items(), answers, strict=True):
-            rows[place]["conditions"][condition] = _row(  # type: ignore[index]
-                examples[place], answer, hits, prompts[examples[place].id].get(condition, ()), settings, asked
-            )
+            slots = prompts[examples[place].id].get(condition, ())
+            if gold := _lost(slots, answer):
+                rows[place]["lost"][condition] = {"gold": gold, "dropped": [hit.passage.id for hit in answer.dropped]}
+            else:
+                rows[place]["conditions"][condition] = _row(examples[place], answer, hits, slots, settings, asked)
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     figures = summarise_conditions(rows, own=f"retriever/{system.retriever.name}", seed=recipe.seed)
@@ -424,12 +421,21 @@ def _retrieved(
         yield f"retriever/{index}", dict(enumerate(map(list, found)))
 
 
+def _lost(slots: Sequence[Slot], answer: Answer) -> str:
+    """A gold passage of the prompt that found no room in it, so that it is another condition."""
+    dropped = {hit.passage.id for hit in answer.dropped}
+    return next((slot.passage.id for slot in slots if slot.role == "gold" and slot.passage.id in dropped), "")
+
+
 def _row(
-    example: Example, answer: Answer, hits: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
+    example: Example, answer: Answer, given: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
     asked: RobustnessSettings,
 ) -> dict[str, Any]:  # fmt: skip
-    """One answer. `slots`: the records of the passages, where `perturb` put them there."""
+    """One answer, with what it was read from. `slots`: the records of the passages, where `perturb` put them there."""
     regex = settings.answers_are == "regex"
+    hits = answer.read if answer.trace is None else given
+    found = {*answer.hits, *answer.dropped}
+    slots = [slot for slot in slots if slot.passage.id in {hit.passage.id for hit in hits}]
     gold = [number for number, hit in enumerate(hits, 1) if hit.passage.id in example.relevant]
     good = [number for number, slot in enumerate(slots, 1) if slot.role != "noise"]
     own = marks(answer.text)
@@ -443,6 +449,7 @@ def _row(
         "citation_precision": cited["citation_precision"],
         "citation_recall": cited["citation_recall"] if own else math.nan,
         "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
+        "dropped": len(answer.dropped) / len(found) if found else math.nan,
         "tokens": float(len(answer.ids)) if answer.ids else math.nan,  # some decodings do not say
     }  # fmt: skip
     told: dict[str, Any] = {"text": answer.text, "passages": [hit.passage.id for hit in hits]}
@@ -459,92 +466,3 @@ def _right(text: str, example: Example, correct: str, *, regex: bool) -> float:
     if correct == "em":
         return regex_match(text, example.answers) if regex else exact_match(text, example.answers)
     return regex_recall([text], example.answers) if regex else answer_recall([text], example.answers)
-
-
-def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: int = 0) -> dict[str, Any]:
-    """Figures of all rows by condition; `own` is the condition that other retrievers are compared with.
-
-    Returns:
-        figures, missing, abstention, orders, retrievers, as `Robustness` has them.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row["conditions"]))
-    columns = {(name, figure): _column(rows, name, figure) for name in names for figure in FIGURES}
-    for name in names:
-        base = _base(name, own)
-        follow = columns[name, "follow"]
-        columns[name, "follow_of_right"] = _where(follow, [value == 1 for value in columns.get((base, "right"), ())])
-        settled = [row["conditions"].get(name, {}).get("decidable", True) for row in rows]
-        columns[name, "follow_majority"] = _where(follow, settled)
-        columns[name, "follow_conflict"] = _where(follow, [not yes for yes in settled])
-        if name != base and base in names:
-            before = columns[base, "right"]
-            columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
-    if alike := [name for name in names if constant(columns[name, "right"])]:
-        log.warning("every answer is alike right or wrong under %s; look at answers.jsonl", ", ".join(alike))
-    columns |= {("order", figure): column for figure, column in _orders(rows, names).items()}
-    there = {"\t".join(key): column for key, column in columns.items() if not all(map(math.isnan, column))}
-    figures: dict[str, dict[str, Interval]] = {name: {} for name in (*names, "order")}
-    for key, value in bootstraps(there, groups=[row["group"] for row in rows], seed=seed).items():
-        name, _, figure = key.partition("\t")
-        figures[name][figure] = value
-    missing = {name: sum(name not in row["conditions"] for row in rows) / len(rows) for name in names}
-    orders = figures.pop("order")
-    return {
-        "figures": figures,
-        "missing": missing,
-        "abstention": _abstention(rows, names),
-        "orders": orders,
-        "retrievers": _spread(figures, own),
-    }
-
-
-def _base(name: str, own: str) -> str:
-    """What a condition is compared with."""
-    form = name.partition("/")[0]
-    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE}.get(form, CLEAN)
-
-
-def _where(values: Sequence[float], kept: Sequence[bool]) -> list[float]:
-    return [value if keep else math.nan for value, keep in zip(values, kept or [False] * len(values), strict=True)]
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[float]:
-    """A figure question by question; NaN where it does not apply or the condition is missing."""
-    values = [row["conditions"].get(name, {}).get("figures", {}).get(figure) for row in rows]
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of every kind and amount of noise: gold present is answerable, gold absent is not."""
-    found: dict[str, dict[str, float]] = {}
-    for absent in (name for name in names if "/absent/" in name):
-        _, kind, _, count = absent.split("/")
-        present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"  # the amount is a ratio
-        if present not in names:
-            continue
-        asked = [(value, True) for value in _column(rows, present, "declined")]
-        asked += [(value, False) for value in _column(rows, absent, "declined")]
-        kept = [(bool(value), can) for value, can in asked if not math.isnan(value)]
-        rates = abstention([value for value, _ in kept], [can for _, can in kept])
-        told = "none" if count == "0" else f"{kind}/{count}"
-        found[told] = {name: value for name, value in rates.items() if not math.isnan(value)}
-    return found
-
-
-def _orders(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
-    """Flip and disagreement of every question."""
-    orders = [_column(rows, name, "right") for name in names if name.startswith("order/")]
-    if not orders:
-        return {}
-    right = [[bool(value) for value in own if not math.isnan(value)] for own in zip(*orders, strict=True)]
-    return {"flip": [flipped(own) for own in right], "disagreement": [disagreement(own) for own in right]}
-
-
-def _spread(figures: Mapping[str, Mapping[str, Interval]], own: str) -> dict[str, Any]:
-    means = {
-        name.removeprefix("retriever/"): own["right"].mean for name, own in figures.items() if name.startswith("retriever/")
-    }
-    if not means:
-        return {}
-    worst = min(means, key=lambda name: means[name])
-    return {"own": own.removeprefix("retriever/"), "worst": worst, "spread": max(means.values()) - means[worst]}

@@ -14,7 +14,8 @@ from raglan.grid_tables import GridTable
 from raglan.judge import Judged
 from raglan.judging import Pairs
 from raglan.metrics import Interval
-from raglan.stress import ALONE, CLEAN, Robustness
+from raglan.stress import Robustness
+from raglan.stress_figures import ALONE, CLEAN
 
 __all__ = [
     "abstention_shares",
@@ -40,6 +41,7 @@ SHOWN = (
     "citation_precision",
     "citation_recall",
     "truncated",
+    "dropped",
     "unfinished",
     "tokens",
 )
@@ -47,7 +49,8 @@ HEADS = {
     "right": "right", "delta": "against clean", "f1": "F1", "declined": "declined", "follow": "followed",
     "follow_of_right": "followed, of right", "follow_majority": "followed, truth in majority",
     "follow_conflict": "followed, one against one", "citation_precision": "citation precision",
-    "citation_recall": "citation recall", "truncated": "prompts cut", "unfinished": "answers cut off", "tokens": "tokens",
+    "citation_recall": "citation recall", "truncated": "prompts cut", "dropped": "passages left out",
+    "unfinished": "answers cut off", "tokens": "tokens",
 }  # fmt: skip
 RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "over_abstention", "hallucination")
 
