@@ -70,6 +70,7 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
     told = measured["robustness"]["untuned"]
     names = ["clean", "noise/hard/present/1", "noise/random/present/0.5", "noise/none/absent/0", "noise/hard/absent/1",
              "noise/random/absent/0.5", "noise/counterfactual/present/0.5", "distractors/0", "distractors/hard/2", "conflict/1",
+             "majority/1",
              "distractors/random/2", "distractors/counterfactual/2",
              "order/0", "order/3", "retriever/bm25", "retriever/dense", "retriever/hybrid"]  # fmt: skip
     assert set(names) <= set(told["conditions"])
@@ -98,11 +99,18 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
         assert places == {own[CLEAN]["passages"].index(gold)}, "gold stands where it stood"
         false = own["conflict/1"]
         assert [len(false["passages"]), false["decidable"], len(false["made"])] == [2, False, 1]
+        assert [false["sides"]["true"], list(false["sides"]["false"].values())] == [1, [1]]
+        outnumbered = own["majority/1"]
+        assert len(outnumbered["slots"]) == 3
+        assert [outnumbered["sides"]["true"], list(outnumbered["sides"]["false"].values())] == [2, [1]]
         (text,) = [made["text"] for made in false["made"].values()]
         assert not answer_recall([text], row["answers"])
         assert own["order/0"]["passages"] == own["retriever/hybrid"]["passages"]
         assert len({tuple(own[f"order/{number}"]["passages"]) for number in range(4)}) == 4
     assert {"follow", "follow_conflict"} <= set(told["conditions"]["conflict/1"])
+    assert "follow_majority" not in told["conditions"]["conflict/1"]
+    assert told["conditions"]["majority/1"]["follow_majority"]["n"] == 6
+    assert not any("follow_conflict" in own for name, own in told["conditions"].items() if "counterfactual/2" in name)
     assert told["retrievers"] == {"own": "hybrid", "worst": told["retrievers"]["worst"], "unseen": ["bm25"],
                                   "spread": pytest.approx(told["retrievers"]["spread"])}  # fmt: skip
     assert {"mean", "low", "high", "n"} == set(told["conditions"]["noise/hard/present/1"]["delta"])
@@ -149,7 +157,7 @@ def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: 
     (system,) = evaluate_robustness(told)
     rows = [json.loads(line) for line in (system.folder / "answers.jsonl").read_text().splitlines()]
     lost = [name for row in rows for name in row["lost"]]
-    assert {CLEAN} <= set(lost) <= {CLEAN, "noise/counterfactual/present/1", "distractors/counterfactual/2", "conflict/1"}
+    assert {CLEAN} <= set(lost) <= {CLEAN, "noise/counterfactual/present/1", "distractors/counterfactual/2", "majority/1"}
     for row in rows:
         assert not set(row["lost"]) & set(row["conditions"])
         for own in row["lost"].values():
@@ -199,7 +207,8 @@ def test_conditions_are_each_there_once() -> None:
     one = conditions(RobustnessSettings(noise=("hard", "random"), distractors=(2,), distractor_kinds=("hard",)))
     assert [condition.name for condition in one if condition.form == "distractors"] == [ALONE, "distractors/hard/2"]
     made = conditions(RobustnessSettings(noise=("counterfactual",), ratios=(0.5,), distractors=()))
-    assert [condition.name for condition in made] == [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1"]
+    names = [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1", "majority/1"]
+    assert [condition.name for condition in made] == names
     bare = conditions(RobustnessSettings(noise=(), distractors=()))
     assert [condition.name for condition in bare] == [CLEAN]
 
@@ -230,6 +239,22 @@ def test_noise_is_guarded_and_too_little_of_it_is_missing(tmp_path: Path) -> Non
     assert not {"also", "copy"} & {slot.passage.id for slot in drawn["q"]["distractors/hard/2"]}
     assert {slot.kind for slot in drawn["r"]["distractors/other_gold/1"]} == {"gold", "other_gold"}
     assert drawn == draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
+
+
+def test_the_second_voice_for_the_truth_is_another_document_where_the_search_found_one(tmp_path: Path) -> None:
+    texts = {"gold": "The mill was built in 1873. It has two wheels.", "next": "The mill that was built in 1873 burned.",
+             "also": "In the year 1873 a mill was built.", "rain": "Rain fell."}  # fmt: skip
+    write_corpus(tmp_path, [Passage(n, text, "", "d" if n in ("gold", "next") else n) for n, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(len(corpus))]
+    settings = RobustnessSettings(noise=("counterfactual",), ratios=(0,), distractors=())
+    example = Example("q", "In which year was the mill built?", ("1873",), ("gold",))
+    for found, role in ((hits, "support"), (hits[:2], "redundant")):
+        slots = draw_prompts([example], [found], corpus, settings, k=2, seed=0)["q"]["majority/1"]
+        assert sorted((slot.role, slot.kind) for slot in slots) == sorted(
+            [("gold", "gold"), ("noise", "counterfactual"), (role, "retrieved" if role == "support" else "near_duplicate")]
+        )
+        assert ("also" in {slot.passage.id for slot in slots}) == (role == "support"), "one document is one voice"
 
 
 def test_answers_that_are_patterns_are_guarded_by_whether_they_fit(tmp_path: Path) -> None:
@@ -313,12 +338,13 @@ def test_orders_and_retrievers_of_plain_rows() -> None:
 
 def test_a_false_value_is_followed_by_those_who_knew_better() -> None:
     rows = rows_of({"distractors/0": [1.0, 1.0, 0.0, 0.0], "conflict/1": [0.0, 1.0, 0.0, 0.0]})
-    for row, (followed, settled) in zip(rows, [(1.0, False), (0.0, True), (1.0, False), (0.0, False)], strict=True):
+    sides = [(1, {"1874": 1}), (2, {"1874": 1}), (1, {"1874": 1}), (1, {"1874": 2})]
+    for row, followed, (true, false) in zip(rows, (1.0, 0.0, 0.0, 1.0), sides, strict=True):
         row["conditions"]["conflict/1"]["figures"]["follow"] = followed
-        row["conditions"]["conflict/1"]["decidable"] = settled
+        row["conditions"]["conflict/1"]["sides"] = {"true": true, "false": false}
     own = summarise_conditions(rows, own="")["figures"]["conflict/1"]
     means = {name: own[name].mean for name in ("follow", "follow_of_right", "follow_conflict", "follow_majority", "delta")}
-    expected = {"follow": 0.5, "follow_of_right": 0.5, "follow_conflict": 2 / 3, "follow_majority": 0, "delta": -0.25}
+    expected = {"follow": 0.5, "follow_of_right": 0.5, "follow_conflict": 1 / 2, "follow_majority": 0, "delta": -0.25}
     assert means == pytest.approx(expected)
 
 

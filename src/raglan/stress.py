@@ -10,6 +10,7 @@
     distractors/0            gold alone
     distractors/KIND/n       gold, and n passages of one kind of noise beside it
     conflict/1               one gold passage against one that says something else instead
+    majority/1               gold and a second passage that answers, against one that says something else
     order/i                  the retrieved passages, as they came (0) and in other permutations
     retriever/INDEX          the best passages of every index in turn
 
@@ -53,6 +54,8 @@ from raglan.perturb import (
     gold_slots,
     neighbours,
     orders,
+    second_voice,
+    sides,
     sweep,
 )
 from raglan.rag import RAG
@@ -86,7 +89,7 @@ Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id â†’ condition â†
 class Condition:
     """What noise a prompt holds: a share of its hits (`noise`), so many passages (`distractors`), or a contradiction."""
 
-    form: Literal["noise", "distractors", "conflict"]
+    form: Literal["noise", "distractors", "conflict", "majority"]
     kind: NoiseKind | None = None
     gold: bool = True
     amount: Fraction = Fraction(0)
@@ -96,8 +99,8 @@ class Condition:
         amount = f"{float(self.amount):g}"
         if self.form == "distractors":
             return f"distractors/{self.kind}/{amount}" if self.kind else ALONE
-        if self.form == "conflict":
-            return f"conflict/{amount}"
+        if self.form in ("conflict", "majority"):
+            return f"{self.form}/{amount}"
         return (
             CLEAN
             if self.gold and not self.amount
@@ -175,7 +178,8 @@ def conditions(settings: RobustnessSettings) -> list[Condition]:
                 continue
             ratios = [Fraction(str(ratio)) for ratio in settings.ratios]
             found += [Condition("noise", kind if ratio else None, gold == "present", ratio) for ratio in ratios]
-    conflict = [Condition("conflict", "counterfactual", amount=Fraction(1))] if "counterfactual" in settings.noise else []
+    forms: tuple[Literal["conflict", "majority"], ...] = ("conflict", "majority") if "counterfactual" in settings.noise else ()
+    conflict = [Condition(form, "counterfactual", amount=Fraction(1)) for form in forms]
     found += [Condition("distractors")] if settings.distractors or conflict else []
     beside = settings.noise if settings.distractor_kinds is None else settings.distractor_kinds
     counts = [Fraction(count) for count in settings.distractors if count]
@@ -231,7 +235,12 @@ def _slots(
                 example, hits, gold=gold, kind=condition.kind or "hard", ratio=condition.amount,
                 gold_absent=not condition.gold, sources=sources, guard=guard, seed=seed,
             )  # fmt: skip
-        placed = gold_slots(gold[:1] if condition.form == "conflict" else gold)
+        placed = gold_slots(gold if condition.form == "distractors" else gold[:1])
+        if condition.form == "majority":
+            second = second_voice(example, gold, sources=sources, guard=guard, seed=seed)
+            if second is None:
+                return None
+            placed = (*placed, second)
         return fill(
             example, placed, kinds=[str(condition.kind)] * int(condition.amount), gold=gold, sources=sources, guard=guard,
             seed=seed, conflict=condition.kind == "counterfactual", found="replace", fallback=(),
@@ -457,6 +466,7 @@ def _row(
         made = [slot for slot in slots if slot.origin == "made"]
         told |= {
             "slots": [slot.record() for slot in slots], "decidable": decidable(slots),
+            "sides": dict(zip(("true", "false"), sides(slots), strict=True)),
             "made": {slot.passage.id: {"title": slot.passage.title, "text": slot.passage.text} for slot in made},
         }  # fmt: skip
     return told | {"figures": {name: None if math.isnan(value) else value for name, value in figures.items()}}

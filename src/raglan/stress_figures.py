@@ -36,9 +36,9 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
         base = _base(name, own)
         follow = columns[name, "follow"]
         columns[name, "follow_of_right"] = _where(follow, [value == 1 for value in columns.get((base, "right"), ())])
-        settled = [row["conditions"].get(name, {}).get("decidable", True) for row in rows]
-        columns[name, "follow_majority"] = _where(follow, settled)
-        columns[name, "follow_conflict"] = _where(follow, [not yes for yes in settled])
+        told = [_sides(row["conditions"].get(name, {})) for row in rows]
+        columns[name, "follow_majority"] = _where(follow, [true > max(false, default=0) for true, false in told])
+        columns[name, "follow_conflict"] = _where(follow, [(true, false) == (1, [1]) for true, false in told])
         if name != base and base in names:
             before = columns[base, "right"]
             columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
@@ -66,7 +66,13 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
 def _base(name: str, own: str) -> str:
     """What a condition is compared with."""
     form = name.partition("/")[0]
-    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE}.get(form, CLEAN)
+    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE, "majority": ALONE}.get(form, CLEAN)
+
+
+def _sides(answered: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """Passages that say the truth, and those behind each false value."""
+    sides = answered.get("sides", {"true": 0, "false": {}})
+    return sides["true"], list(sides["false"].values())
 
 
 def _where(values: Sequence[float], kept: Sequence[bool]) -> list[float]:

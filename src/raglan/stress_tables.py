@@ -126,7 +126,7 @@ def _noise_label(noise: str) -> str:
 
 
 def _tables(system: Robustness) -> list[GridTable]:
-    noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict")]
+    noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict", "majority")]
     orders = [name for name in system.figures if name.startswith("order/")]
     indexes = [name for name in system.figures if name.startswith("retriever/")]
     flips = "; ".join(f"{name} {_cell(value)}" for name, value in system.orders.items())
@@ -175,6 +175,8 @@ def _label(name: str, system: Robustness) -> str:
         return "gold alone" if name == ALONE else f"gold alone + {part[2]} {part[1].replace('_', ' ')}"
     if part[0] == "conflict":
         return "one gold against one false"
+    if part[0] == "majority":
+        return "two that answer against one false"
     share = "hits" if part[1] == "none" else _noise_label(f"{part[1]}/{part[3]}")
     return f"gold, {share}" if part[2] == "present" else f"no gold, {share}"
 

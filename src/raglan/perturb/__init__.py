@@ -20,7 +20,9 @@ from raglan.perturb.fill import (
     fill,
     neighbours,
     readings,
+    second_voice,
     shown_answers,
+    sides,
     sweep,
 )
 from raglan.perturb.guard import Frequencies, Guard, Judge, held
@@ -56,7 +58,9 @@ __all__ = [
     "neighbours",
     "orders",
     "readings",
+    "second_voice",
     "shown_answers",
+    "sides",
     "swap",
     "sweep",
     "value_type",
