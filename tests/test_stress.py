@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from fault_server import KEY, Fault, FaultServer, Request, say
+from raglan.cited import Cited
 from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, CorpusError, RecipeError
@@ -27,7 +28,7 @@ from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSett
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.report import _robustness_plots
 from raglan.seeds import over_seeds, seed_lines
-from raglan.stress import Robustness, conditions, draw_prompts, evaluate_robustness
+from raglan.stress import Robustness, _row, conditions, draw_prompts, evaluate_robustness
 from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 from raglan.stress_tables import (
     abstention_shares,
@@ -35,6 +36,7 @@ from raglan.stress_tables import (
     noise_points,
     order_shares,
     retriever_shares,
+    robustness_summary,
     robustness_tables,
 )
 from raglan.train import train
@@ -181,13 +183,36 @@ def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: 
     [
         ("evaluate.robustness={retrievers: [bm52]}", "bm52"),
         ("evaluate.robustness=null", "measures no robustness"),
-        ("evaluate.questions=bare.jsonl", "both answers and relevant"),
+        ("evaluate={questions: bare.jsonl, robustness: {orders: 0, retrievers: []}}", "both answers and relevant"),
     ],
 )
 def test_faults_are_told(recipe: Path, change: str, words: str) -> None:
     (recipe.parent / "bare.jsonl").write_text('{"id": "x", "query": "who built it", "answers": ["bob"]}\n')
     with pytest.raises(RecipeError, match=words):
         evaluate_robustness(load_recipe(recipe, [change.replace("bare", str(recipe.parent / "bare"))]))
+
+
+def test_orders_and_retrievers_need_no_gold(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """Answers alone: what needs gold is missing for all, and said to be; nothing else is, with noise asked for and without."""
+    rows = [json.loads(line) for line in (recipe.parent / "dev.jsonl").read_text().splitlines()[:4]]
+    bare = [json.dumps({name: row[name] for name in ("id", "query", "answers")}) for row in rows]
+    (tmp_path / "bare.jsonl").write_text("\n".join(bare))
+    for noise, counts in (("[]", "[]"), ("[hard]", "[2]")):
+        asks = f"{{noise: {noise}, distractors: {counts}, ratios: [0, 1], orders: 2}}"
+        changes = [f"evaluate.questions={tmp_path / 'bare.jsonl'}", f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}"]
+        (system,) = evaluate_robustness(load_recipe(recipe, changes))
+        there = {"order/0", "order/1", "retriever/hybrid", "retriever/bm25", "retriever/dense"}
+        assert set(system.figures) == there
+        assert {name for name, share in system.missing.items() if share == 0} == there
+        hard = {ALONE, "distractors/hard/2", "noise/hard/present/1", "noise/hard/absent/1", "noise/none/absent/0"}
+        lacking = {CLEAN} if noise == "[]" else {CLEAN} | hard
+        assert {name for name, share in system.missing.items() if share == 1} == lacking
+        assert set(system.orders) == {"flip", "disagreement"}
+        shown = {row[0]: row[-1] for table in robustness_tables([system]) for row in table.rows}
+        assert (shown["clean: gold and hits"], shown["as retrieved"]) == ("100.0", "0.0")
+        told = robustness_summary([system])["untuned"]["conditions"]
+        assert told[CLEAN] == {"missing": 1.0, "seconds": None}
+        assert told["order/1"]["right"]["n"] == 4
 
 
 @pytest.mark.parametrize(
@@ -422,12 +447,42 @@ def test_figures_of_citations_and_quotes_are_in_the_evaluation() -> None:
     hits = [Hit(Passage(f"p{n}", text), n, 1.0, n + 1) for n, text in enumerate(["Other text.", "Built in 1873."])]
     row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
     answer = Answer("When?", 'It says "Built in 1873" [2] [3].', 0.0, True, tuple(hits))
-    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE))
+    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE), Cited([]))
     told = {name.removeprefix("retrieved/"): value for name, value in row["figures"].items()}
     assert told == {
         "em": 0, "match": 1, "declined": 0, "str_em": 0.5, "citation_validity": 0.5, "citation_precision": 0.5,
         "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0, "dropped": 0,
     }  # fmt: skip
+
+
+def test_what_is_not_known_of_citations_and_quotes_is_no_zero(tmp_path: Path) -> None:
+    """Without `relevant` nobody knows what may be cited; with it, a passage that holds the answer may be, too."""
+    texts = {"p0": "Rain fell.", "p1": "Ann Moor built the mill.", "p2": "The mill is the work of Ann Moor."}
+    write_corpus(tmp_path, [Passage(name, text, "", name) for name, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(3)]
+    settings = EvaluateSettings(questions=Path("q.jsonl"), metrics=("citations", "quotes"))
+    cited = Cited(corpus)
+
+    def figures(text: str, relevant: tuple[str, ...], answers: tuple[str, ...] = ("Ann Moor",)) -> dict[str, Any]:
+        row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
+        example = Example("q", "Who built the mill?", answers, relevant)
+        _add_reading(row, "gold", example, Answer("q", text, 0.0, True, tuple(hits)), hits, settings, {}, cited)
+        told = {name.removeprefix("gold/"): value for name, value in row["figures"].items()}
+        robust = _row(example, Answer("q", text, 0.0, True, tuple(hits)), hits, (), settings, RobustnessSettings(), cited)
+        assert [robust["figures"][name] for name in names] == [told[name] for name in names], "both files say the same"
+        return told
+
+    names = ("citation_precision", "citation_recall")
+    told = figures('It "says" [1] [2] [3].', ("p1",))
+    assert [told[name] for name in names] == [pytest.approx(2 / 3), 1.0]
+    assert (told["citation_validity"], told["quotes_gold"]) == (1.0, 0.0)
+    told = figures('It "says" [1] [3].', ())
+    assert [told[name] for name in (*names, "quotes_gold")] == [None, None, None]
+    assert (told["citation_validity"], told["quotes_shown"]) == (1.0, 0.0)
+    told = figures("No mark.", ("p1",))
+    assert [told[name] for name in names] == [None, 0.0], "what had to be cited was not"
+    assert figures("[1] [3]", ("p1",), ("A",))["citation_precision"] == 0, "no string to look for"
 
 
 # the judge

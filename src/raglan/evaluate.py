@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_manifest
+from raglan.cited import Cited
 from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
@@ -60,10 +61,8 @@ from raglan.reflection import normalise_label
 from raglan.refusals import abstained
 from raglan.robustness import (
     char_3gram_recall,
-    citation_figures,
     constant,
     macro_f1,
-    marks,
     outside_figures,
     quote_figures,
     str_em,
@@ -197,6 +196,8 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
     texts, hits = system.search([e.query for e in examples], deepest, history=[e.history for e in examples])
     measures = _measures(settings, system)
+    answers_of = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    cited = Cited(corpus, answers_of, regex=settings.answers_are == "regex")
     cut = any(hit.passage.document != hit.passage.id for found in hits for hit in found)
     of = (lambda identity: _document(identity, corpus)) if cut else None
     rows = [_retrieval_row(example, found, settings, system.k, of) for example, found in zip(examples, hits, strict=True)]
@@ -218,7 +219,7 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
             )  # fmt: skip
         took = round((time.monotonic() - began) / max(1, len(places)), 4)
         for place, answer, found in zip(places, answers, given, strict=True):
-            _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
+            _add_reading(rows[place], mode, examples[place], answer, found, settings, measures, cited)
             rows[place]["predictions"][mode] |= {"seconds": took, **({"tokens": len(answer.ids)} if answer.ids else {})}
     return rows
 
@@ -390,6 +391,7 @@ def _add_reading(
     given: Sequence[Hit],
     settings: EvaluateSettings,
     measures: Measures,
+    cited: Cited,
 ) -> None:
     shown = answer.read if answer.trace is None else tuple(given)
     row["predictions"][mode] = {
@@ -399,11 +401,11 @@ def _add_reading(
     row["predictions"][mode] |= {"dropped": [hit.passage.id for hit in answer.dropped]} if answer.dropped else {}
     figures: dict[str, float] = {}
     if "citations" in settings.metrics and shown:
-        gold = [number for number, hit in enumerate(shown, 1) if hit.passage.id in example.relevant]
-        figures |= citation_figures(marks(answer.text), len(shown), good=gold, needed=gold)
+        figures |= cited.figures(answer.text, example, shown)
     if "quotes" in settings.metrics and shown:
         texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in shown]
-        figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
+        wanted = [text for text, relevant in texts if relevant] if example.relevant else None
+        figures |= quote_figures(answer.text, [text for text, _ in texts], wanted)
     if "bleu1" in settings.metrics and settings.answers_are != "regex":
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures |= {name: measure(answer.text, example) for name, measure in measures.items()}

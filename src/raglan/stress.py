@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
+from raglan.cited import Cited, counted
 from raglan.corpus import Corpus
 from raglan.data import choices_of, load_examples
 from raglan.decode import CHOOSES, NEEDS_PRIOR
@@ -43,7 +44,6 @@ from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compared_systems, system_fingerprint
 from raglan.metrics import Interval, answer_recall, exact_match, f1, regex_match, regex_recall
 from raglan.perturb import (
-    Frequencies,
     Guard,
     Slot,
     Sources,
@@ -62,7 +62,7 @@ from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.refusals import abstained
-from raglan.robustness import citation_figures, follows, marks
+from raglan.robustness import follows
 from raglan.stages import Parts
 from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 
@@ -81,7 +81,6 @@ KIND = "robustness"
 FORM = 2  # of what is measured: what another form measured is measured again
 MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
 WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
-COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
 Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id → condition → slots
 
 
@@ -114,7 +113,7 @@ class Robustness:
 
     Attributes:
         figures: condition → figure → mean; "delta" is that of "right" against clean, or against the recipe's own index.
-        missing: condition → share of questions that it could not be made for.
+        missing: condition → share of questions that it could not be made for; where that is all of them, it has no figures.
         seconds: condition → what one answer took on average, with others beside it in a batch.
         abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
         orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
@@ -134,7 +133,8 @@ def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
     """The untuned system and the tuned one under every condition of `evaluate.robustness`, or found measured already.
 
     Raises:
-        RecipeError: the recipe asks for none, no question has gold passages, or an index that the knowledge base lacks.
+        RecipeError: the recipe asks for none, no question has what any condition needs, or an index that the knowledge base
+            lacks.
     """
     settings = recipe.evaluate
     if settings is None or settings.robustness is None:
@@ -261,9 +261,8 @@ def _arranged(made: Mapping[str, tuple[Slot, ...]], settings: RobustnessSettings
 
 
 def _guard(examples: Sequence[Example], corpus: Corpus, *, regex: bool) -> Guard:
-    step = max(1, len(corpus) // COUNTED)
     answers = () if regex else [answer for example in examples for answer in example.answers]
-    known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), answers)
+    known = counted(corpus, answers)
     patterns = {example.id: example.answers for example in examples}
 
     def fits(example: Example, passage: Passage) -> bool:
@@ -296,10 +295,12 @@ def _prompts_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Pro
 def _examples(recipe: Recipe, settings: EvaluateSettings, corpus: Corpus) -> list[Example]:
     every = load_examples(settings.questions, corpus, limit=settings.limit, seed=recipe.seed)
     examples = [example for example in every if example.answers]
-    if not any(example.relevant for example in examples):
+    asked = settings.robustness
+    without = asked is not None and (asked.orders > 1 or asked.retrievers != ())  # orders and retrievers need no gold
+    if not examples or not (without or any(example.relevant for example in examples)):
         raise RecipeError(
             f"no question of {settings.questions} has both answers and relevant passages",
-            hint="evaluate.robustness puts noise beside gold passages; name them under `relevant`",
+            hint="noise stands beside gold passages: name them under `relevant`, or ask for orders and retrievers",
         )
     return examples
 
@@ -314,7 +315,10 @@ def _measure(
     assert asked is not None
     examples = _examples(recipe, settings, system.retriever.base.corpus)
     indexes = _indexes(system, asked)
+    answers_of = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    cited = Cited(system.retriever.base.corpus, answers_of, regex=settings.answers_are == "regex")
     seconds: dict[str, float] = {}
+    tried: list[str] = []
     rows: list[dict[str, Any]] = [
         {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}, "lost": {}}
         for e in examples
@@ -323,8 +327,9 @@ def _measure(
         _noisy(system, examples, prompts, asked), _ordered(system, examples, asked, recipe.seed),
         _retrieved(system, examples, indexes),
     ):  # fmt: skip
+        tried.append(condition)
         if not given:
-            log.warning("%s: no question has gold passages and enough such noise; it is left out", condition)
+            log.warning("%s: no question has gold passages and enough such noise; it is missing for all", condition)
             continue
         log.info("reading: %s, %d questions", condition, len(given))
         began = time.monotonic()
@@ -335,10 +340,11 @@ def _measure(
             if gold := _lost(slots, answer):
                 rows[place]["lost"][condition] = {"gold": gold, "dropped": [hit.passage.id for hit in answer.dropped]}
             else:
-                rows[place]["conditions"][condition] = _row(examples[place], answer, hits, slots, settings, asked)
+                rows[place]["conditions"][condition] = _row(examples[place], answer, hits, slots, settings, asked, cited)
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     figures = summarise_conditions(rows, own=f"retriever/{system.retriever.name}", seed=recipe.seed)
+    figures["missing"] = {condition: figures["missing"].get(condition, 1.0) for condition in tried}
     figures["retrievers"] |= {"unseen": list(asked.unseen)} if indexes else {}
     content = {
         "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
@@ -438,25 +444,23 @@ def _lost(slots: Sequence[Slot], answer: Answer) -> str:
 
 def _row(
     example: Example, answer: Answer, given: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
-    asked: RobustnessSettings,
+    asked: RobustnessSettings, cited: Cited,
 ) -> dict[str, Any]:  # fmt: skip
     """One answer, with what it was read from. `slots`: the records of the passages, where `perturb` put them there."""
     regex = settings.answers_are == "regex"
     hits = answer.read if answer.trace is None else given
     found = {*answer.hits, *answer.dropped}
     slots = [slot for slot in slots if slot.passage.id in {hit.passage.id for hit in hits}]
-    gold = [number for number, hit in enumerate(hits, 1) if hit.passage.id in example.relevant]
     good = [number for number, slot in enumerate(slots, 1) if slot.role != "noise"]
-    own = marks(answer.text)
-    cited = citation_figures(own, len(hits), good={*gold, *good}, needed=gold)
+    told_cited = cited.figures(answer.text, example, hits, good=good)
     false = [slot.value for slot in slots if slot.value]
     figures = {
         "right": _right(answer.text, example, asked.correct, regex=regex),
         "f1": math.nan if regex else f1(answer.text, example.answers),
         "declined": float(abstained(answer.text, () if regex else example.answers)),
         "follow": float(follows(answer.text, false, example.answers)) if false else math.nan,
-        "citation_precision": cited["citation_precision"],
-        "citation_recall": cited["citation_recall"] if own else math.nan,
+        "citation_precision": told_cited["citation_precision"],
+        "citation_recall": told_cited["citation_recall"],
         "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
         "dropped": len(answer.dropped) / len(found) if found else math.nan,
         "tokens": float(len(answer.ids)) if answer.ids else math.nan,  # some decodings do not say

@@ -65,9 +65,9 @@ def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
     return {
         system.system: {
             "conditions": {
-                name: {key: _numbers(value) for key, value in own.items()}
-                | {"missing": system.missing[name], "seconds": system.seconds[name]}
-                for name, own in system.figures.items()
+                name: {key: _numbers(value) for key, value in system.figures.get(name, {}).items()}
+                | {"missing": share, "seconds": system.seconds.get(name)}
+                for name, share in system.missing.items()
             },
             "abstention": system.abstention, "orders": {name: _numbers(value) for name, value in system.orders.items()},
             "retrievers": system.retrievers,
@@ -126,7 +126,7 @@ def _noise_label(noise: str) -> str:
 
 
 def _tables(system: Robustness) -> list[GridTable]:
-    noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict", "majority")]
+    noise = [name for name in system.missing if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict", "majority")]
     orders = [name for name in system.figures if name.startswith("order/")]
     indexes = [name for name in system.figures if name.startswith("retriever/")]
     flips = "; ".join(f"{name} {_cell(value)}" for name, value in system.orders.items())
@@ -141,13 +141,16 @@ def _tables(system: Robustness) -> list[GridTable]:
 
 
 def _conditions(system: Robustness, title: str, names: Sequence[str]) -> GridTable:
-    shown = [figure for figure in SHOWN if any(figure in system.figures[name] for name in names)]
+    shown = [figure for figure in SHOWN if any(figure in system.figures.get(name, {}) for name in names)]
+    if "citation_precision" not in shown:  # nobody cited anything
+        shown = [figure for figure in shown if figure != "citation_recall"]
     rows, marked = [], {}
     for at, name in enumerate(names):
-        own = system.figures[name]
+        own, seconds = system.figures.get(name, {}), system.seconds.get(name)
         cells = [_count(own.get(figure)) if figure == "tokens" else _cell(own.get(figure), sign=figure == "delta")
                  for figure in shown]  # fmt: skip
-        rows.append([_label(name, system), *cells, f"{system.seconds[name]:.3g}", f"{100 * system.missing[name]:.1f}"])
+        took = "" if seconds is None else f"{seconds:.3g}"
+        rows.append([_label(name, system), *cells, took, f"{100 * system.missing[name]:.1f}"])
         delta = own.get("delta")
         if delta is not None and (delta.low > 0 or delta.high < 0):
             marked[at, 1 + shown.index("delta")] = "better" if delta.mean > 0 else "worse"
