@@ -49,7 +49,8 @@ from raglan.records import Hit
 from raglan.refusals import abstained
 from raglan.robustness import abstention, flipped
 from raglan.stages import Parts, finished_parts
-from raglan.stress import ALONE, CLEAN, Robustness, evaluate_robustness
+from raglan.stress import Robustness, evaluate_robustness
+from raglan.stress_figures import ALONE, CLEAN
 from raglan.synthesis.start import run
 from raglan.train import train
 

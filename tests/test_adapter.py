@@ -15,14 +15,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import tiny
+from raglan.decode import Asked, concat, rag_sequence
 from raglan.errors import CheckpointError, RecipeError
 from raglan.generator import HFGenerator, open_generator, open_merged
 from raglan.generator.adapter import merged
 from raglan.likelihood import answer_nll
 from raglan.objective import AnswerObjective
 from raglan.prompt import Prompt
-from raglan.recipe import QA_PROMPTS, AdapterSettings, GeneratorSettings, PromptSettings, load_recipe
-from raglan.records import Passage
+from raglan.recipe import (
+    QA_PROMPTS,
+    AdapterSettings,
+    ConcatDecode,
+    GeneratorSettings,
+    PromptSettings,
+    RagSequenceDecode,
+    load_recipe,
+)
+from raglan.records import Hit, Passage
 
 peft = pytest.importorskip("peft")
 
@@ -352,6 +361,30 @@ def test_the_longest_prefix_by_rank_is_kept(base: Path) -> None:
     made = Prompt(settings, generator.tokenizer, layout="joined").render("b", passages)
     assert made.sources == tuple(passage.text for passage in passages[:3])
     assert made.dropped_passages == 2
+
+
+@pytest.mark.parametrize("choices", [(), ("yes", "no")])
+def test_a_passage_that_found_no_room_was_not_read(base: Path, choices: tuple[str, ...]) -> None:
+    """An answer's hits are those in its prompt; the others are told apart, and count as a prompt that was cut."""
+    generator = opened(base, PromptSettings(whole_passages=True, max_tokens=120))
+    found = [Hit(Passage(str(n), "the year of the tower " * 4), n, 1.0, n + 1) for n in range(6)]
+    few = [Hit(Passage("s", "the year"), 9, 1.0, 1)]
+    asked = Asked(["when?", "when?", "tower " * 18], [found, few, found], choices=[choices] * 3)
+    some, all_of_it, none = concat(generator, asked, ConcatDecode(max_new_tokens=2))
+    kept = len(generator.prompt.render("when?", [hit.passage for hit in found]).sources)
+    assert 0 < kept < 6
+    assert (some.hits, some.dropped, some.truncated) == (tuple(found[:kept]), tuple(found[kept:]), True)
+    assert (all_of_it.hits, all_of_it.dropped, all_of_it.truncated) == (tuple(few), (), False)
+    assert (none.hits, none.dropped, none.truncated, none.closed_book) == ((), tuple(found), True, True)
+
+
+def test_a_passage_without_room_in_a_prompt_of_its_own_keeps_its_weight_and_is_not_read(base: Path) -> None:
+    generator = opened(base, PromptSettings(whole_passages=True, max_tokens=60))
+    found = [Hit(Passage(str(n), "the year " * (40 * n + 1)), n, 1.0, n + 1) for n in range(2)]
+    asked = Asked(["when?"], [found], [torch.tensor([0.5, 0.5]).log()])
+    (answer,) = rag_sequence(generator, asked, RagSequenceDecode(kind="rag_sequence", max_new_tokens=2))
+    assert (answer.hits, answer.dropped, answer.read) == (tuple(found), (found[1],), (found[0],))
+    assert (len(answer.prior), answer.truncated) == (2, True)
 
 
 def test_a_recipe_says_where_an_adapter_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     ["lessons", "data", "datapoints", "marked_rows", "mixture", "scores", "preference", "candidates", "splits", "feedback",
      "answerable", "domains", "shown", "stages", "trainer", "train", "evaluate", "seeds", "sweep", "sweep_settings",
      "sweep_trials", "calibration", "grid", "critique", "dedupe", "decontaminate", "verification", "synthesis", "stress",
-     "judge"],  # fmt: skip
+     "stress_figures", "cited", "judge"],  # fmt: skip
     ["grid_tables", "stress_tables", "synthesis_tables", "sweep_tables", "critique_tables", "report", "interop",
      "published_rows", "exports", "bridges"],  # fmt: skip
     ["cli", "cli_calls", "cli_clean", "cli_critique", "cli_feedback", "cli_plan", "cli_rows", "cli_synthesize", "cli_sweep",

@@ -148,6 +148,12 @@ def test_citation_rates_by_hand() -> None:
     assert math.isnan(none["citation_precision"])
     assert none["citation_recall"] == 0
     assert citation_figures([1, 1, 2], 5, good={1}, needed={1})["citation_precision"] == pytest.approx(2 / 3)
+    unknown = citation_figures([1, 9], 5, good=None, needed=())
+    assert unknown["citation_validity"] == 0.5
+    assert math.isnan(unknown["citation_precision"])
+    assert math.isnan(unknown["citation_recall"])
+    assert math.isnan(quote_figures('"a"', ["a"], None)["quotes_gold"])
+    assert quote_figures('"a"', ["a"], [])["quotes_gold"] == 0
 
 
 def test_quotes_stand_in_a_passage_or_do_not() -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from fault_server import KEY, Fault, FaultServer, Request, say
+from raglan.cited import Cited
 from raglan.cli import app
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, CorpusError, RecipeError
@@ -27,17 +28,19 @@ from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSett
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.report import _robustness_plots
 from raglan.seeds import over_seeds, seed_lines
-from raglan.stress import ALONE, CLEAN, Robustness, conditions, draw_prompts, evaluate_robustness, summarise_conditions
+from raglan.stress import Robustness, _row, conditions, draw_prompts, evaluate_robustness
+from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 from raglan.stress_tables import (
     abstention_shares,
     distractor_points,
     noise_points,
     order_shares,
     retriever_shares,
+    robustness_summary,
     robustness_tables,
 )
 from raglan.train import train
-from tiny import small_recipe
+from tiny import gpt2, small_recipe
 
 runner = CliRunner()
 BARE = RAG(None, None, ConcatDecode(), 1)  # type: ignore[arg-type]  # nothing of it but the decoding is looked at
@@ -69,6 +72,7 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
     told = measured["robustness"]["untuned"]
     names = ["clean", "noise/hard/present/1", "noise/random/present/0.5", "noise/none/absent/0", "noise/hard/absent/1",
              "noise/random/absent/0.5", "noise/counterfactual/present/0.5", "distractors/0", "distractors/hard/2", "conflict/1",
+             "majority/1",
              "distractors/random/2", "distractors/counterfactual/2",
              "order/0", "order/3", "retriever/bm25", "retriever/dense", "retriever/hybrid"]  # fmt: skip
     assert set(names) <= set(told["conditions"])
@@ -97,11 +101,18 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
         assert places == {own[CLEAN]["passages"].index(gold)}, "gold stands where it stood"
         false = own["conflict/1"]
         assert [len(false["passages"]), false["decidable"], len(false["made"])] == [2, False, 1]
+        assert [false["sides"]["true"], list(false["sides"]["false"].values())] == [1, [1]]
+        outnumbered = own["majority/1"]
+        assert len(outnumbered["slots"]) == 3
+        assert [outnumbered["sides"]["true"], list(outnumbered["sides"]["false"].values())] == [2, [1]]
         (text,) = [made["text"] for made in false["made"].values()]
         assert not answer_recall([text], row["answers"])
         assert own["order/0"]["passages"] == own["retriever/hybrid"]["passages"]
         assert len({tuple(own[f"order/{number}"]["passages"]) for number in range(4)}) == 4
     assert {"follow", "follow_conflict"} <= set(told["conditions"]["conflict/1"])
+    assert "follow_majority" not in told["conditions"]["conflict/1"]
+    assert told["conditions"]["majority/1"]["follow_majority"]["n"] == 6
+    assert not any("follow_conflict" in own for name, own in told["conditions"].items() if "counterfactual/2" in name)
     assert told["retrievers"] == {"own": "hybrid", "worst": told["retrievers"]["worst"], "unseen": ["bm25"],
                                   "spread": pytest.approx(told["retrievers"]["spread"])}  # fmt: skip
     assert {"mean", "low", "high", "n"} == set(told["conditions"]["noise/hard/present/1"]["delta"])
@@ -138,18 +149,70 @@ def test_a_measurement_is_not_made_twice_and_the_report_draws_it(recipe: Path, m
     assert all(len(row) == len(table.head) for table in robustness_tables([system]) for row in table.rows)
 
 
+def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """Room for two passages of three: the third is left out of row and figures; without gold the condition is missing."""
+    generator = gpt2(tmp_path)
+    asks = "{noise: [counterfactual], ratios: [0, 1], gold: [present], distractors: [2], orders: 2, retrievers: []}"
+    changes = [f"generator={{model: {generator}, dtype: float32}}", "prompt={whole_passages: true, max_tokens: 140}",
+               f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}", "evaluate.metrics=[em, citations]"]  # fmt: skip
+    told = load_recipe(recipe, changes)
+    (system,) = evaluate_robustness(told)
+    rows = [json.loads(line) for line in (system.folder / "answers.jsonl").read_text().splitlines()]
+    lost = [name for row in rows for name in row["lost"]]
+    assert {CLEAN} <= set(lost) <= {CLEAN, "noise/counterfactual/present/1", "distractors/counterfactual/2", "majority/1"}
+    for row in rows:
+        assert not set(row["lost"]) & set(row["conditions"])
+        for own in row["lost"].values():
+            assert set(own["dropped"]) == {own["gold"]}
+        for name, own in row["conditions"].items():
+            assert len(own["passages"]) <= 2
+            assert own["figures"]["truncated"] == float(bool(own["figures"]["dropped"]))
+            assert [slot["passage"] for slot in own.get("slots", [])] == (own["passages"] if "slots" in own else []), name
+            false = [slot for slot in own.get("slots", []) if slot["value"]]
+            assert (own["figures"]["follow"] is not None) == bool(false)
+    assert system.missing[CLEAN] == lost.count(CLEAN) / len(rows) > 0
+    assert system.figures["order/0"]["dropped"].mean == pytest.approx(1 / 3)
+    assert "passages left out" in robustness_tables([system])[0].head
+    (evaluation,) = evaluate_recipe(told)
+    assert evaluation.figures["retrieved/dropped"].mean == pytest.approx(1 / 3)
+    assert all(len(row["predictions"]["retrieved"]["passages"]) == 2 for row in evaluation.rows)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ("evaluate.robustness={retrievers: [bm52]}", "bm52"),
         ("evaluate.robustness=null", "measures no robustness"),
-        ("evaluate.questions=bare.jsonl", "both answers and relevant"),
+        ("evaluate={questions: bare.jsonl, robustness: {orders: 0, retrievers: []}}", "both answers and relevant"),
     ],
 )
 def test_faults_are_told(recipe: Path, change: str, words: str) -> None:
     (recipe.parent / "bare.jsonl").write_text('{"id": "x", "query": "who built it", "answers": ["bob"]}\n')
     with pytest.raises(RecipeError, match=words):
         evaluate_robustness(load_recipe(recipe, [change.replace("bare", str(recipe.parent / "bare"))]))
+
+
+def test_orders_and_retrievers_need_no_gold(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """Answers alone: what needs gold is missing for all, and said to be; nothing else is, with noise asked for and without."""
+    rows = [json.loads(line) for line in (recipe.parent / "dev.jsonl").read_text().splitlines()[:4]]
+    bare = [json.dumps({name: row[name] for name in ("id", "query", "answers")}) for row in rows]
+    (tmp_path / "bare.jsonl").write_text("\n".join(bare))
+    for noise, counts in (("[]", "[]"), ("[hard]", "[2]")):
+        asks = f"{{noise: {noise}, distractors: {counts}, ratios: [0, 1], orders: 2}}"
+        changes = [f"evaluate.questions={tmp_path / 'bare.jsonl'}", f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}"]
+        (system,) = evaluate_robustness(load_recipe(recipe, changes))
+        there = {"order/0", "order/1", "retriever/hybrid", "retriever/bm25", "retriever/dense"}
+        assert set(system.figures) == there
+        assert {name for name, share in system.missing.items() if share == 0} == there
+        hard = {ALONE, "distractors/hard/2", "noise/hard/present/1", "noise/hard/absent/1", "noise/none/absent/0"}
+        lacking = {CLEAN} if noise == "[]" else {CLEAN} | hard
+        assert {name for name, share in system.missing.items() if share == 1} == lacking
+        assert set(system.orders) == {"flip", "disagreement"}
+        shown = {row[0]: row[-1] for table in robustness_tables([system]) for row in table.rows}
+        assert (shown["clean: gold and hits"], shown["as retrieved"]) == ("100.0", "0.0")
+        told = robustness_summary([system])["untuned"]["conditions"]
+        assert told[CLEAN] == {"missing": 1.0, "seconds": None}
+        assert told["order/1"]["right"]["n"] == 4
 
 
 @pytest.mark.parametrize(
@@ -169,7 +232,8 @@ def test_conditions_are_each_there_once() -> None:
     one = conditions(RobustnessSettings(noise=("hard", "random"), distractors=(2,), distractor_kinds=("hard",)))
     assert [condition.name for condition in one if condition.form == "distractors"] == [ALONE, "distractors/hard/2"]
     made = conditions(RobustnessSettings(noise=("counterfactual",), ratios=(0.5,), distractors=()))
-    assert [condition.name for condition in made] == [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1"]
+    names = [CLEAN, "noise/counterfactual/present/0.5", "distractors/0", "conflict/1", "majority/1"]
+    assert [condition.name for condition in made] == names
     bare = conditions(RobustnessSettings(noise=(), distractors=()))
     assert [condition.name for condition in bare] == [CLEAN]
 
@@ -200,6 +264,22 @@ def test_noise_is_guarded_and_too_little_of_it_is_missing(tmp_path: Path) -> Non
     assert not {"also", "copy"} & {slot.passage.id for slot in drawn["q"]["distractors/hard/2"]}
     assert {slot.kind for slot in drawn["r"]["distractors/other_gold/1"]} == {"gold", "other_gold"}
     assert drawn == draw_prompts([example, second, lost], [hits] * 3, corpus, settings, k=3, seed=0)
+
+
+def test_the_second_voice_for_the_truth_is_another_document_where_the_search_found_one(tmp_path: Path) -> None:
+    texts = {"gold": "The mill was built in 1873. It has two wheels.", "next": "The mill that was built in 1873 burned.",
+             "also": "In the year 1873 a mill was built.", "rain": "Rain fell."}  # fmt: skip
+    write_corpus(tmp_path, [Passage(n, text, "", "d" if n in ("gold", "next") else n) for n, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(len(corpus))]
+    settings = RobustnessSettings(noise=("counterfactual",), ratios=(0,), distractors=())
+    example = Example("q", "In which year was the mill built?", ("1873",), ("gold",))
+    for found, role in ((hits, "support"), (hits[:2], "redundant")):
+        slots = draw_prompts([example], [found], corpus, settings, k=2, seed=0)["q"]["majority/1"]
+        assert sorted((slot.role, slot.kind) for slot in slots) == sorted(
+            [("gold", "gold"), ("noise", "counterfactual"), (role, "retrieved" if role == "support" else "near_duplicate")]
+        )
+        assert ("also" in {slot.passage.id for slot in slots}) == (role == "support"), "one document is one voice"
 
 
 def test_answers_that_are_patterns_are_guarded_by_whether_they_fit(tmp_path: Path) -> None:
@@ -283,12 +363,13 @@ def test_orders_and_retrievers_of_plain_rows() -> None:
 
 def test_a_false_value_is_followed_by_those_who_knew_better() -> None:
     rows = rows_of({"distractors/0": [1.0, 1.0, 0.0, 0.0], "conflict/1": [0.0, 1.0, 0.0, 0.0]})
-    for row, (followed, settled) in zip(rows, [(1.0, False), (0.0, True), (1.0, False), (0.0, False)], strict=True):
+    sides = [(1, {"1874": 1}), (2, {"1874": 1}), (1, {"1874": 1}), (1, {"1874": 2})]
+    for row, followed, (true, false) in zip(rows, (1.0, 0.0, 0.0, 1.0), sides, strict=True):
         row["conditions"]["conflict/1"]["figures"]["follow"] = followed
-        row["conditions"]["conflict/1"]["decidable"] = settled
+        row["conditions"]["conflict/1"]["sides"] = {"true": true, "false": false}
     own = summarise_conditions(rows, own="")["figures"]["conflict/1"]
     means = {name: own[name].mean for name in ("follow", "follow_of_right", "follow_conflict", "follow_majority", "delta")}
-    expected = {"follow": 0.5, "follow_of_right": 0.5, "follow_conflict": 2 / 3, "follow_majority": 0, "delta": -0.25}
+    expected = {"follow": 0.5, "follow_of_right": 0.5, "follow_conflict": 1 / 2, "follow_majority": 0, "delta": -0.25}
     assert means == pytest.approx(expected)
 
 
@@ -347,12 +428,42 @@ def test_figures_of_citations_and_quotes_are_in_the_evaluation() -> None:
     hits = [Hit(Passage(f"p{n}", text), n, 1.0, n + 1) for n, text in enumerate(["Other text.", "Built in 1873."])]
     row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
     answer = Answer("When?", 'It says "Built in 1873" [2] [3].', 0.0, True, tuple(hits))
-    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE))
+    _add_reading(row, "retrieved", example, answer, hits, settings, _measures(settings, BARE), Cited([]))
     told = {name.removeprefix("retrieved/"): value for name, value in row["figures"].items()}
     assert told == {
         "em": 0, "match": 1, "declined": 0, "str_em": 0.5, "citation_validity": 0.5, "citation_precision": 0.5,
-        "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0,
+        "citation_recall": 1, "quotes_shown": 1, "quotes_gold": 1, "truncated": 0, "unfinished": 0, "dropped": 0,
     }  # fmt: skip
+
+
+def test_what_is_not_known_of_citations_and_quotes_is_no_zero(tmp_path: Path) -> None:
+    """Without `relevant` nobody knows what may be cited; with it, a passage that holds the answer may be, too."""
+    texts = {"p0": "Rain fell.", "p1": "Ann Moor built the mill.", "p2": "The mill is the work of Ann Moor."}
+    write_corpus(tmp_path, [Passage(name, text, "", name) for name, text in texts.items()])
+    corpus = Corpus(tmp_path)
+    hits = [Hit(corpus[row], row, 1.0, row + 1) for row in range(3)]
+    settings = EvaluateSettings(questions=Path("q.jsonl"), metrics=("citations", "quotes"))
+    cited = Cited(corpus)
+
+    def figures(text: str, relevant: tuple[str, ...], answers: tuple[str, ...] = ("Ann Moor",)) -> dict[str, Any]:
+        row: dict[str, Any] = {"predictions": {}, "figures": {}, "counts": {}}
+        example = Example("q", "Who built the mill?", answers, relevant)
+        _add_reading(row, "gold", example, Answer("q", text, 0.0, True, tuple(hits)), hits, settings, {}, cited)
+        told = {name.removeprefix("gold/"): value for name, value in row["figures"].items()}
+        robust = _row(example, Answer("q", text, 0.0, True, tuple(hits)), hits, (), settings, RobustnessSettings(), cited)
+        assert [robust["figures"][name] for name in names] == [told[name] for name in names], "both files say the same"
+        return told
+
+    names = ("citation_precision", "citation_recall")
+    told = figures('It "says" [1] [2] [3].', ("p1",))
+    assert [told[name] for name in names] == [pytest.approx(2 / 3), 1.0]
+    assert (told["citation_validity"], told["quotes_gold"]) == (1.0, 0.0)
+    told = figures('It "says" [1] [3].', ())
+    assert [told[name] for name in (*names, "quotes_gold")] == [None, None, None]
+    assert (told["citation_validity"], told["quotes_shown"]) == (1.0, 0.0)
+    told = figures("No mark.", ("p1",))
+    assert [told[name] for name in names] == [None, 0.0], "what had to be cited was not"
+    assert figures("[1] [3]", ("p1",), ("A",))["citation_precision"] == 0, "no string to look for"
 
 
 # the judge

@@ -24,6 +24,7 @@ from raglan.answerable import ABSTENTION_TOGETHER, abstention_measures, abstenti
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.calls import Usage
 from raglan.calls.money import Price
+from raglan.cited import Cited
 from raglan.corpus import Corpus
 from raglan.data import check_classes, choices_of, load_examples
 from raglan.decode import CHOOSES
@@ -71,10 +72,8 @@ from raglan.reflection import normalise_label
 from raglan.refusals import abstained
 from raglan.robustness import (
     char_3gram_recall,
-    citation_figures,
     constant,
     macro_f1,
-    marks,
     outside_figures,
     quote_figures,
     str_em,
@@ -110,7 +109,6 @@ TOGETHER = (  # of all answers, and no mean over questions
 )  # fmt: skip
 
 
-OF_GOLD = {"citation_precision", "citation_recall", "quotes_gold"}
 
 
 @dataclass(frozen=True)
@@ -210,6 +208,8 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
     deepest = min(len(corpus), max(*settings.k, system.k, 10))
     texts, hits = system.search([e.query for e in examples], deepest, history=[e.history for e in examples])
     measures = _measures(settings, system)
+    answers_of = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    cited = Cited(corpus, answers_of, regex=settings.answers_are == "regex")
     cut = any(hit.passage.document != hit.passage.id for found in hits for hit in found)
     of = (lambda identity: _document(identity, corpus)) if cut else None
     rows = [_retrieval_row(example, found, settings, system.k, of) for example, found in zip(examples, hits, strict=True)]
@@ -233,7 +233,7 @@ def measure(system: RAG, examples: Sequence[Example], settings: EvaluateSettings
         took = round((time.monotonic() - began) / max(1, len(places)), 4)
         bill = _bill(before, _billed(system), len(places))
         for place, answer, found in zip(places, answers, given, strict=True):
-            _add_reading(rows[place], mode, examples[place], answer, found, settings, measures)
+            _add_reading(rows[place], mode, examples[place], answer, found, settings, measures, cited)
             rows[place]["predictions"][mode] |= {"seconds": took, **({"tokens": len(answer.ids)} if answer.ids else {}), **bill}
     return rows
 
@@ -243,6 +243,7 @@ def summarise(rows: Sequence[dict[str, Any]], settings: EvaluateSettings) -> dic
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     values = {name: [row["figures"].get(name) for row in rows] for name in names}
     measured = {name: [v for v in column if v is not None] for name, column in values.items()}
+    measured = {name: own for name, own in measured.items() if not name.endswith("/dropped") or any(own)}  # some were left out
     figures = {name: bootstrap(column) for name, column in measured.items() if column}
     for name in (name for name in figures if name.rpartition("/")[2] in settings.metrics and constant(measured[name])):
         log.warning("%s is %g for every question; look at predictions.jsonl", name, measured[name][0])
@@ -440,24 +441,26 @@ def _add_reading(
     given: Sequence[Hit],
     settings: EvaluateSettings,
     measures: Measures,
+    cited: Cited,
 ) -> None:
+    shown = answer.read if answer.trace is None else tuple(given)
     row["predictions"][mode] = {
         "text": answer.text, "logprob": answer.logprob, "finished": answer.finished, "truncated": answer.truncated,
-        "passages": [hit.passage.id for hit in given],
+        "passages": [hit.passage.id for hit in shown],
     }  # fmt: skip
+    row["predictions"][mode] |= {"dropped": [hit.passage.id for hit in answer.dropped]} if answer.dropped else {}
     figures: dict[str, float] = {}
-    if "citations" in settings.metrics and given:
-        gold = [number for number, hit in enumerate(given, 1) if hit.passage.id in example.relevant]
-        figures |= citation_figures(marks(answer.text), len(given), good=gold, needed=gold)
-    if "quotes" in settings.metrics and given:
-        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in given]
-        figures |= quote_figures(answer.text, [text for text, _ in texts], [text for text, wanted in texts if wanted])
-    if not example.answers and not example.relevant:  # an open question of which nobody says what is gold
-        figures |= dict.fromkeys(OF_GOLD & set(figures), math.nan)
+    if "citations" in settings.metrics and shown:
+        figures |= cited.figures(answer.text, example, shown)
+    if "quotes" in settings.metrics and shown:
+        texts = [(hit.passage.text, hit.passage.id in example.relevant) for hit in shown]
+        wanted = [text for text, relevant in texts if relevant] if example.relevant else None
+        figures |= quote_figures(answer.text, [text for text, _ in texts], wanted)
     if "bleu1" in settings.metrics and settings.answers_are != "regex" and example.answers:
         row["counts"][f"{mode}/bleu1"] = bleu1_counts(answer.text, example.answers)
     figures |= {name: measure(answer.text, example) for name, measure in measures.items()}
     figures |= {"truncated": float(answer.truncated), "unfinished": float(not answer.finished)}
+    figures |= {"dropped": len(answer.dropped) / len(found)} if (found := {*answer.hits, *answer.dropped}) else {}
     if answer.trace is not None:  # Self-RAG says itself what it read
         row["predictions"][mode] |= {"passages": [hit.passage.id for hit in answer.hits], "trace": answer.trace}
         read = [f"{hit.passage.title}\n{hit.passage.text}" for hit in answer.hits]

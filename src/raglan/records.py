@@ -158,7 +158,8 @@ class AnswerSegment:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt.
+    """An answer with the passages it was read from. `truncated` says that a passage had to be cut to fit the prompt, or to be
+    left out of it: with `prompt.whole_passages` these are `dropped`.
 
     The RAG decodings add, in the order of `hits`: `prior` p(z|x); `posterior` p(z|x,y), which for `rag_token` is each
     passage's share in the answer, and for `classify` p(z|x,c) of the class; and for `rag_token` also `token_posterior`, a row
@@ -188,11 +189,17 @@ class Answer:
     alternatives: tuple[Answer, ...] = ()
     raw: str = ""
     trace: Mapping[str, Any] | None = None
+    dropped: tuple[Hit, ...] = ()
+
+    @property
+    def read(self) -> tuple[Hit, ...]:
+        """The hits that were in a prompt: all, but for those that found no room in a prompt of their own."""
+        return tuple(hit for hit in self.hits if hit not in self.dropped)
 
     @property
     def closed_book(self) -> bool:
         """Whether no passage was there to read."""
-        return not self.hits
+        return not self.read
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,14 +48,14 @@ NAMES = {
     "citation_recall": "citation recall", "quotes_shown": "quotes found", "quotes_gold": "quotes found in gold",
     "retrieval_rate": "questions that retrieved", "segment_retrieval_rate": "segments that retrieved",
     "outside": "answers in no passage", "right_outside": "right answers in no passage", "substring": "holds its letters",
-    "truncated": "prompts cut", "unfinished": "answers cut off",
+    "truncated": "prompts cut", "dropped": "passages left out", "unfinished": "answers cut off",
     "closed_book": "no passages", "gold": "gold passage", "retrieved": "retrieved passages",
 }  # fmt: skip
 TRACED = 50  # examples whose decisions and candidates are drawn
 COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1f9aa8", "#8a6d3b")
 DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
-LOWER_IS_BETTER = ("truncated", "unfinished", "over_abstention", "hallucination")
+LOWER_IS_BETTER = ("truncated", "dropped", "unfinished", "over_abstention", "hallucination")
 Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
 Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
 

@@ -69,16 +69,18 @@ def marks(text: str) -> list[int]:
     return [int(number) for group in found for number in re.findall(r"\d+", group)]
 
 
-def citation_figures(cited: Sequence[int], shown: int, *, good: Collection[int], needed: Collection[int]) -> dict[str, float]:
+def citation_figures(
+    cited: Sequence[int], shown: int, *, good: Collection[int] | None, needed: Collection[int]
+) -> dict[str, float]:
     """Validity, precision and recall of citations, in [0, 1].
 
     Args:
         cited: numbers of passages, from 1, in order of citation. shown: how many passages there were (K).
-        good: passages that may be cited: gold, support, also-gold. needed: gold passages that must be.
+        good: passages that may be cited: gold, support, also-gold; None where nobody knows. needed: gold passages that must be.
     """
     return {
         "citation_validity": _share(sum(1 <= mark <= shown for mark in cited), len(cited)),
-        "citation_precision": _share(sum(mark in good for mark in cited), len(cited)),
+        "citation_precision": math.nan if good is None else _share(sum(mark in good for mark in cited), len(cited)),
         "citation_recall": _share(len(set(needed) & set(cited)), len(set(needed))),
     }
 
@@ -102,12 +104,14 @@ def quotes(text: str) -> list[str]:
     return ["".join(groups).strip() for groups in _QUOTE.findall(text) if "".join(groups).strip()]
 
 
-def quote_figures(text: str, shown: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
-    """Share of an answer's quotes that stand verbatim in a shown passage, and in a gold one; blanks and width are folded."""
-    quoted, seen, wanted = [_folded(quote) for quote in quotes(text)], [*map(_folded, shown)], [*map(_folded, gold)]
+def quote_figures(text: str, shown: Sequence[str], gold: Sequence[str] | None) -> dict[str, float]:
+    """Share of an answer's quotes that stand verbatim in a shown passage, and in a gold one (None: not known which are);
+    blanks and width are folded."""
+    quoted, seen, wanted = [_folded(quote) for quote in quotes(text)], [*map(_folded, shown)], [*map(_folded, gold or ())]
     return {
         "quotes_shown": _share(sum(any(quote in text for text in seen) for quote in quoted), len(quoted)),
-        "quotes_gold": _share(sum(any(quote in text for text in wanted) for quote in quoted), len(quoted)),
+        "quotes_gold": math.nan if gold is None
+        else _share(sum(any(quote in text for text in wanted) for quote in quoted), len(quoted)),
     }
 
 

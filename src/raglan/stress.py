@@ -10,14 +10,15 @@
     distractors/0            gold alone
     distractors/KIND/n       gold, and n passages of one kind of noise beside it
     conflict/1               one gold passage against one that says something else instead
+    majority/1               gold and a second passage that answers, against one that says something else
     order/i                  the retrieved passages, as they came (0) and in other permutations
     retriever/INDEX          the best passages of every index in turn
 
 Passages are made by `perturb`, behind its guard, once, from the first system's search; all systems read the same ones, and gold
-stands at the same place whatever the kind. A question without gold passages, or for which there is too little noise of a kind,
-is missing under that condition, and the share of these stands beside every figure. Intervals draw whole documents, since
-questions about one passage fail together. Deltas are paired by question: noise against clean, distractors and conflict against
-gold alone, orders against the search's, retrievers against the recipe's own.
+stands at the same place whatever the kind. A question without gold passages, for which there is too little noise of a kind, or
+whose gold found no room in the prompt, is missing under that condition, and the share of these stands beside every figure.
+Intervals draw whole documents, since questions about one passage fail together. Deltas are paired by question: noise against
+clean, distractors and conflicts against gold alone, orders against the search's, retrievers against the recipe's own.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
+from raglan.cited import Cited, counted
 from raglan.corpus import Corpus
 from raglan.data import choices_of, load_examples
 from raglan.decode import CHOOSES, NEEDS_PRIOR
 from raglan.errors import CorpusError, RecipeError
 from raglan.evaluate import compared_systems, system_fingerprint
-from raglan.metrics import Interval, answer_recall, bootstraps, exact_match, f1, regex_match, regex_recall
+from raglan.metrics import Interval, answer_recall, exact_match, f1, regex_match, regex_recall
 from raglan.perturb import (
-    Frequencies,
     Guard,
     Slot,
     Sources,
@@ -53,17 +54,19 @@ from raglan.perturb import (
     gold_slots,
     neighbours,
     orders,
+    second_voice,
+    sides,
     sweep,
 )
 from raglan.rag import RAG
 from raglan.recipe import EvaluateSettings, NoiseKind, Recipe, RobustnessSettings
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.refusals import abstained
-from raglan.robustness import abstention, citation_figures, constant, disagreement, flipped, follows, marks
+from raglan.robustness import follows
 from raglan.stages import Parts
+from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
 
 __all__ = [
-    "CLEAN",
     "Condition",
     "Robustness",
     "conditions",
@@ -71,19 +74,13 @@ __all__ = [
     "evaluate_robustness",
     "open_robustness",
     "robustness_folder",
-    "summarise_conditions",
 ]
 
 log = logging.getLogger(__name__)
 KIND = "robustness"
-CLEAN, ALONE = "clean", "distractors/0"
-FIGURES = (
-    "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
-    "citation_recall", "truncated", "unfinished", "tokens",
-)  # fmt: skip
+FORM = 2  # of what is measured: what another form measured is measured again
 MADE = ("counterfactual", "near_duplicate", "garbled", "boilerplate")  # in no corpus
 WITHOUT_GOLD = ("hard", "neighbour", "random", "other_gold", "boilerplate")
-COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
 Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id → condition → slots
 
 
@@ -91,7 +88,7 @@ Prompts = dict[str, dict[str, tuple[Slot, ...]]]  # question id → condition �
 class Condition:
     """What noise a prompt holds: a share of its hits (`noise`), so many passages (`distractors`), or a contradiction."""
 
-    form: Literal["noise", "distractors", "conflict"]
+    form: Literal["noise", "distractors", "conflict", "majority"]
     kind: NoiseKind | None = None
     gold: bool = True
     amount: Fraction = Fraction(0)
@@ -101,8 +98,8 @@ class Condition:
         amount = f"{float(self.amount):g}"
         if self.form == "distractors":
             return f"distractors/{self.kind}/{amount}" if self.kind else ALONE
-        if self.form == "conflict":
-            return f"conflict/{amount}"
+        if self.form in ("conflict", "majority"):
+            return f"{self.form}/{amount}"
         return (
             CLEAN
             if self.gold and not self.amount
@@ -116,7 +113,7 @@ class Robustness:
 
     Attributes:
         figures: condition → figure → mean; "delta" is that of "right" against clean, or against the recipe's own index.
-        missing: condition → share of questions that it could not be made for.
+        missing: condition → share of questions that it could not be made for; where that is all of them, it has no figures.
         seconds: condition → what one answer took on average, with others beside it in a batch.
         abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
         orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
@@ -136,7 +133,8 @@ def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
     """The untuned system and the tuned one under every condition of `evaluate.robustness`, or found measured already.
 
     Raises:
-        RecipeError: the recipe asks for none, no question has gold passages, or an index that the knowledge base lacks.
+        RecipeError: the recipe asks for none, no question has what any condition needs, or an index that the knowledge base
+            lacks.
     """
     settings = recipe.evaluate
     if settings is None or settings.robustness is None:
@@ -158,7 +156,7 @@ def robustness_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
     asked = None if settings.robustness is None else settings.robustness.model_dump(mode="json")
     first = compared_systems(recipe)[0][1]  # its search gives the noise
     named = [system_fingerprint(recipe, settings, one) for one in (parts, first)]
-    return recipe.run / "robustness" / f"{name}-{fingerprint([*named, asked])[:8]}"
+    return recipe.run / "robustness" / f"{name}-{fingerprint([*named, asked, FORM])[:8]}"
 
 
 def open_robustness(folder: Path) -> Robustness:
@@ -180,7 +178,8 @@ def conditions(settings: RobustnessSettings) -> list[Condition]:
                 continue
             ratios = [Fraction(str(ratio)) for ratio in settings.ratios]
             found += [Condition("noise", kind if ratio else None, gold == "present", ratio) for ratio in ratios]
-    conflict = [Condition("conflict", "counterfactual", amount=Fraction(1))] if "counterfactual" in settings.noise else []
+    forms: tuple[Literal["conflict", "majority"], ...] = ("conflict", "majority") if "counterfactual" in settings.noise else ()
+    conflict = [Condition(form, "counterfactual", amount=Fraction(1)) for form in forms]
     found += [Condition("distractors")] if settings.distractors or conflict else []
     beside = settings.noise if settings.distractor_kinds is None else settings.distractor_kinds
     counts = [Fraction(count) for count in settings.distractors if count]
@@ -236,7 +235,12 @@ def _slots(
                 example, hits, gold=gold, kind=condition.kind or "hard", ratio=condition.amount,
                 gold_absent=not condition.gold, sources=sources, guard=guard, seed=seed,
             )  # fmt: skip
-        placed = gold_slots(gold[:1] if condition.form == "conflict" else gold)
+        placed = gold_slots(gold if condition.form == "distractors" else gold[:1])
+        if condition.form == "majority":
+            second = second_voice(example, gold, sources=sources, guard=guard, seed=seed)
+            if second is None:
+                return None
+            placed = (*placed, second)
         return fill(
             example, placed, kinds=[str(condition.kind)] * int(condition.amount), gold=gold, sources=sources, guard=guard,
             seed=seed, conflict=condition.kind == "counterfactual", found="replace", fallback=(),
@@ -257,9 +261,8 @@ def _arranged(made: Mapping[str, tuple[Slot, ...]], settings: RobustnessSettings
 
 
 def _guard(examples: Sequence[Example], corpus: Corpus, *, regex: bool) -> Guard:
-    step = max(1, len(corpus) // COUNTED)
     answers = () if regex else [answer for example in examples for answer in example.answers]
-    known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), answers)
+    known = counted(corpus, answers)
     patterns = {example.id: example.answers for example in examples}
 
     def fits(example: Example, passage: Passage) -> bool:
@@ -292,10 +295,12 @@ def _prompts_of(recipe: Recipe, settings: EvaluateSettings, parts: Parts) -> Pro
 def _examples(recipe: Recipe, settings: EvaluateSettings, corpus: Corpus) -> list[Example]:
     every = load_examples(settings.questions, corpus, limit=settings.limit, seed=recipe.seed)
     examples = [example for example in every if example.answers]
-    if not any(example.relevant for example in examples):
+    asked = settings.robustness
+    without = asked is not None and (asked.orders > 1 or asked.retrievers != ())  # orders and retrievers need no gold
+    if not examples or not (without or any(example.relevant for example in examples)):
         raise RecipeError(
             f"no question of {settings.questions} has both answers and relevant passages",
-            hint="evaluate.robustness puts noise beside gold passages; name them under `relevant`",
+            hint="noise stands beside gold passages: name them under `relevant`, or ask for orders and retrievers",
         )
     return examples
 
@@ -310,29 +315,36 @@ def _measure(
     assert asked is not None
     examples = _examples(recipe, settings, system.retriever.base.corpus)
     indexes = _indexes(system, asked)
+    answers_of = list(dict.fromkeys(answer for example in examples for answer in example.answers))
+    cited = Cited(system.retriever.base.corpus, answers_of, regex=settings.answers_are == "regex")
     seconds: dict[str, float] = {}
-    rows = [
-        {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}}
+    tried: list[str] = []
+    rows: list[dict[str, Any]] = [
+        {"id": e.id, "query": e.query, "answers": list(e.answers), "group": _group(e, system), "conditions": {}, "lost": {}}
         for e in examples
     ]
     for condition, given in chain(
         _noisy(system, examples, prompts, asked), _ordered(system, examples, asked, recipe.seed),
         _retrieved(system, examples, indexes),
     ):  # fmt: skip
+        tried.append(condition)
         if not given:
-            log.warning("%s: no question has gold passages and enough such noise; it is left out", condition)
+            log.warning("%s: no question has gold passages and enough such noise; it is missing for all", condition)
             continue
         log.info("reading: %s, %d questions", condition, len(given))
         began = time.monotonic()
         answers = _read(system, [examples[place] for place in given], list(given.values()))
         seconds[condition] = round((time.monotonic() - began) / len(given), 4)
         for (place, hits), answer in zip(given.items(), answers, strict=True):
-            rows[place]["conditions"][condition] = _row(  # type: ignore[index]
-                examples[place], answer, hits, prompts[examples[place].id].get(condition, ()), settings, asked
-            )
+            slots = prompts[examples[place].id].get(condition, ())
+            if gold := _lost(slots, answer):
+                rows[place]["lost"][condition] = {"gold": gold, "dropped": [hit.passage.id for hit in answer.dropped]}
+            else:
+                rows[place]["conditions"][condition] = _row(examples[place], answer, hits, slots, settings, asked, cited)
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     figures = summarise_conditions(rows, own=f"retriever/{system.retriever.name}", seed=recipe.seed)
+    figures["missing"] = {condition: figures["missing"].get(condition, 1.0) for condition in tried}
     figures["retrievers"] |= {"unseen": list(asked.unseen)} if indexes else {}
     content = {
         "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
@@ -424,25 +436,33 @@ def _retrieved(
         yield f"retriever/{index}", dict(enumerate(map(list, found)))
 
 
+def _lost(slots: Sequence[Slot], answer: Answer) -> str:
+    """A gold passage of the prompt that found no room in it, so that it is another condition."""
+    dropped = {hit.passage.id for hit in answer.dropped}
+    return next((slot.passage.id for slot in slots if slot.role == "gold" and slot.passage.id in dropped), "")
+
+
 def _row(
-    example: Example, answer: Answer, hits: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
-    asked: RobustnessSettings,
+    example: Example, answer: Answer, given: Sequence[Hit], slots: Sequence[Slot], settings: EvaluateSettings,
+    asked: RobustnessSettings, cited: Cited,
 ) -> dict[str, Any]:  # fmt: skip
-    """One answer. `slots`: the records of the passages, where `perturb` put them there."""
+    """One answer, with what it was read from. `slots`: the records of the passages, where `perturb` put them there."""
     regex = settings.answers_are == "regex"
-    gold = [number for number, hit in enumerate(hits, 1) if hit.passage.id in example.relevant]
+    hits = answer.read if answer.trace is None else given
+    found = {*answer.hits, *answer.dropped}
+    slots = [slot for slot in slots if slot.passage.id in {hit.passage.id for hit in hits}]
     good = [number for number, slot in enumerate(slots, 1) if slot.role != "noise"]
-    own = marks(answer.text)
-    cited = citation_figures(own, len(hits), good={*gold, *good}, needed=gold)
+    told_cited = cited.figures(answer.text, example, hits, good=good)
     false = [slot.value for slot in slots if slot.value]
     figures = {
         "right": _right(answer.text, example, asked.correct, regex=regex),
         "f1": math.nan if regex else f1(answer.text, example.answers),
         "declined": float(abstained(answer.text, () if regex else example.answers)),
         "follow": float(follows(answer.text, false, example.answers)) if false else math.nan,
-        "citation_precision": cited["citation_precision"],
-        "citation_recall": cited["citation_recall"] if own else math.nan,
+        "citation_precision": told_cited["citation_precision"],
+        "citation_recall": told_cited["citation_recall"],
         "truncated": float(answer.truncated), "unfinished": float(not answer.finished),
+        "dropped": len(answer.dropped) / len(found) if found else math.nan,
         "tokens": float(len(answer.ids)) if answer.ids else math.nan,  # some decodings do not say
     }  # fmt: skip
     told: dict[str, Any] = {"text": answer.text, "passages": [hit.passage.id for hit in hits]}
@@ -450,6 +470,7 @@ def _row(
         made = [slot for slot in slots if slot.origin == "made"]
         told |= {
             "slots": [slot.record() for slot in slots], "decidable": decidable(slots),
+            "sides": dict(zip(("true", "false"), sides(slots), strict=True)),
             "made": {slot.passage.id: {"title": slot.passage.title, "text": slot.passage.text} for slot in made},
         }  # fmt: skip
     return told | {"figures": {name: None if math.isnan(value) else value for name, value in figures.items()}}
@@ -459,92 +480,3 @@ def _right(text: str, example: Example, correct: str, *, regex: bool) -> float:
     if correct == "em":
         return regex_match(text, example.answers) if regex else exact_match(text, example.answers)
     return regex_recall([text], example.answers) if regex else answer_recall([text], example.answers)
-
-
-def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: int = 0) -> dict[str, Any]:
-    """Figures of all rows by condition; `own` is the condition that other retrievers are compared with.
-
-    Returns:
-        figures, missing, abstention, orders, retrievers, as `Robustness` has them.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row["conditions"]))
-    columns = {(name, figure): _column(rows, name, figure) for name in names for figure in FIGURES}
-    for name in names:
-        base = _base(name, own)
-        follow = columns[name, "follow"]
-        columns[name, "follow_of_right"] = _where(follow, [value == 1 for value in columns.get((base, "right"), ())])
-        settled = [row["conditions"].get(name, {}).get("decidable", True) for row in rows]
-        columns[name, "follow_majority"] = _where(follow, settled)
-        columns[name, "follow_conflict"] = _where(follow, [not yes for yes in settled])
-        if name != base and base in names:
-            before = columns[base, "right"]
-            columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
-    if alike := [name for name in names if constant(columns[name, "right"])]:
-        log.warning("every answer is alike right or wrong under %s; look at answers.jsonl", ", ".join(alike))
-    columns |= {("order", figure): column for figure, column in _orders(rows, names).items()}
-    there = {"\t".join(key): column for key, column in columns.items() if not all(map(math.isnan, column))}
-    figures: dict[str, dict[str, Interval]] = {name: {} for name in (*names, "order")}
-    for key, value in bootstraps(there, groups=[row["group"] for row in rows], seed=seed).items():
-        name, _, figure = key.partition("\t")
-        figures[name][figure] = value
-    missing = {name: sum(name not in row["conditions"] for row in rows) / len(rows) for name in names}
-    orders = figures.pop("order")
-    return {
-        "figures": figures,
-        "missing": missing,
-        "abstention": _abstention(rows, names),
-        "orders": orders,
-        "retrievers": _spread(figures, own),
-    }
-
-
-def _base(name: str, own: str) -> str:
-    """What a condition is compared with."""
-    form = name.partition("/")[0]
-    return {"retriever": own, "order": "order/0", "distractors": ALONE, "conflict": ALONE}.get(form, CLEAN)
-
-
-def _where(values: Sequence[float], kept: Sequence[bool]) -> list[float]:
-    return [value if keep else math.nan for value, keep in zip(values, kept or [False] * len(values), strict=True)]
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[float]:
-    """A figure question by question; NaN where it does not apply or the condition is missing."""
-    values = [row["conditions"].get(name, {}).get("figures", {}).get(figure) for row in rows]
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of every kind and amount of noise: gold present is answerable, gold absent is not."""
-    found: dict[str, dict[str, float]] = {}
-    for absent in (name for name in names if "/absent/" in name):
-        _, kind, _, count = absent.split("/")
-        present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"  # the amount is a ratio
-        if present not in names:
-            continue
-        asked = [(value, True) for value in _column(rows, present, "declined")]
-        asked += [(value, False) for value in _column(rows, absent, "declined")]
-        kept = [(bool(value), can) for value, can in asked if not math.isnan(value)]
-        rates = abstention([value for value, _ in kept], [can for _, can in kept])
-        told = "none" if count == "0" else f"{kind}/{count}"
-        found[told] = {name: value for name, value in rates.items() if not math.isnan(value)}
-    return found
-
-
-def _orders(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
-    """Flip and disagreement of every question."""
-    orders = [_column(rows, name, "right") for name in names if name.startswith("order/")]
-    if not orders:
-        return {}
-    right = [[bool(value) for value in own if not math.isnan(value)] for own in zip(*orders, strict=True)]
-    return {"flip": [flipped(own) for own in right], "disagreement": [disagreement(own) for own in right]}
-
-
-def _spread(figures: Mapping[str, Mapping[str, Interval]], own: str) -> dict[str, Any]:
-    means = {
-        name.removeprefix("retriever/"): own["right"].mean for name, own in figures.items() if name.startswith("retriever/")
-    }
-    if not means:
-        return {}
-    worst = min(means, key=lambda name: means[name])
-    return {"own": own.removeprefix("retriever/"), "worst": worst, "spread": max(means.values()) - means[worst]}

@@ -14,7 +14,8 @@ from raglan.grid_tables import GridTable
 from raglan.judge import Judged
 from raglan.judging import Pairs
 from raglan.metrics import Interval
-from raglan.stress import ALONE, CLEAN, Robustness
+from raglan.stress import Robustness
+from raglan.stress_figures import ALONE, CLEAN
 
 __all__ = [
     "abstention_shares",
@@ -40,6 +41,7 @@ SHOWN = (
     "citation_precision",
     "citation_recall",
     "truncated",
+    "dropped",
     "unfinished",
     "tokens",
 )
@@ -47,7 +49,8 @@ HEADS = {
     "right": "right", "delta": "against clean", "f1": "F1", "declined": "declined", "follow": "followed",
     "follow_of_right": "followed, of right", "follow_majority": "followed, truth in majority",
     "follow_conflict": "followed, one against one", "citation_precision": "citation precision",
-    "citation_recall": "citation recall", "truncated": "prompts cut", "unfinished": "answers cut off", "tokens": "tokens",
+    "citation_recall": "citation recall", "truncated": "prompts cut", "dropped": "passages left out",
+    "unfinished": "answers cut off", "tokens": "tokens",
 }  # fmt: skip
 RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "over_abstention", "hallucination")
 
@@ -62,9 +65,9 @@ def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
     return {
         system.system: {
             "conditions": {
-                name: {key: _numbers(value) for key, value in own.items()}
-                | {"missing": system.missing[name], "seconds": system.seconds[name]}
-                for name, own in system.figures.items()
+                name: {key: _numbers(value) for key, value in system.figures.get(name, {}).items()}
+                | {"missing": share, "seconds": system.seconds.get(name)}
+                for name, share in system.missing.items()
             },
             "abstention": system.abstention, "orders": {name: _numbers(value) for name, value in system.orders.items()},
             "retrievers": system.retrievers,
@@ -123,7 +126,7 @@ def _noise_label(noise: str) -> str:
 
 
 def _tables(system: Robustness) -> list[GridTable]:
-    noise = [name for name in system.figures if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict")]
+    noise = [name for name in system.missing if name.split("/")[0] in (CLEAN, "noise", "distractors", "conflict", "majority")]
     orders = [name for name in system.figures if name.startswith("order/")]
     indexes = [name for name in system.figures if name.startswith("retriever/")]
     flips = "; ".join(f"{name} {_cell(value)}" for name, value in system.orders.items())
@@ -138,13 +141,16 @@ def _tables(system: Robustness) -> list[GridTable]:
 
 
 def _conditions(system: Robustness, title: str, names: Sequence[str]) -> GridTable:
-    shown = [figure for figure in SHOWN if any(figure in system.figures[name] for name in names)]
+    shown = [figure for figure in SHOWN if any(figure in system.figures.get(name, {}) for name in names)]
+    if "citation_precision" not in shown:  # nobody cited anything
+        shown = [figure for figure in shown if figure != "citation_recall"]
     rows, marked = [], {}
     for at, name in enumerate(names):
-        own = system.figures[name]
+        own, seconds = system.figures.get(name, {}), system.seconds.get(name)
         cells = [_count(own.get(figure)) if figure == "tokens" else _cell(own.get(figure), sign=figure == "delta")
                  for figure in shown]  # fmt: skip
-        rows.append([_label(name, system), *cells, f"{system.seconds[name]:.3g}", f"{100 * system.missing[name]:.1f}"])
+        took = "" if seconds is None else f"{seconds:.3g}"
+        rows.append([_label(name, system), *cells, took, f"{100 * system.missing[name]:.1f}"])
         delta = own.get("delta")
         if delta is not None and (delta.low > 0 or delta.high < 0):
             marked[at, 1 + shown.index("delta")] = "better" if delta.mean > 0 else "worse"
@@ -172,6 +178,8 @@ def _label(name: str, system: Robustness) -> str:
         return "gold alone" if name == ALONE else f"gold alone + {part[2]} {part[1].replace('_', ' ')}"
     if part[0] == "conflict":
         return "one gold against one false"
+    if part[0] == "majority":
+        return "two that answer against one false"
     share = "hits" if part[1] == "none" else _noise_label(f"{part[1]}/{part[3]}")
     return f"gold, {share}" if part[2] == "present" else f"no gold, {share}"
 

@@ -1,4 +1,4 @@
-"""What every decoding reads: questions, their hits, and log p(z|x) of those hits."""
+"""What every decoding reads: questions, their hits, and log p(z|x) of those hits; and which of the hits were read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from raglan.prompt import Prompt, Rendered
 from raglan.records import Hit
 
-__all__ = ["Asked", "pad_prior"]
+__all__ = ["Asked", "pad_prior", "read_hits"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,21 @@ class Asked:
             return [torch.zeros(1, dtype=torch.float64) for _ in self.queries]
         assert self.doc_logprobs is not None
         return [prior.double() if len(prior) else torch.zeros(1, dtype=torch.float64) for prior in self.doc_logprobs]
+
+
+def read_hits(asked: Asked, place: int, prompts: Sequence[Rendered]) -> dict[str, Any]:
+    """`hits`, `dropped` and `truncated` of a question's answer, from its prompts.
+
+    One prompt for all passages has lost its last ones where it had no room, and they are no hits. Where each passage has a
+    prompt, all of them stay, since they have a prior; one without room left its own without a passage.
+    """
+    hits = tuple(asked.hits[place])
+    if asked.together:
+        kept = len(hits) - prompts[0].dropped_passages
+        hits, dropped = hits[:kept], hits[kept:]
+    else:
+        dropped = tuple(hit for hit, prompt in zip(hits, prompts, strict=False) if prompt.dropped_passages)
+    return {"hits": hits, "dropped": dropped, "truncated": bool(dropped) or any(prompt.truncated for prompt in prompts)}
 
 
 def pad_prior(priors: Sequence[Tensor]) -> Tensor:

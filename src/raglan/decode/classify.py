@@ -10,15 +10,18 @@ Deviation: the paper's appendix has a head of its own on the decoder's last stat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from raglan.decode.base import Asked
+from raglan.decode.base import Asked, read_hits
 from raglan.decode.rag_sequence import by_tokens
 from raglan.errors import RecipeError
 from raglan.generator import HFGenerator, encode_prompts
 from raglan.likelihood import passage_posterior, sequence_logprob
 from raglan.progress import track
+from raglan.prompt import Rendered
 from raglan.recipe import ClassifyDecode
 from raglan.records import Answer, Candidate
 
@@ -40,8 +43,7 @@ def classify(generator: HFGenerator, asked: Asked, settings: ClassifyDecode) -> 
         scores = encode_prompts(generator, rows).score([row for row, _ in pairs], [(first,) for _, first in pairs])
         tables = scores.double().view(len(rows), len(firsts)).split([len(prompts[place]) for place in group])
         for place, table in zip(group, tables, strict=True):
-            cut = any(prompt.truncated for prompt in prompts[place])
-            answers[place] = _answer(asked, place, priors[place], table.T, firsts, settings, truncated=cut)
+            answers[place] = _answer(asked, place, prompts[place], priors[place], table.T, firsts, settings)
     return [answers[place] for place in range(len(prompts))]
 
 
@@ -72,8 +74,9 @@ def first_tokens(generator: HFGenerator, settings: ClassifyDecode) -> dict[str, 
 
 
 def _answer(
-    asked: Asked, place: int, prior: Tensor, each: Tensor, firsts: dict[str, int], settings: ClassifyDecode, *, truncated: bool
-) -> Answer:
+    asked: Asked, place: int, prompts: Sequence[Rendered], prior: Tensor, each: Tensor, firsts: dict[str, int],
+    settings: ClassifyDecode,
+) -> Answer:  # fmt: skip
     """`each` is (classes,K) log p(c_1 | x, z_k)."""
     priors, totals, mask = prior.expand(len(each), -1), each[:, :, None], torch.ones((len(each), 1), dtype=torch.bool)
     logprobs = sequence_logprob(priors, totals, mask).log_softmax(0).tolist()
@@ -86,7 +89,8 @@ def _answer(
     best, posterior = ranked[0]
     hits = tuple(asked.hits[place])
     return Answer(
-        query=asked.queries[place], text=best.text, logprob=best.logprob, finished=True, hits=hits, truncated=truncated,
+        query=asked.queries[place], text=best.text, logprob=best.logprob, finished=True,
         settings=settings.model_dump(), ids=best.ids, prior=tuple(prior.exp().tolist()) if hits else (),
         posterior=tuple(posterior) if hits else (), candidates=tuple(candidate for candidate, _ in ranked),
+        **read_hits(asked, place, prompts),
     )  # fmt: skip

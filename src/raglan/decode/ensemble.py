@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from raglan.decode.base import Asked
+from raglan.decode.base import Asked, read_hits
 from raglan.decode.rag_sequence import by_tokens
 from raglan.generator import EncodedPrompts, HFGenerator, encode_prompts
 from raglan.likelihood import choice_scores, passage_posterior, sequence_logprob
@@ -177,13 +177,13 @@ def _answer(
     best = ranked[0]
     at = next(n for n, candidate in enumerate(found.values()) if candidate.ids == best.ids and candidate.text == best.text)
     posterior = passage_posterior(prior[None], totals[at : at + 1], mask[:1])[0].tolist()
-    hits = tuple(asked.hits[place])
-    each = bool(hits) and not asked.together
+    each = bool(asked.hits[place]) and not asked.together
     return Answer(
-        query=asked.queries[place], text=best.text, logprob=best.logprob, finished=best.finished, hits=hits,
-        truncated=any(prompt.truncated for prompt in prompts), settings=settings.model_dump(), ids=best.ids,
+        query=asked.queries[place], text=best.text, logprob=best.logprob, finished=best.finished,
+        settings=settings.model_dump(), ids=best.ids,
         prior=tuple(prior.exp().tolist()) if each else (), posterior=tuple(posterior) if each else (),
         candidates=tuple(ranked), passage_logprobs=best.passage_logprobs if each else (),
+        **read_hits(asked, place, prompts),
     )  # fmt: skip
 
 

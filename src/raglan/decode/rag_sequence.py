@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from raglan.decode.base import Asked
+from raglan.decode.base import Asked, read_hits
 from raglan.generator import EncodedPrompts, HFGenerator, Written, encode_prompts
 from raglan.likelihood import passage_posterior, sequence_logprob
 from raglan.progress import track
@@ -124,10 +124,10 @@ def _answer(
     posterior = passage_posterior(prior[None], together, mask[:1])[0].tolist()
     hits = tuple(asked.hits[place])
     return Answer(
-        query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished, hits=hits,
-        truncated=any(prompt.truncated for prompt in prompts), settings=settings.model_dump(), ids=chosen.ids,
+        query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished,
+        settings=settings.model_dump(), ids=chosen.ids,
         prior=tuple(prior.exp().tolist()) if hits else (), posterior=tuple(posterior) if hits else (),
-        candidates=tuple(ranked),
+        candidates=tuple(ranked), **read_hits(asked, place, prompts),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from raglan.decode.base import Asked, pad_prior
+from raglan.decode.base import Asked, pad_prior, read_hits
 from raglan.decode.rag_sequence import by_tokens
 from raglan.generator import EncodedPrompts, HFGenerator, encode_prompts
 from raglan.likelihood import attribution, token_logprob, token_posterior
@@ -206,8 +206,8 @@ def _answer(
     chosen = candidates[best]
     return Answer(
         query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished,
-        hits=tuple(asked.hits[place]), truncated=any(prompt.truncated for prompt in prompts), settings=settings.model_dump(),
-        ids=chosen.ids, prior=tuple(doc_logprobs.exp()[:real].tolist()), posterior=tuple(share),
+        settings=settings.model_dump(), ids=chosen.ids, prior=tuple(doc_logprobs.exp()[:real].tolist()), posterior=tuple(share),
         token_posterior=tuple(map(tuple, by_token[0, :real, : len(chosen.ids)].T.tolist())) if real else (),
         candidates=(chosen, *sorted((c for c in candidates if c is not chosen), key=lambda c: -c.logprob)),
+        **read_hits(asked, place, prompts),
     )  # fmt: skip

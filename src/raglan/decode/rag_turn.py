@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from raglan.decode.base import Asked, pad_prior
+from raglan.decode.base import Asked, pad_prior, read_hits
 from raglan.decode.rag_sequence import by_tokens
 from raglan.decode.rag_token import decoded
 from raglan.generator import HFGenerator, encode_prompts
@@ -83,10 +83,11 @@ def _answer(
     by_token = (turn_posterior[:, None, None] * token_posterior(each[best], scores[best], own))[real][None]  # (1,U·K,T)
     hits = tuple(asked.hits[place])
     return Answer(
-        query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished, hits=hits,
-        truncated=any(prompt.truncated for prompt in prompts), settings=settings.model_dump(), ids=chosen.ids,
+        query=asked.queries[place], text=chosen.text, logprob=chosen.logprob, finished=chosen.finished,
+        settings=settings.model_dump(), ids=chosen.ids,
         prior=tuple(joint[real].exp().tolist()) if hits else (),
         posterior=tuple(attribution(by_token, own[:1])[0].tolist()) if hits else (),
         token_posterior=tuple(map(tuple, by_token[0, :, : len(chosen.ids)].T.tolist())) if hits else (),
         candidates=(chosen, *sorted((c for c in candidates if c is not chosen), key=lambda c: -c.logprob)),
+        **read_hits(asked, place, prompts),
     )  # fmt: skip

@@ -17,7 +17,9 @@ from raglan.perturb.fill import (
     decidable,
     fill,
     neighbours,
+    second_voice,
     shown_answers,
+    sides,
     sweep,
 )
 from raglan.perturb.guard import Frequencies, Guard, Judge, held
@@ -50,7 +52,9 @@ __all__ = [
     "near_duplicate",
     "neighbours",
     "orders",
+    "second_voice",
     "shown_answers",
+    "sides",
     "swap",
     "sweep",
     "value_type",

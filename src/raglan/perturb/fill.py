@@ -31,7 +31,9 @@ __all__ = [
     "decidable",
     "fill",
     "neighbours",
+    "second_voice",
     "shown_answers",
+    "sides",
     "sweep",
 ]
 
@@ -129,6 +131,29 @@ def decidable(slots: Sequence[Slot]) -> bool:
     false = Counter(slot.value for slot in slots if slot.kind == "counterfactual")
     voices = len(_voices(slots))
     return not false or (voices >= 2 and voices > max(false.values()))
+
+
+def sides(slots: Sequence[Slot]) -> tuple[int, dict[str, int]]:
+    """How many passages say the truth, the evidence said again among them, and how many each false value."""
+    false = Counter(slot.value for slot in slots if slot.kind == "counterfactual")
+    return sum(slot.role in ("gold", "support", "redundant") for slot in slots), dict(false)
+
+
+def second_voice(
+    example: Example, gold: Sequence[Passage], *, sources: Sources, guard: Guard, seed: int | str
+) -> Slot | None:  # fmt: skip
+    """A passage that answers as the first gold one does: of another document, gold or found by the search; where there is
+    none, the first one in other words. None where it cannot be said otherwise.
+    """
+    own = gold[0].document or gold[0].id
+    others = [slot for slot in gold_slots(gold[1:]) if held(slot.passage, searchable(example.answers))]
+    others += [
+        retrieved_slot(hit, role="support", guard="also_gold", retriever=sources.retriever)
+        for hit in sources.hits
+        if guard.verdict(example, hit.passage, gold) == "also_gold"
+    ]
+    apart = (slot for slot in others if (slot.passage.document or slot.passage.id) != own)
+    return next(apart, None) or near_duplicate(example, gold_slots(gold)[0], seed=f"{seed}:{example.id}:second")
 
 
 def shown_answers(example: Example, rendered: str) -> list[str]:

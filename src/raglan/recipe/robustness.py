@@ -25,7 +25,8 @@ class RobustnessSettings(Settings):
     noise: tuple[NoiseKind, ...] = Field(
         ("hard", "random"),
         description="Kinds of noise, each by itself. `counterfactual`, `near_duplicate` and `garbled` are made from gold and "
-        "stand only beside it; `counterfactual` also tries one gold passage against one false one.",
+        "stand only beside it; `counterfactual` also tries one gold passage, and two that "
+        "answer, against one false one.",
     )
     ratios: tuple[Share, ...] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0), description="Shares of the retrieved passages that give way to noise."
