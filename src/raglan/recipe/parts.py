@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raglan.recipe.base import Settings
+from raglan.recipe.base import Settings, Verbatim
 
 __all__ = [
     "QA_PROMPTS",
@@ -216,7 +216,7 @@ class GeneratorSettings(Settings):
     vocabulary_init: Literal["mean", "words", "random"] = Field(
         "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
-    lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    lora: Verbatim | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     adapter: AdapterSettings | None = Field(None, description="A published adapter of `model`.")
     tokens: dict[Literal["bos", "eos", "pad"], int | str] = Field(
         default_factory=dict, description="What begins, ends and pads a row, by id or spelling; default the tokenizer's own."
@@ -229,9 +229,9 @@ class GeneratorSettings(Settings):
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
+    engine: Verbatim = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
+        None, pattern=r"^https?://[^@\s?#]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
     )
     tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
     revision: str | None = Field(None, description="endpoint, graded: any name; another one stands for other weights there.")
@@ -266,7 +266,7 @@ class ScorerSettings(Settings):
 
     model: str = Field(description="`embedded`, a folder, or a hub name; with `endpoint` the name that the server knows.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$",
+        None, pattern=r"^https?://[^@\s?#]+$",
         description="An OpenAI-compatible server that gives prompt log-probabilities, as http://localhost:8000/v1.",
     )  # fmt: skip
     tokenizer: str | None = Field(None, description="The served model's, a folder or hub name; default `model`.")
