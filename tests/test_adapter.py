@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
+import raglan
 import tiny
 from raglan.decode import Asked, concat, rag_sequence
 from raglan.errors import CheckpointError, RecipeError
@@ -21,7 +23,7 @@ from raglan.generator import HFGenerator, open_generator, open_merged
 from raglan.generator.adapter import merged
 from raglan.likelihood import answer_nll
 from raglan.objective import AnswerObjective
-from raglan.prompt import Prompt
+from raglan.prompt import Prompt, Rendered
 from raglan.recipe import (
     QA_PROMPTS,
     AdapterSettings,
@@ -29,9 +31,13 @@ from raglan.recipe import (
     GeneratorSettings,
     PromptSettings,
     RagSequenceDecode,
+    ShownData,
     load_recipe,
 )
 from raglan.records import Hit, Passage
+from raglan.rendering import Rendering, render
+from raglan.shown import shown_rows
+from raglan.trainer import stage_trainer
 
 peft = pytest.importorskip("peft")
 
@@ -39,6 +45,7 @@ PASSAGES = [
     Passage("1", "The tower was built by Odo Marrack, a miller, in 1831.", "Tower"),
     Passage("2", "北京大學 was no lighthouse of the year 1790.", "Light"),
 ]
+RENDERINGS = yaml.safe_load((Path(raglan.__file__).parent / "renderings.yaml").read_text(encoding="utf-8"))
 ANSWERS = ["Odo Marrack, the miller", "1790", "a"]
 QUERIES = ["who built the tower?", "when?", "北京大學 in the year 1790?"]
 TEMPLATES = {
@@ -256,6 +263,52 @@ def test_the_loss_is_divided_by_the_answer_tokens_of_the_whole_step(base: Path) 
     assert float(sum(objective.loss(batch)[0] for batch in apart) / 3) != pytest.approx(float(whole), abs=1e-3)
 
 
+def shown_example(n: int) -> dict[str, Any]:
+    """Answers and passages of unequal number and length."""
+    shown = [{"id": f"p{n}-{i}", "title": f"t{i}", "text": f"door {n} {i} is red"} for i in range(1 + n % 3)]
+    synth = {"passages": shown, "target": "red" + " door" * n, "instruction": "Answer.", "rendering": Rendering().record()}
+    return {"id": f"synth-{n}-0", "query": f"what is door {n}", "answers": ["red"], "relevant": [], "synth": synth}
+
+
+def learned_in_a_step(base: Path, folder: Path, size: int, times: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """LoRA's weights before and after a plain step of `times` × `size` rows, and no Adam, which heeds no scale of gradients."""
+    (folder / "r.yaml").write_text(f"""
+name: step{size}
+knowledge: {{path: kb, documents: docs}}
+generator: {{model: "{base}", dtype: float32, lora: {{r: 4, target_modules: all-linear, use_rslora: true}}}}
+data: {{kind: shown, path: made.jsonl}}
+objective: {{kind: answer}}
+train: {{max_steps: 1, optim: sgd, learning_rate: 1.0, lr_scheduler_type: constant, warmup_steps: 0, weight_decay: 0,
+  max_grad_norm: 0, bf16: false, per_device_train_batch_size: {size}, gradient_accumulation_steps: {times}}}
+""")
+    recipe = load_recipe(folder / "r.yaml")
+    stage = recipe.trainings()["answer"]
+    torch.manual_seed(0)
+    generator = open_generator(recipe.generator, recipe.prompt)
+    for name, parameter in generator.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert isinstance(stage.data, ShownData)
+    rows = shown_rows(stage.data, generator, seed=1).rows
+    assert len({len(row["labels"]) for row in rows}) == len(rows) == 8
+    lora = {name: value for name, value in generator.model.named_parameters() if value.requires_grad}
+    before = {name: value.detach().clone() for name, value in lora.items()}
+    stage_trainer(recipe, stage, folder / f"{size}x{times}", AnswerObjective(generator), rows, []).train()
+    return before, {name: value.detach().cpu() for name, value in lora.items()}
+
+
+def test_eight_unequal_rows_teach_an_adapter_the_same_together_and_one_by_one(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(shown_example(n)) + "\n" for n in range(8)), encoding="utf-8")
+    before, together = learned_in_a_step(base, tmp_path, 8, 1)
+    begun, apart = learned_in_a_step(base, tmp_path, 1, 8)
+    assert before.keys() == together.keys() == apart.keys()
+    for name, value in before.items():
+        assert torch.equal(value, begun[name])
+        moved = float((together[name] - value).abs().max())
+        assert moved > 0
+        assert float((together[name] - apart[name]).abs().max()) < 1e-3 * moved, name
+
+
 def test_the_end_is_learned_and_padding_is_not(base: Path) -> None:
     generator = opened(base)
     rows = rows_of(generator, ["a", "bcd"])
@@ -271,29 +324,59 @@ def test_the_end_is_learned_and_padding_is_not(base: Path) -> None:
     assert float((generator.forward(batch) - logprobs).abs()[0, len(rows[0]["labels"]) - 1]) > 0
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_is_read_at_inference_is_exactly_the_beginning_of_what_is_learned(base: Path, name: str) -> None:
-    generator = opened(base, PromptSettings(template=TEMPLATES[name], max_tokens=400))
+def read_and_learned(generator: HFGenerator, prompt: Rendered, answer: str) -> tuple[list[int], list[int]]:
+    """The ids that the model is really given: when it writes, and when it learns."""
     seen: list[list[int]] = []
 
     def catch(_: Any, __: Any, told: dict[str, Any]) -> None:
         ids, mask = told["input_ids"], told.get("attention_mask")
         seen.extend(row[m.bool()].tolist() for row, m in zip(ids, torch.ones_like(ids) if mask is None else mask, strict=True))
 
+    generator.forward(generator.collate([generator.row(prompt, answer)]))
+    handle = generator.model.register_forward_pre_hook(catch, with_kwargs=True)
+    generator.forward(generator.collate([generator.row(prompt, answer)]))
+    generator.generate([prompt], max_new_tokens=1)
+    handle.remove()
+    return seen[1], seen[0]
+
+
+def is_prefix(generator: HFGenerator, prompt: Rendered, answer: str) -> None:
+    read, learned = read_and_learned(generator, prompt, answer)
+    assert read == list(prompt.ids)
+    assert learned[: len(read)] == read
+    assert len(learned) > len(read)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_read_at_inference_is_exactly_the_beginning_of_what_is_learned(base: Path, name: str) -> None:
+    generator = opened(base, PromptSettings(template=TEMPLATES[name], max_tokens=400))
     for query, answer in (("who built the tower?", "Odo Marrack"), ("北京大學 1790?", "北京")):
         prompt = generator.prompt.render(query, PASSAGES)
-        generator.forward(generator.collate([generator.row(prompt, answer)]))
-        seen.clear()
-        handle = generator.model.register_forward_pre_hook(catch, with_kwargs=True)
-        generator.forward(generator.collate([generator.row(prompt, answer)]))
-        generator.generate([prompt], max_new_tokens=1)
-        handle.remove()
-        learned, read = seen[0], seen[1]
-        assert read == list(prompt.ids)
-        assert learned[: len(read)] == read
-        assert len(learned) > len(read)
+        is_prefix(generator, prompt, answer)
         if name == "instruct":
-            assert read[0] == 1
+            assert prompt.ids[0] == 1
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("template", RENDERINGS["templates"])
+def test_so_it_is_with_every_rendering(base: Path, template: str, language: str) -> None:
+    generator = opened_once(base)
+    asked = {"en": ("who built it?", "Odo Marrack", "In a word."), "zh": ("北京大學 1790?", "北京", "北京。")}
+    query, answer, said = asked[language]
+    forms, heads = list(RENDERINGS["forms"]), list(RENDERINGS["heads"])
+    for n in range(max(len(forms), len(heads))):  # each form and each head
+        way = Rendering(template, forms[n % len(forms)], heads[n % len(heads)], language)
+        prompt = render(generator.prompt.within(800), way, query, PASSAGES, instruction=said)
+        assert not prompt.truncated
+        is_prefix(generator, prompt, answer)
+
+
+def test_so_it_is_in_a_chat(tmp_path: Path) -> None:
+    spoken = "{% for turn in messages %}<s>[{{ turn.role }}] {{ turn.content }}</s>{% endfor %}[a] "
+    generator = opened(tiny.llama(tmp_path / "llama", template=spoken))
+    assert generator.prompt.layout == "chat"
+    for query, answer in (("who built the tower?", "Odo Marrack"), ("北京大學 1790?", "北京")):
+        is_prefix(generator, generator.prompt.render(query, PASSAGES), answer)
 
 
 def test_only_lora_learns(base: Path) -> None:

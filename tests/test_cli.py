@@ -13,6 +13,7 @@ import pytest
 from raglan import cli
 from tiny import small_recipe
 
+SECRET = "hf_SENTINEL9f8e7d"
 COMMANDS = ["build", "retrieve", "answer", "train", "evaluate", "report", "swap", "schema", "synthesize"]
 
 
@@ -21,6 +22,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as done:
         cli.main()
     streams = capsys.readouterr()
+    assert SECRET not in streams.out + streams.err
     return int(done.value.code or 0), streams.out, streams.err
 
 
@@ -47,7 +49,8 @@ def test_every_command_has_a_help(call, command: str) -> None:
     assert all(f" {name} " in call("--help")[1] for name in COMMANDS)
 
 
-def test_the_whole_job(call, recipe: str, folder: Path) -> None:
+def test_the_whole_job(call, recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
     short = ["stages.read.train.max_steps=6", "stages.find.train.max_steps=4"]
     code, out, _ = call("build", recipe)
     assert code == 0
@@ -82,6 +85,28 @@ def test_the_whole_job(call, recipe: str, folder: Path) -> None:
     assert "Plotly.newPlot" in page
     assert 'src="http' not in page
     assert page.count("<article") == 20
+    assert not holding(folder, SECRET), "the environment's token was written"
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """The files that hold a text."""
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("command", ["build", "train", "evaluate", "report"])
+def test_a_recipe_holds_no_secrets(call, command: str, tmp_path: Path) -> None:
+    written = small_recipe(tmp_path)
+    given = ("--set",) if command == "report" else ()
+    code, _, err = call(command, str(written), *given, f"train.hub_token={SECRET}")
+    assert code == 2
+    assert "train: hub_token is a secret" in " ".join(err.split())
+    assert "HF_TOKEN" in err
+    written.write_text(written.read_text().replace("learning_rate: 1e-3}", f"hub_token: {SECRET}}}"))
+    planted = {written}
+    code, _, err = call(command, str(written))
+    assert code == 2
+    assert "stages.find.train: hub_token is a secret" in " ".join(err.split())
+    assert set(holding(tmp_path, SECRET)) == planted, "it is where we wrote it, and nowhere else"
 
 
 def looked_at(page: Path) -> None:

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "raglan"
 FLOORS = [
     ["errors", "records", "text", "likelihood", "reflection", "citations", "refusals"],
     ["recipe", "artifact", "prompt", "metrics", "paired", "chunk", "progress", "quiet", "embedded", "weights", "wordings",
-     "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering", "files"],  # fmt: skip
+     "memory", "marked_prompt", "shingles", "robustness", "judging", "rendering", "files", "learned_prompt"],  # fmt: skip
     ["documents", "corpus", "dpr", "encoder", "index", "ready", "vectors", "vocabulary", "characters", "generator", "packing",
      "calls"],  # fmt: skip
     ["decode", "perturb"],

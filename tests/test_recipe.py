@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raglan.errors import RecipeError
-from raglan.recipe import load_recipe, recipe_schema
+from raglan.recipe import StageSettings, load_recipe, recipe_schema
 
 GOOD = """
 name: t
@@ -103,6 +103,42 @@ def test_faults_of_meaning(tmp_path: Path, old: str, new: str, message: str | No
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe(tmp_path, text))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("train: {accelerator_config: {auth_token: hf_SENTINEL}}", "train: auth_token is a secret"),
+        ("generator: {kind: vllm, model: m, engine: {hf_token: hf_SENTINEL}}", "generator.engine: hf_token is a secret"),
+        ("generator: {kind: graded, model: m, endpoint: 'http://me:hf_SENTINEL@host/v1'}", "variable that api_key_env names"),
+        ("generator: {kind: graded, model: m, endpoint: 'http://host/v1?key=hf_SENTINEL'}", "variable that api_key_env names"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(tmp_path: Path, change: str, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe(tmp_path, GOOD.replace("train: {learning_rate: 2e-4}\n", "") + change))
+    assert told in str(caught.value)
+    assert "hf_SENTINEL" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.hub_token:hf_SENTINEL", "train.hub_token=[hf_SENTINEL"])
+def test_a_faulty_override_shows_no_secret(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.hub_token=…") as caught:
+        load_recipe(recipe(tmp_path), [override])
+    assert "hf_SENTINEL" not in str(caught.value)
+
+
+def test_what_only_sounds_like_a_secret_is_none(tmp_path: Path) -> None:
+    engine = "generator: {kind: vllm, model: m, engine: {hf_token: true, max_num_batched_tokens: 64, eos_token: x}}\n"
+    more = "decode: {kind: self_rag}\ntrain: {hub_token: null, include_num_input_tokens_seen: 'no'}"
+    load_recipe(recipe(tmp_path, GOOD.replace("train: {learning_rate: 2e-4}\n", "") + engine + more))
+
+
+def test_pydantic_shows_no_values() -> None:
+    stage = {"data": {"kind": "lessons"}, "objective": {"kind": "answer"}, "train": {"hub_token": "hf_S"}}
+    with pytest.raises(ValueError, match="hub_token is a secret") as caught:
+        StageSettings.model_validate(stage)
+    assert "hf_S" not in str(caught.value)
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:

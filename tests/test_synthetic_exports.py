@@ -34,6 +34,7 @@ def run(*said: object) -> int:
 
 
 GOLD = "The Vessen lighthouse stands on a rock. It was first lit in 1831. Its keepers lived below."
+LIT = "It was first lit in 1831."
 
 
 def slot(number: int, text: str, role: str = "noise", kind: str = "hard", guard: str = "clean", **more: Any) -> dict[str, Any]:
@@ -243,6 +244,42 @@ def test_negatives_are_clean_and_of_two_kinds_only(files: dict[str, Path]) -> No
         "negatives": ["The mill of Vessen was built of oak.", "Rock\nA chapel stands beside the rock."],
     }]  # fmt: skip
     assert set(rows) == {"span", "sentence", "cited", "choice", "raft", "zh"}  # none without gold, none that follows a turn
+
+
+def inverse_cloze(number: int, *, teacher: str = "offline", text: str = GOLD, said: str = LIT) -> dict[str, Any]:
+    gold = slot(1, text, "gold", "gold", "exempt", title="Lighthouse")
+    return example(f"cloze{number}", "1831", passages=[NOISE[0], gold], synth={"teacher": teacher, "facts": [said]})
+
+
+def exported(folder: Path, rows: list[dict[str, Any]], *more: object) -> tuple[list[str], list[dict[str, Any]]]:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = folder / "retriever.jsonl"
+    assert run("synthesize", "export", folder, "--as", "retriever", "-o", path, *more) == 0
+    return [row["positive"] for row in read(path)], read(path.with_suffix(".meta.jsonl"))
+
+
+def test_a_sentence_that_was_asked_about_mostly_leaves_its_positive(tmp_path: Path) -> None:
+    rows = [inverse_cloze(n) for n in range(400)]
+    positives, meta = exported(tmp_path, rows)
+    whole, without = "Lighthouse\n" + GOLD, "Lighthouse\nThe Vessen lighthouse stands on a rock. Its keepers lived below."
+    assert set(positives) == {whole, without}
+    assert 340 <= positives.count(without) <= 380
+    assert [told["left_out"] for told in meta] == [[LIT] if text == without else [] for text in positives]
+    assert exported(tmp_path, rows)[0] == positives, "the row decides, and not the run"
+    assert exported(tmp_path, rows[::-1])[0] == positives[::-1]
+    assert set(exported(tmp_path, rows, "--leave-out", 0)[0]) == {whole}
+    assert set(exported(tmp_path, rows, "--leave-out", 1)[0]) == {without}
+
+
+def test_other_positives_stay_whole(tmp_path: Path) -> None:
+    rows = [
+        inverse_cloze(0, teacher="endpoint"), inverse_cloze(1, text=LIT), inverse_cloze(2, said="It says nothing of the kind."),
+        inverse_cloze(3, text="大桥于一九九八年建成通车。青浦大桥位于江上。", said="大桥于一九九八年建成通车。"),
+    ]  # fmt: skip
+    positives, _ = exported(tmp_path, rows, "--leave-out", 1)
+    assert positives[:3] == [f"Lighthouse\n{GOLD}", f"Lighthouse\n{LIT}", f"Lighthouse\n{GOLD}"]
+    assert positives[3] == "Lighthouse\n青浦大桥位于江上。"
 
 
 def test_a_tampered_meta_line_tells_of_a_negative_that_is_none(files: dict[str, Path], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from raglan.metrics import (
     rouge_l,
     wilson,
 )
+from raglan.recipe import BM25Index as BM25Settings
 from raglan.text import (
     FUNCTION_WORDS,
     QUESTION_WORDS,
@@ -76,6 +77,8 @@ def test_answer_words(text: str, words: list[str]) -> None:
         ("北京大学", ["北京"], 0, 2 / 3),
         ("北京", ["北京"], 1, 1),
         ("red red blue", ["red blue blue"], 0, 2 / 3),
+        ("STRASSE", ["Straße"], 1, 1),
+        ("ΟΔΥΣΣΕΎΣ", ["Οδυσσεύς"], 1, 1),
     ],
 )
 def test_answer_figures(prediction: str, answers: list[str], em: float, overlap: float) -> None:
@@ -400,6 +403,8 @@ def test_the_jackknife_of_a_mean_is_the_normal_interval() -> None:
 def test_terms_of_two_scripts() -> None:
     assert terms("Röntgen's X-ray, 1901") == ["röntgen", "s", "x", "ray", "1901"]
     assert terms("长江的源头", han="pairs") == ["长江", "江的", "的源", "源头"]
+    assert terms("长江的源头") == ["长", "江", "的", "源", "头", "长江", "江的", "的源", "源头"]
+    assert BM25Settings(kind="bm25").han == "both"
     assert terms("Ｂ城 3月 源", han="pairs") == ["b", "城", "3", "月", "源"]  # a lone character is a term by itself
     assert terms("印歐語系 in 1786年") == ["印", "歐", "語", "系", "印歐", "歐語", "語系", "in", "1786", "年"]
 

@@ -116,6 +116,10 @@ def export(
     split: Annotated[
         str | None, typer.Option(help="Of a synthesized dataset: train, dev, …; default all its examples.", show_default=False)
     ] = None,
+    leave_out: Annotated[
+        float | None,
+        typer.Option(help="retriever: share of positives without the sentences offline questions are made of; default 0.9."),
+    ] = None,
     model: Model = None,
     tokenizer: Tokenizer = None,
 ) -> None:
@@ -126,11 +130,13 @@ def export(
     given = {
         "--prompt": prompt, "--separate-context": separate_context, "--shape": shape, "--target": target, "-k": k,
         "--model": model, "--tokenizer": tokenizer, "--untuned": untuned or None, "--from": by, "--split": split,
+        "--leave-out": leave_out,
     }  # fmt: skip
     _suits(source, wanted, given)
     lengths = Lengths.of(model, tokenizer=tokenizer)
     if wanted in SYNTHETIC:
-        _tell(_synthetic(source, output, wanted, by, split, limit, lengths))
+        more = {} if leave_out is None else {"leave_out": leave_out}
+        _tell(_synthetic(source, output, wanted, by, split, limit, lengths=lengths, **more))
         return
     found = _Found(by, k, limit, untuned)
     if wanted == "sentence-transformers":
@@ -146,8 +152,10 @@ def _suits(source: Path, form: str, given: dict[str, Any]) -> None:
     if form in SYNTHETIC:
         own = ("--prompt", "--separate-context", "--shape", "--target", "-k")
         _applies({name: (given[name], False, "examples were written with it") for name in own})
+        _applies({"--leave-out": (given["--leave-out"], form == "retriever", f"{form} has no positives")})
         return
-    _applies({"--split": (given["--split"], False, f"{form} is not made of a synthesized dataset alone")})
+    only = f"{form} is not made of a synthesized dataset alone"
+    _applies({name: (given[name], False, only) for name in ("--split", "--leave-out")})
     _one_of("--shape", given["--shape"] or "messages", ("prompt_completion", "messages"))
     pairs, points, by = holds_pairs(source), holds_points(source), given["--from"]
     _fits(source, form, pairs=pairs)
@@ -182,9 +190,9 @@ def _tell(done: Any) -> None:
 
 
 def _synthetic(
-    source: Path, output: Path, form: Any, by: Path | None, split: str | None, limit: int | None, lengths: Any
+    source: Path, output: Path, form: Any, by: Path | None, split: str | None, limit: int | None, **asked: Any
 ) -> Any:
-    """A synthesized dataset; a recipe's prompt is that of examples which do not hold their own."""
+    """A synthesized dataset; a recipe's prompt is that of examples without one of their own. `asked`: lengths, leave_out."""
     from raglan.exports import export_synthetic, holds_synthetic, read_synthetic
 
     if not holds_synthetic(source):
@@ -196,7 +204,7 @@ def _synthetic(
         raise RecipeError(f"--from is {by}, and nothing is searched for here", hint="a recipe, for its prompt; or leave it out")
     prompt = None if by is None else load_recipe(by).prompt
     examples = list(read_synthetic(source, split=split))[:limit]
-    return export_synthetic(examples, output, form=form, prompt=prompt, lengths=lengths)
+    return export_synthetic(examples, output, form=form, prompt=prompt, **asked)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class _Plan:
             asdict(cell), None if cell.query_encoder is None else self._search_made_of(task, cell.query_encoder),
             generator, folder_stamp(generator), folder_stamp(recipe.generator.model), _questions(task),
             task.decode.model_dump(mode="json"), task.settings.metric, recipe.seed, recipe.prompt.model_dump(mode="json"),
-            recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
+            recipe.generator.model_dump(mode="json", exclude={"any_prompt", "attention", "batch_tokens", "head_chunk"}),
         ]  # fmt: skip
         return recipe.run / "grid" / cell.folder / f"{task.name}-{fingerprint(made_of)[:8]}"
 

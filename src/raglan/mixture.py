@@ -39,7 +39,7 @@ from raglan.recipe import DevTask, InstructionMix, MixSource
 from raglan.records import Context, DataPoint, Example, Hit, Passage
 from raglan.retriever import Retriever
 
-__all__ = ["DEV_MEAN", "Mixture", "mix", "mixture_shares"]
+__all__ = ["DEV_MEAN", "Mixture", "mix", "mixture_shares", "prompts_of"]
 
 log = logging.getLogger(__name__)
 DEV_MEAN = "dev_mean"
@@ -323,7 +323,7 @@ class _Writer:
         drawn = data.markers == "random" and own.layout == "joined"
         if data.markers == "random" and not drawn:
             log.info("the model's own layout (%s) is always the same: no markers are drawn", own.layout)
-        self.prompts = _worded(data, own) if drawn else {("", ""): own}
+        self.prompts = prompts_of(data, own)
         if drawn and own.settings.template not in {prompt.settings.template for prompt in self.prompts.values()}:
             log.warning(
                 "prompt.template, with which the tuned system will be asked, is none of those it learns: %r. Set it to %r",
@@ -369,8 +369,10 @@ class _Writer:
         return self.size - used - len(bare.ids)
 
 
-def _worded(data: InstructionMix, own: Prompt) -> dict[tuple[str, str], Prompt]:
-    """The prompt in the words of each pair of markers."""
+def prompts_of(data: InstructionMix, own: Prompt) -> dict[tuple[str, str], Prompt]:
+    """The prompt in the words of each pair of markers; itself where none are drawn."""
+    if data.markers != "random" or own.layout != "joined":
+        return {("", ""): own}
 
     def said(template: str, pair: tuple[str, str]) -> str:
         return template.replace("{instruction}", pair[0]).replace("{answer}", pair[1])

@@ -32,6 +32,8 @@ from raglan.text import shortened
 __all__ = ["Prompt", "Rendered", "fit"]
 
 log = logging.getLogger(__name__)
+FUSED_WORDS = ("passage", "question_form")
+WORDS = (*FUSED_WORDS, "template", "no_passage", "separator", "shots", "shot_separator")
 MARK = "\ue000raglan\ue001"  # stands for the text while the chat template is written around it
 
 
@@ -95,6 +97,15 @@ class Prompt:
     def text(self, query: str, passages: Sequence[Passage], *, history: Sequence[str] = ()) -> str:
         """The prompt as text, nothing cut: for readers with tokenizers of their own. It needs none."""
         return self._text(query, [self.passage_text(passage, number) for number, passage in enumerate(passages, 1)], history)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What shapes the text of a prompt, as JSON: everything but budgets."""
+        named = FUSED_WORDS if self.layout == "fused" else WORDS
+        told = self.settings.model_dump(mode="json", include=set(named))
+        if not self.settings.shots:  # then nothing stands behind one
+            told.pop("shot_separator", None)
+        return {"layout": self.layout, **told}
 
     def within(self, tokens: int) -> Prompt:
         """This prompt with another budget."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 from raglan.artifact import read_manifest
 from raglan.decode import CHOOSES, KINDS, NEEDS_PRIOR, Asked, first_tokens, rag_turn, self_rag
@@ -19,6 +20,7 @@ from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.generator import HFGenerator, open_any, open_generator
 from raglan.knowledge import KnowledgeBase
+from raglan.learned_prompt import check_prompt
 from raglan.recipe import (
     ClassifyDecode,
     DecodeSettings,
@@ -60,10 +62,14 @@ class RAG:
     def open(
         cls, recipe: Recipe, *, generator: str | None = None, query_encoder: Path | None = None,
         passage_encoder: Path | None = None, knowledge: Path | None = None, prior: Path | None = None,
+        to: Literal["ask", "learn"] = "ask",
     ) -> RAG:  # fmt: skip
         """The system of a recipe; the rest are folders of tuned parts to use instead of its own.
 
         A tuned passage encoder comes with `knowledge`, the same passages encoded by it.
+
+        Raises:
+            RecipeError: a generator that learned with another prompt is to be asked with the recipe's.
         """
         asks = recipe.retriever
         base = KnowledgeBase.of(recipe.knowledge, path=knowledge)
@@ -78,6 +84,8 @@ class RAG:
         if generator is not None:
             settings = settings.model_copy(update={"model": generator, "adapter": None})  # it is in what learned
         reads = open_any(settings, recipe.prompt)
+        if to == "ask" and not (settings.any_prompt or isinstance(recipe.decode, SelfRagDecode)):
+            check_prompt(getattr(reads, "learned_prompt", None), reads.prompt, model=settings.model)
         if isinstance(recipe.decode, ClassifyDecode):
             first_tokens(reads, recipe.decode)  # a fault is told before anything is trained
         if isinstance(recipe.decode, SelfRagDecode):

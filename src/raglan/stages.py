@@ -13,12 +13,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest
 from raglan.errors import CheckpointError
 from raglan.feedback import FeedbackStore
 from raglan.knowledge import KnowledgeBase
+from raglan.learned_prompt import other_prompt
 from raglan.rag import RAG
 from raglan.recipe import ClassifyDecode, FeedbackData, InstructionMix, Recipe, SelfRagData, ShownData, StageSettings
 from raglan.recipe import LsrObjective as LsrSettings
@@ -60,8 +61,8 @@ class Parts:
     knowledge: Path | None = None
     prior: Path | None = None
 
-    def open(self, recipe: Recipe) -> RAG:
-        return RAG.open(recipe, **{field.name: getattr(self, field.name) for field in fields(self)})
+    def open(self, recipe: Recipe, *, to: Literal["ask", "learn"] = "ask") -> RAG:
+        return RAG.open(recipe, to=to, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def finished_parts(recipe: Recipe, *, warn: bool = True) -> list[tuple[str, Part
         log.info("the parts were trained on version %s of the knowledge base", version)
         return found
     missing = [name for name in recipe.trainings() if name not in dict(found)]
-    if warn and missing and any((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")):
+    others = list((recipe.run / "stages").glob(f"{missing[0]}-*/result/{MANIFEST}")) if warn and missing else []
+    if others:
+        prompts = [other_prompt(path.parent / "generator", recipe.prompt) for path in others]
         log.warning(
-            "stage %s is trained, but with other settings, documents or questions than the recipe's now; it is not used",
-            missing[0],
-        )
+            "stage %s is trained, but with other settings, documents or questions than the recipe's now%s; it is not used",
+            missing[0], prompts[0] if all(prompts) else "",
+        )  # fmt: skip
     return found
 
 
@@ -190,7 +193,7 @@ def stages_of(recipe: Recipe, version: str | None = None) -> list[tuple[Stage, P
     ground: list[Any] = [version or KnowledgeBase.of(recipe.knowledge).searched, recipe.seed]
     shared = [
         recipe.prompt.model_dump(mode="json"),
-        recipe.generator.model_dump(mode="json", exclude={"attention", "batch_tokens", "head_chunk"}),
+        recipe.generator.model_dump(mode="json", exclude={"any_prompt", "attention", "batch_tokens", "head_chunk"}),
         recipe.retriever.model_dump(mode="json", exclude={"k"}), recipe.knowledge.encoder.model_dump(mode="json"),
         [folder_stamp(name) for name in (
             recipe.generator.model, recipe.retriever.query_encoder, recipe.retriever.rewrite.model,

@@ -154,8 +154,9 @@ def question_key(query: str, history: Sequence[str] = ()) -> str:
 
 
 def answer_words(text: str) -> list[str]:
-    """The words that answer F1 counts: normalised, and one a character in Chinese and Japanese."""
-    text = unicodedata.normalize("NFKC", text).lower()
+    """The words that answer F1 counts: normalised, without regard to case (STRASSE is Straße), and one a character in Chinese
+    and Japanese."""
+    text = unicodedata.normalize("NFKC", text).casefold()
     text = "".join(letter for letter in text if not _is_punctuation(letter))
     return _SPACELESS.sub(r" \1 ", _ARTICLES.sub(" ", text)).split()
 

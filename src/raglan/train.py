@@ -34,8 +34,9 @@ from raglan.errors import RecipeError
 from raglan.feedback.store import without_password
 from raglan.generator import HFGenerator
 from raglan.knowledge import reencoded
+from raglan.learned_prompt import prompt_record
 from raglan.marked_rows import asked_in, marked_rows
-from raglan.mixture import mix
+from raglan.mixture import mix, prompts_of
 from raglan.objective import (
     AnswerObjective,
     LsrObjective,
@@ -47,6 +48,7 @@ from raglan.objective import (
 )
 from raglan.objective.staleness import Refresher, StaleRetriever
 from raglan.preference import judged
+from raglan.prompt import Prompt
 from raglan.rag import PRIOR, RAG
 from raglan.recipe import AnswerObjective as AnswerSettings
 from raglan.recipe import (
@@ -132,7 +134,7 @@ def dry_run(recipe: Recipe) -> dict[str, Plan | str]:
         elif waits:
             told[stage.name] = f"not known before stage {waits} is done"
         else:
-            system = before.open(recipe)
+            system = before.open(recipe, to="learn")
             examples = _lsr_examples(recipe, stage, system, objective)
             told[stage.name] = lsr_plan(
                 examples, system, objective, recipe.run / "scores", held_out=_lsr_held_out(recipe, stage, system)
@@ -161,7 +163,7 @@ def _check_leaks(recipe: Recipe, stage: Stage) -> None:
 def _train_stage(recipe: Recipe, stage: Stage, before: Parts) -> None:
     began = time.monotonic()
     set_seed(recipe.seed)
-    system = before.open(recipe)
+    system = before.open(recipe, to="learn")
     objective_settings = stage.settings.objective
     if isinstance(objective_settings, AnswerSettings):
         objective, rows, held_out = _answer(recipe, stage, system, objective_settings)
@@ -407,4 +409,14 @@ def _keep(stage: Stage, system: RAG, objective: Objective, figures: dict[str, An
         (stage.result / "prior").mkdir(parents=True)
         write_manifest(stage.result / "prior", PRIOR, {"values": retriever.weights.values()})
     if "generator" in learned:
-        system.generator.save(stage.result / "generator", **figures)
+        system.generator.save(stage.result / "generator", **figures, prompt=_prompts(stage, system.generator.prompt))
+
+
+def _prompts(stage: Stage, own: Prompt) -> dict[str, Any] | None:
+    """What the manifest says of the rows' prompts; nothing where they are Self-RAG's."""
+    data = stage.settings.data
+    if isinstance(data, SelfRagData):
+        return None
+    if isinstance(data, ShownData) and data.prompt == "own":
+        return prompt_record([])
+    return prompt_record(list(prompts_of(data, own).values()) if isinstance(data, InstructionMix) else [own])

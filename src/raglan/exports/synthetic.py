@@ -35,6 +35,10 @@ class Synthetic:
     labels: tuple[str, ...] = ()
 
     @property
+    def teacher(self) -> str:
+        return str(self.example.metadata["synth"].get("teacher") or "")
+
+    @property
     def language(self) -> str:
         """Of the target: zh where most of its words are in a script without blanks."""
         said = words(self.target)

@@ -8,17 +8,24 @@
 | `dpo` | {prompt, chosen, rejected, pair}: see `raglan.exports.contrast` |
 | `retriever` | {query, positive, negatives}: noise of the kinds hard and neighbour that the guard found clean, and no other |
 
+The offline teacher's questions are made from sentences of their evidence, and words alone would find these again. So a
+retriever's positive mostly loses them (inverse cloze task: Lee et al. 2019, who take the sentence out of 90 % of the blocks);
+the line beside it keeps them. A passage that has no other sentence stays whole.
+
 Passages stand in the order in which they were shown, and only those. Deviation from RAFT: where the evidence was taken away the
 row's answer is the example's own, which declines; RAFT keeps the answer of the passage that is not there.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raglan.errors import RecipeError
 from raglan.exports.check import Form, Lengths
 from raglan.exports.contrast import pairs_of
 from raglan.exports.rules import ANSWER, NEGATIVES
@@ -32,9 +39,10 @@ from raglan.rendering import read_rendering
 from raglan.text import content_terms, sentences
 from raglan.verification.said import holds
 
-__all__ = ["SYNTHETIC", "export_synthetic"]
+__all__ = ["LEAVE_OUT", "SYNTHETIC", "export_synthetic"]
 
 SYNTHETIC: tuple[Form, ...] = ("sft", "chat", "raft", "dpo", "retriever")
+LEAVE_OUT = 0.9
 FEWEST_SHARED = 2  # words: a sentence with fewer of the answer's is no evidence of it
 WHY = {
     "sft": "", "chat": "", "raft": "no sentence shown bears the answer out", "dpo": "no worse answer of like length is known",
@@ -44,30 +52,30 @@ WHY = {
 
 def export_synthetic(
     examples: Sequence[Synthetic], path: Path, *, form: Form, prompt: PromptSettings | None = None,
-    lengths: Lengths | None = None,
+    lengths: Lengths | None = None, leave_out: float = LEAVE_OUT,
 ) -> Written:  # fmt: skip
     """Write a dataset in one of the forms of `SYNTHETIC`. What a form has no place for is left out and counted.
 
     Args:
         prompt: renders examples that do not hold their prompt as it was shown.
         lengths: refuse rows that are longer.
+        leave_out: the share of `retriever` positives without the sentences that an offline question was made from.
 
     Raises:
-        CorpusError: nothing to export, or a file that would have faults.
+        CorpusError: nothing to export, or a file that would have faults. RecipeError: a share that is none.
     """
+    if not 0 <= leave_out <= 1:
+        raise RecipeError(f"a share of {leave_out} positives cannot lose their sentences", hint="from 0 to 1")
+    forms = {"sft": _sft, "chat": _chat, "raft": _raft, "dpo": _dpo, "retriever": partial(_retriever, share=leave_out)}
     rows: list[dict[str, Any]] = []
     meta: list[dict[str, Any]] = []
     left_out = 0
     for one in examples:
         asked = _Asked.of(one, prompt or PromptSettings())
-        made: list[dict[str, Any]]
-        if form == "dpo":
-            made = [asked.pair(pair) for pair in pairs_of(one)]
-        else:
-            made = {"sft": _sft, "chat": _chat, "raft": _raft, "retriever": _retriever}[form](one, asked)
+        made = forms[form](one, asked)
         left_out += not made
         rows += made
-        meta += [_about(one, row, form) for row in made]
+        meta += [_about(one, row, form, leave_out) for row in made]
     return write_rows(rows, meta, path, form, lengths=lengths, left_out=left_out, why=WHY[form])
 
 
@@ -93,7 +101,7 @@ class _Asked:
         texts = [f"{before}{written.text(query, passages, history=own)}".strip() for own in (history, ())]
         return cls(texts[0], written.answer_space or _blank(texts[0]), (*dialogue(history), turn("user", texts[1])))
 
-    def pair(self, pair: tuple[str, str, str]) -> dict[str, str]:
+    def pair(self, pair: tuple[str, str, str]) -> dict[str, Any]:
         chosen, rejected, name = pair
         return {"prompt": self.text, "chosen": self.space + chosen, "rejected": self.space + rejected, "pair": name}
 
@@ -111,15 +119,43 @@ def _chat(one: Synthetic, asked: _Asked) -> list[dict[str, Any]]:
     return [{"messages": [*asked.turns, turn("assistant", one.target)]}]
 
 
-def _retriever(one: Synthetic, _: _Asked) -> list[dict[str, Any]]:
+def _dpo(one: Synthetic, asked: _Asked) -> list[dict[str, Any]]:
+    return [asked.pair(pair) for pair in pairs_of(one)]
+
+
+def _retriever(one: Synthetic, _: _Asked, *, share: float) -> list[dict[str, Any]]:
     """A row a gold passage. A question that follows earlier turns means nothing to a search by itself."""
-    positives = [passage_text(passage) for passage in one.of_role("gold")]
+    positives = _positives(one, share)
     texts = [(passage_text(passage), _is_clean(slot)) for passage, slot in zip(one.passages, one.slots, strict=True)]
     others = {text for text, clean in texts if not clean}
     negatives = [text for text in dict.fromkeys(text for text, clean in texts if clean) if text not in others]
     if one.example.history or not negatives:
         return []
-    return [{"query": one.example.query, "positive": text, "negatives": negatives} for text in dict.fromkeys(positives)]
+    return [{"query": one.example.query, "positive": text, "negatives": negatives} for text in positives]
+
+
+def _positives(one: Synthetic, share: float) -> dict[str, list[str]]:
+    """Each gold passage as a positive, and the sentences that it lost: which do is drawn by question and passage."""
+    made_from = one.example.metadata["synth"].get("facts") or [] if one.teacher == "offline" else []
+    found: dict[str, list[str]] = {}
+    for passage in one.of_role("gold"):
+        said = [str(sentence) for sentence in made_from if str(sentence) in passage.text]
+        rest = passage.text
+        for sentence in said:
+            rest = _without(rest, sentence)
+        drawn = random.Random(f"{one.example.id}:{one.example.query}:{passage.id}").random() < share
+        if said and rest and drawn:
+            found.setdefault(passage_text(replace(passage, text=rest)), said)
+        else:
+            found.setdefault(passage_text(passage), [])
+    return found
+
+
+def _without(text: str, sentence: str) -> str:
+    while sentence in text:
+        before, _, after = text.partition(sentence)
+        text = f"{before}{after.lstrip()}".strip()
+    return text
 
 
 def _is_clean(slot: Mapping[str, Any]) -> bool:
@@ -166,8 +202,8 @@ def _bearing(one: Synthetic, passage: Passage) -> str | None:
     return best if len(shared) >= FEWEST_SHARED else None
 
 
-def _about(one: Synthetic, row: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    """What the form has no place for. `kinds`: of a retriever's negatives, in their order."""
+def _about(one: Synthetic, row: Mapping[str, Any], form: Form, share: float) -> dict[str, Any]:
+    """What the form has no place for. Of a retriever's: kinds of the negatives, in their order, and what the positive lost."""
     synth = one.example.metadata["synth"]
     told: dict[str, Any] = {
         "id": one.example.id, "query": one.example.query, "history": list(one.example.history),
@@ -181,4 +217,5 @@ def _about(one: Synthetic, row: Mapping[str, Any], form: Form) -> dict[str, Any]
     if form == "retriever":
         known = {passage_text(p): (s.get("kind"), s.get("guard")) for p, s in zip(one.passages, one.slots, strict=True)}
         told["negatives"] = [{"kind": kind, "guard": guard} for kind, guard in map(known.__getitem__, row["negatives"])]
+        told["left_out"] = _positives(one, share)[row["positive"]]
     return told

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,7 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
         self.cost, self.exact_marks = Cost(), True
         self.left_cut = 0  # prompts that lost their beginning, under `overflow: cut_left`; 0 says that budgets held
+        self.learned_prompt: Mapping[str, Any] | None = None  # see `raglan.learned_prompt`
         self._head_is_checked = False
         if self.reader is not None and self.device.type == "cpu":
             self.reader.use_plain_attention()
@@ -250,6 +251,8 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
         if self.settings.overflow == "cut_left":
             told["left_cut"] = self.left_cut
+        if self.learned_prompt is not None:
+            told["prompt"] = self.learned_prompt
         write_manifest(folder, "generator", {**told, **figures})
 
     def _guarded(self, prompt: Rendered, answer: int) -> Rendered:

@@ -20,6 +20,7 @@ from raglan.generator.causal import causal_from_encoder
 from raglan.generator.hf import HFGenerator
 from raglan.generator.reader import reader_from_encoder
 from raglan.generator.special import name_tokens
+from raglan.learned_prompt import read_record
 from raglan.marked_prompt import read_schema
 from raglan.memory import keep_freed
 from raglan.quiet import quietly
@@ -59,7 +60,9 @@ def open_generator(settings: GeneratorSettings, prompt: PromptSettings) -> HFGen
     for name, parameter in model.named_parameters():
         if any(part in name for part in settings.freeze):
             parameter.requires_grad_(False)
-    return HFGenerator(model.to(compute_device()).eval(), tokenizer, settings, prompt)
+    generator = HFGenerator(model.to(compute_device()).eval(), tokenizer, settings, prompt)
+    generator.learned_prompt = read_record(settings.model if adapter is None else find_adapter(adapter))
+    return generator
 
 
 def open_merged(settings: GeneratorSettings, prompt: PromptSettings) -> HFGenerator:

@@ -45,7 +45,7 @@ class EndpointSettings(Settings):
     """A chat model behind an OpenAI-compatible server."""
 
     kind: Literal["endpoint"] = "endpoint"
-    base_url: str = Field(pattern=r"^https?://[^@\s]+$", description="As https://host/v1.")
+    base_url: str = Field(pattern=r"^https?://[^@\s?#]+$", description="As https://host/v1.")
     model: str = Field(min_length=1, description="The name that the server knows.")
     api_key_env: str | None = Field(None, description="The environment variable that holds the server's key.")
     concurrency: int = Field(16, ge=1, le=1024, description="Requests at a time, at most.")

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raglan.errors import RecipeError
-from raglan.recipe.base import Settings, number
+from raglan.recipe.base import SECRET, Settings, number
 from raglan.recipe.settings import Recipe
 
 __all__ = ["load_recipe", "recipe_schema"]
@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"there is no recipe {path}", hint="give the path of a .yaml file; examples/ holds some")
+        raise RecipeError(f"there is no recipe {_shown(str(path))}", hint="give the path of a .yaml file; examples/ holds some")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
@@ -74,9 +74,9 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise RecipeError(f"override {text!r} is not of the form key=value", hint="as in train.learning_rate=2e-4")
+            raise RecipeError(f"override {_shown(text)!r} is not of the form key=value", hint="as in train.learning_rate=2e-4")
         steps = key.split(".")
-        parsed = _scalar(value)
+        parsed = _scalar(text, value)
         _assign(tree, steps, parsed, key)
         if steps[0] == "train" and isinstance(tree.get("stages"), dict):
             for stage in (stage for stage in tree["stages"].values() if isinstance(stage, dict)):
@@ -91,11 +91,17 @@ def _assign(tree: dict[str, Any], steps: Sequence[str], value: Any, key: str) ->
     tree[steps[-1]] = value
 
 
-def _scalar(text: str) -> Any:
+def _scalar(override: str, value: str) -> Any:
     try:
-        return number(yaml.safe_load(text))
-    except yaml.YAMLError as fault:
-        raise RecipeError(f"override value {text!r} is not YAML: {fault}") from None
+        return number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise RecipeError(f"the value of the override {_shown(override)!r} is not YAML", hint="quote it") from None
+
+
+def _shown(override: str) -> str:
+    """An override as a message may repeat it: a secret's value is left out."""
+    key = re.split(r"[=:\s]", override, maxsplit=1)[0]
+    return f"{key}=…" if SECRET.fullmatch(key.rpartition(".")[2]) else override
 
 
 def _place(steps: Sequence[int | str]) -> str:
@@ -121,6 +127,8 @@ def _explain(fault: Mapping[str, Any]) -> str:
         return "is missing"
     message = fault["msg"].removeprefix("Value error, ")
     value = fault.get("input")
+    if name in ("endpoint", "base_url") and isinstance(value, str):
+        return f"{message}; a key or a password belongs into the variable that api_key_env names"
     return message if isinstance(value, dict | BaseModel) else f"{message[:1].lower()}{message[1:]}, but is {value!r}"
 
 

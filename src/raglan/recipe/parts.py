@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from raglan.recipe.base import Settings
+from raglan.recipe.base import Settings, Verbatim
 
 __all__ = [
     "QA_PROMPTS",
@@ -177,7 +177,7 @@ OF_KIND = {  # what belongs to some kinds of generator only
     **dict.fromkeys(SERVED, ("endpoint", "graded")), "tokenizer": ("endpoint",), "rewrites": ("graded",),
     "engine": ("vllm",), "dtype": ("hf", "vllm"), "vocabulary": ("hf", "vllm", "endpoint"),
     **dict.fromkeys(
-        ("attention", "vocabulary_init", "lora", "adapter", "tokens", "overflow", "freeze", "head_chunk"), ("hf",)
+        ("any_prompt", "attention", "vocabulary_init", "lora", "adapter", "tokens", "overflow", "freeze", "head_chunk"), ("hf",)
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ class GeneratorSettings(Settings):
     vocabulary_init: Literal["mean", "words", "random"] = Field(
         "mean", description="New tokens' rows: the mean of the old ones, the mean of a describing phrase's, or drawn."
     )
-    lora: dict[str, Any] | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
+    lora: Verbatim | None = Field(None, description="Fields of peft's LoraConfig; none trains full weights.")
     adapter: AdapterSettings | None = Field(None, description="A published adapter of `model`.")
     tokens: dict[Literal["bos", "eos", "pad"], int | str] = Field(
         default_factory=dict, description="What begins, ends and pads a row, by id or spelling; default the tokenizer's own."
@@ -226,12 +226,15 @@ class GeneratorSettings(Settings):
         description="A prompt that leaves its answer no positions is refused; `cut_left` takes its beginning away, as the "
         "published tokenizers do, and counts: what goes first are instruction and passages.",
     )
+    any_prompt: bool = Field(
+        False, description="Ask a generator that learned with another prompt than the recipe's; else that is refused."
+    )
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
     head_chunk: int = Field(128, ge=1, description="Answer positions whose vocabulary scores are held at once.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
+    engine: Verbatim = Field(default_factory=dict, description="vllm: arguments of vllm.LLM, verbatim.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
+        None, pattern=r"^https?://[^@\s?#]+$", description="endpoint, graded: the server, as http://localhost:8000/v1."
     )
     tokenizer: str | None = Field(None, description="endpoint: the served model's, a folder or hub name; default `model`.")
     revision: str | None = Field(None, description="endpoint, graded: any name; another one stands for other weights there.")
@@ -243,6 +246,12 @@ class GeneratorSettings(Settings):
     rewrites: int = Field(
         3, ge=0, description="graded: how often a question that found no relevant passage is reworded and asked again."
     )
+
+    @model_serializer(mode="wrap")
+    def _as_before_prompts_were_compared(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Told only where it is set, so that stages and figures from before there was such a setting are found."""
+        told: dict[str, Any] = usual(self)
+        return told if self.any_prompt else {name: value for name, value in told.items() if name != "any_prompt"}
 
     @model_validator(mode="after")
     def _kind_has_its_settings(self) -> GeneratorSettings:
@@ -266,7 +275,7 @@ class ScorerSettings(Settings):
 
     model: str = Field(description="`embedded`, a folder, or a hub name; with `endpoint` the name that the server knows.")
     endpoint: str | None = Field(
-        None, pattern=r"^https?://[^@\s]+$",
+        None, pattern=r"^https?://[^@\s?#]+$",
         description="An OpenAI-compatible server that gives prompt log-probabilities, as http://localhost:8000/v1.",
     )  # fmt: skip
     tokenizer: str | None = Field(None, description="The served model's, a folder or hub name; default `model`.")
