@@ -139,7 +139,8 @@ def synthesize(
 
 def _content(settings: SynthesisSettings) -> dict[str, Any]:
     """The settings that say what is written, without those that only say how fast and for how much."""
-    told = settings.model_dump(mode="json", exclude={**dict.fromkeys(RUNNING, True), "writing": settings.writing.off})
+    excluded: Any = {**dict.fromkeys(RUNNING, True), "writing": settings.writing.off}
+    told = settings.model_dump(mode="json", exclude=excluded)
     verify = told["verify"]
     for owner, name in ((told, "teacher"), (verify["support"], "endpoint"), (verify["closed_book"] or {}, "endpoint")):
         if name in owner:
@@ -268,7 +269,8 @@ class _Run:
             self._refused(Reject(job, "verify", reason, detail, result.target), query)
             return
         example = example_of(result, teacher=self.desk.teacher.name, corpus=self.corpus, checked=ended.told())
-        if shared := self.apart and sorted(ties(example, self.corpus) & self.apart):
+        shared = sorted(ties(example, self.corpus) & self.apart) if self.apart else []
+        if shared:
             self._refused(Reject(job, "split", "reserved", " ".join(shared[0]), result.target), query)
             return
         self._attempted(job, query=query)

@@ -83,7 +83,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     base = KnowledgeBase.of(recipe.knowledge)
     if asked.reserve is None:
         return _written(recipe, base)
-    plan, values = (of(recipe, cannot=cannot_of(asked)) for of in (reserved_plan, reserved_of))
+    plan, values = reserved_plan(recipe, cannot=cannot_of(asked)), reserved_of(recipe, cannot=cannot_of(asked))
     first = _written(reserved_recipe(recipe), base, plan=plan, shelf=own_shelf(recipe, base.corpus), values=values)
     if first.told["stopped"]:  # which documents are left is not known before it is done
         return first

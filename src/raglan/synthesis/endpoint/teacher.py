@@ -274,7 +274,8 @@ class EndpointTeacher:
 
     def _draft(self, attempt: _Attempt, job: JobReply) -> list[Ask]:
         attempt.about = job.job
-        cell, given = attempt.job.cell, {"style": attempt.style, "answer": attempt.span}
+        cell = attempt.job.cell
+        given: dict[str, Style | Span | None] = {"style": attempt.style, "answer": attempt.span}
         told = {name: one.text for name, one in given.items() if one is not None}
         messages = self._asking.draft(cell, job, attempt.source, given=told)
         wording = "draft_corpus" if attempt.source else "draft"
