@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -291,13 +292,13 @@ def observatories(count: int) -> list[Written]:
 
 
 def verified(
-    server: FaultServer, folder: Path, ones: list[Written], *, cap: str | None = None, **settings: Any
+    server: FaultServer, folder: Path, ones: list[Written], *, cap: str | None = None, give_up: int = 2, **settings: Any
 ) -> tuple[list[Verified | None], CallsStopped | None]:
     """One run's verdicts."""
     shared = {"base_url": server.url, "model": "j", "api_key_env": "CALLS_KEY", "concurrency": 8, "structured": "strict"}
     money, clock = MoneySettings.model_validate({"price": PRICE, "cap_usd": cap}), Clock(1000.0)
     with CallEngine(EndpointSettings.model_validate(shared | settings), folder, money=money, clock=clock) as engine:
-        return Verifier(judge=PaidJudge(engine)).verify_all(ones)
+        return Verifier(judge=PaidJudge(engine, give_up=give_up)).verify_all(ones)
 
 
 @pytest.mark.parametrize("concurrency", [8, 32])
@@ -315,6 +316,44 @@ def test_many_that_never_come_end_too_though_the_breaker_stops_each_run(
     assert stopped is None
     assert {one and one.reason for one in found} == {"judge_unreachable"}
     audit(server, tmp_path)
+
+
+@pytest.mark.parametrize("give_up", [1, 2])
+def test_however_many_never_come_the_run_of_that_number_gives_them_all_up(
+    server: FaultServer, tmp_path: Path, give_up: int
+) -> None:
+    server.faults = lambda n, request: None if is_control(request) else Fault(500)
+    for run_number in range(1, give_up + 1):
+        found, stopped = verified(server, tmp_path, observatories(200), concurrency=16, attempts=2, give_up=give_up)
+        assert (stopped is None) == (run_number == give_up), "an earlier run gives nothing up"
+    assert {one and one.reason for one in found} == {"judge_unreachable"}
+    controls = [place for place, request in enumerate(server.log) if is_control(request)]
+    assert max(b - a for a, b in itertools.pairwise([0, *controls, len(server.log)])) < 100, "between them it is asked often"
+    audit(server, tmp_path)
+
+
+def test_in_pieces_and_rounds_the_second_run_gives_up_what_never_comes(
+    server: FaultServer, tmp_path: Path, plan: Plan
+) -> None:
+    """Other judgements are asked for in later pieces, and in place of what is given up; all of them fail, too."""
+    server.faults = lambda n, request: Fault(500) if name(request.body) == "Compared" and not is_control(request) else None
+    assert judged(server, tmp_path, plan, piece=5, attempts=2).told["stopped"].startswith("breaker")
+    done = judged(server, tmp_path, plan, piece=5, attempts=2)
+    assert done.told["stopped"] == ""
+    rejects = [row for row in lines(done.folder / "rejects.jsonl") if row["reason"] == "judge_unreachable"]
+    assert {0, 1} <= {row["ordinal"] for row in rejects}, "of a later round, too"
+    assert done.told["funnel"]["verify: judge_unreachable"] == len(rejects)
+    audit(server, tmp_path / "calls")
+
+
+def test_an_outage_of_many_gives_nothing_up_however_often_it_is_begun_again(server: FaultServer, tmp_path: Path) -> None:
+    server.faults = lambda n, request: Fault(503)
+    for _ in range(4):
+        found, stopped = verified(server, tmp_path, observatories(200), concurrency=16)
+        assert (set(found), stopped is not None and stopped.reason) == ({None}, "breaker")
+    server.faults = lambda n, request: None
+    found, stopped = verified(server, tmp_path, observatories(200), concurrency=16)
+    assert (stopped, {one and one.reason for one in found}) == (None, {""})
 
 
 def test_an_outage_late_among_judgements_is_no_verdict_either(server: FaultServer, tmp_path: Path) -> None:

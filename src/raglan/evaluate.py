@@ -264,7 +264,9 @@ def spent(
     server has told the tokens of every reply, `usd_per_1000` is what a thousand answers cost.
     """
     costs = _took(rows)
-    for mode, own in costs.items() if price is not None else ():
+    if price is None:
+        return costs
+    for mode, own in costs.items():
         bills = [row["predictions"][mode].get("billed") for row in rows if mode in row["predictions"]]
         if None not in bills:
             own["usd_per_1000"] = _dollars([Usage(**bill) for bill in bills], price)

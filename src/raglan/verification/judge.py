@@ -10,8 +10,10 @@ is decided does not depend on the order of replies.
 
 A reply that fails, or says that it cannot tell, is missing and never a pass. Where something fails for passing reasons, the
 server must answer a control question of the same form before that counts, else the run stops: an outage is no verdict. Where
-all fails so, or the breaker stops, the run stops, too. But what has failed so in `give_up` runs, and once more right after the
-control question, is given up for good (`judge_unreachable`; the journal remembers): what never comes stops no run for ever.
+the breaker stops and the server answers such a question, the others are asked all the same. Then the run stops, as where
+all fails so. But what has failed so in `give_up` runs, and once more right after the control question, is given up for good
+(`judge_unreachable`; the journal remembers). The run that does this gives up whatever else never comes, after as many tries, so
+what never comes stops `give_up` - 1 runs, however much of it there is.
 Prompts are data, judge.yaml.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -117,6 +119,7 @@ class PaidJudge:
         self.noted = 0
         self._wanted: dict[str, Ask] = {}
         self._failed: dict[str, str] = {}
+        self._gives_up = False  # whether this is the run that does
 
     @property
     def fingerprint(self) -> str:
@@ -169,38 +172,61 @@ class PaidJudge:
         """
         wanted, self._wanted = self._wanted, {}
         rest: Mapping[str, Ask] = wanted
-        before = (self.give_up - 1) * self.engine.settings.attempts
-        due = {key for key in wanted if self.engine.journal.failures(key) >= before}
+        before = {key: self.engine.journal.failures(key) for key in wanted}
         try:
             while rest:
-                rest = self._asked(rest, due)
+                rest = self._asked(rest, before)
         except CallsStopped:  # an outage is no verdict: others would be paid for in place of what nobody has judged
             for key in self._left(wanted):
                 self._failed.pop(key, None)
             raise
 
-    def _asked(self, wanted: Mapping[str, Ask], due: Set[str]) -> dict[str, Ask]:
-        """Ask; what the breaker has left over, where some of it was given up.
+    def _asked(self, wanted: Mapping[str, Ask], before: Mapping[str, int]) -> dict[str, Ask]:
+        """Ask; what is left over, where some of it was given up.
 
         Args:
-            due: what may be given up, since earlier runs have asked for it often enough.
+            before: failures of earlier runs.
 
         Raises:
             CallsStopped: the server is away, or what has failed is not given up yet.
         """
-        stopped = self._run(wanted)
-        left = self._left(wanted)
+        stopped, left = self._tried(wanted, before)
         if stopped is None and len(left) < len(wanted):
             self._control(left)
             return {}
-        most = self.give_up * self.engine.settings.attempts
-        if tried := {key: left[key] for key in left if key in due and self.engine.journal.failures(key) >= most}:
+        tries, failures = self.engine.settings.attempts, self.engine.journal.failures
+        due = {key for key in left if self._gives_up or before[key] >= (self.give_up - 1) * tries}
+        if tried := {key: left[key] for key in due if failures(key) >= self.give_up * tries}:
             self._control(left)
             self._give_up(tried)
+            self._gives_up = True
         rest = self._left(left)
-        if rest and (stopped is None or len(rest) == len(left)):
+        if rest and not tried:
             raise stopped or self._away(rest)
         return rest
+
+    def _tried(
+        self, wanted: Mapping[str, Ask], before: Mapping[str, int]
+    ) -> tuple[CallsStopped | None, dict[str, Ask]]:  # fmt: skip
+        """Ask each as often as a run does, though the breaker stops in between, while the server answers control questions.
+
+        Returns:
+            The breaker's first stop, if there was one, and what has no reply.
+        """
+        tries, failures = self.engine.settings.attempts, self.engine.journal.failures
+        last = {key: max(before[key] + tries, self.give_up * tries if self._gives_up else 0) for key in wanted}
+        rest: Mapping[str, Ask] = wanted
+        stopped: CallsStopped | None = None
+        while True:
+            why = self._run(rest)
+            stopped, left = stopped or why, self._left(wanted)
+            if stopped is None and len(left) < len(wanted):
+                return None, left
+            open_ = (key for key in left if failures(key) < last[key])
+            rest = {key: left[key] for key in open_ if self._gives_up or key not in self._failed}
+            if not rest:
+                return stopped, left
+            self._control(left)
 
     def _run(self, asks: Mapping[str, Ask]) -> CallsStopped | None:
         """Send these; the breaker's stop, if it stopped them. What failed is noted."""
@@ -228,10 +254,13 @@ class PaidJudge:
         """Ask once more, and give up what fails again; the server has just answered something else."""
         journal = self.engine.journal
         before = {key: journal.failures(key) for key in tried}
-        stopped = self._run(tried)
-        for key in self._left(tried):
-            if journal.failures(key) > before[key]:  # the breaker may stop before all are asked
+        rest = tried
+        while rest:
+            stopped = self._run(rest)
+            for key in (key for key in self._left(rest) if journal.failures(key) > before[key]):
                 journal.give_up(key, self._failed.get(key) or f"{AWAY}: {stopped}")
+            if rest := self._left(rest):  # the breaker has stopped before all were asked
+                self._control(rest)
 
     def _control(self, left: Mapping[str, Ask]) -> None:
         """Ask a control question of each form that failed, one that has had no reply yet.
