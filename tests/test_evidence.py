@@ -130,6 +130,11 @@ def shown(result: Sheet | Reject) -> Sheet:
     return result
 
 
+def test_the_guard_counts_answers_that_nobody_named_beforehand(folder: Path) -> None:
+    guard = Assembler.open(recipe(folder)).guard
+    assert [guard.generic(name) for name in ("mill", "建成通车", TOWNS[0], f"{CITIES[0]}大桥")] == [True, True, False, False]
+
+
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,7 @@ from raglan.perturb import (
     Frequencies,
     Guard,
     Judge,
+    Occurrences,
     Slot,
     Sources,
     arrange,
@@ -66,14 +67,14 @@ from raglan.retriever import Retriever
 from raglan.synthesis.factors import load_factors
 from raglan.synthesis.plan import ABSENT, CONFLICT, PARTIAL, Cell
 from raglan.synthesis.writing import Draft, Reject, Sheet
-from raglan.text import SPACELESS, half_character, words
+from raglan.text import SPACELESS, half_character
 
 __all__ = ["Assembler", "instruction", "instructions", "language_of", "open_tokenizer"]
 
 POOLED = "pooled"
 DEPTH = 30  # ranks that hard noise is taken from
 COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
-COMMON = 4  # words: longer answers are not counted, and so never taken for common ones
+SEARCHED = 50_000  # of these, whose words are kept to count answers in
 POOL = 200  # answers of others that a false value is sought among
 LOOKED_AT = 64  # different questions, until which a retriever may prove not to be constant
 OUTDATED = "R7"
@@ -96,7 +97,7 @@ class Assembler:
         retrievers: by the names that cells have; `pooled` is all of them in turn and is not among them.
         tokenizer: of the model that is to learn. `chat`: it is asked through its chat template.
         evidence: gold of other questions, as noise. Without any, other kinds take the place of `other_gold`.
-        answers: of other questions: false values are taken from them, and the guard counts how common they are.
+        answers: of other questions: false values are taken from them.
         judge: tells whether a passage answers where the answer is no string; without one such passages are `unchecked`.
 
     Raises:
@@ -119,9 +120,7 @@ class Assembler:
             raise RecipeError(f"there is no retriever {strange[0]!r}; there are {', '.join(retrievers)}")
         self.corpus, self.retrievers, self.settings = corpus, dict(retrievers), settings
         self.evidence, self.answers = tuple(evidence), tuple(dict.fromkeys(answers))
-        step = max(1, len(corpus) // COUNTED)
-        common = [answer for answer in self.answers if len(words(answer)) <= COMMON]
-        known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), common)
+        known = replace(Frequencies.of(_spread(corpus, COUNTED)), occurrences=Occurrences(_spread(corpus, SEARCHED)))
         self._judge = judge
         self._most = EVERYWHERE  # passages of the sheet under way that may answer
         self._answering: set[str] = set()  # hashes of passages of the sheet under way that the judge finds an answer in
@@ -356,6 +355,11 @@ def language_of(draft: Draft) -> str:
     if draft.job.cell.language in ("en", "zh"):
         return draft.job.cell.language
     return "zh" if _HAN.search(draft.query) else "en"
+
+
+def _spread(corpus: Corpus, most: int) -> Iterator[Passage]:
+    """At least `most` passages, evenly spaced, or all."""
+    return (corpus[row] for row in range(0, len(corpus), max(1, len(corpus) // most)))
 
 
 @cache
