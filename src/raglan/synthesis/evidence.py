@@ -333,7 +333,8 @@ def instruction(draft: Draft, *, policies: Mapping[str, float]) -> str:
     between = "" if language == "zh" else " "
     comma = "、" if language == "zh" else ", "
     text = between.join(chance.choice(part[language]) for part in parts)
-    return text.replace("{labels}", comma.join(draft.labels)).replace("{fields}", comma.join(draft.fields))
+    named = {"{labels}": comma.join(draft.labels), "{fields}": comma.join(draft.fields)}
+    return re.sub("|".join(map(re.escape, named)), lambda found: named[found.group()], text)  # at once: a label is no template
 
 
 def _policies(settings: SynthesisSettings) -> Callable[[str], dict[str, float]]:
