@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import raglan.decontaminate
+from raglan.corpus import Corpus, write_corpus
 from raglan.decontaminate import EvaluationQuestions, decontaminate, open_sets, write_leakage
 from raglan.documents import write_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.knowledge import build_knowledge
 from raglan.recipe import DecontaminateSettings, EvaluationSet, load_recipe
-from raglan.records import Example
+from raglan.records import Example, Passage
 from raglan.splits import find_leaks, jaccard
 from raglan.text import answer_words, fold_numbers
 from test_cli import run
@@ -165,6 +166,32 @@ def test_gold_passages_are_found_in_quotes_and_in_synthetic_examples(batch: int,
     assert got == {("equal", "h"): {"D5": 1.0}, ("half", "h"): {"D5": share}, ("support", "h"): {"D5": 1.0}}
     made = decontaminate(train, [EvaluationQuestions("set", [KRAKOW])])
     assert made.not_run[("set", "D5")] == "the text of no gold passage is known"
+
+
+BRIDGE = "青浦大桥位于青浦区，一九九五年动工，一九九八年建成通车，全长三公里，是当时区内最长的桥。"
+
+
+@pytest.mark.parametrize("text", [PASSAGE, BRIDGE])
+def test_evidence_that_was_withheld_is_found(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where gold is absent the passage that would have answered is no less the evaluation set's."""
+    write_corpus(tmp_path, [Passage("own", text, "", "d", 0, len(text)), Passage("other", "Nothing.", "", "e", 0, 8)])
+    corpus = Corpus(tmp_path)
+
+    def absent(identity: str, *withheld: dict[str, str]) -> Example:
+        return Example(identity, f"what of {identity}", metadata={"synth": {"passages": [], "withheld": list(withheld)}})
+
+    train = [
+        absent("named", {"id": "own", "document": "d"}), absent("kept", {"id": "synth-1", "document": "", "text": text}),
+        absent("another", {"id": "other", "document": "e"}), absent("gone", {"id": "nowhere", "document": "d"}),
+    ]  # fmt: skip
+    held = Example("h", "what of h", metadata={"evidence": [{"document": "d", "quote": text}]})
+    assert found(train, held, corpus=corpus) == {("named", "h"): {"D5": 1.0}, ("kept", "h"): {"D5": 1.0}}
+    made = decontaminate(train, [EvaluationQuestions("set", [held])])
+    assert {one.train for one in made.found} == {"kept"}
+    assert made.unresolved == 3
+    assert write_leakage(tmp_path / "leakage.json", made)["unresolved"] == 3
+    assert "3 examples name evidence" in caplog.text
+    assert decontaminate(train[:3], [EvaluationQuestions("set", [held])], corpus=corpus).unresolved == 0
 
 
 word = st.sampled_from([*"bcdefg", "河", "江"])  # "a" is an article, so a question of nothing else has no words

@@ -130,6 +130,11 @@ def shown(result: Sheet | Reject) -> Sheet:
     return result
 
 
+def test_the_guard_counts_answers_that_nobody_named_beforehand(folder: Path) -> None:
+    guard = Assembler.open(recipe(folder)).guard
+    assert [guard.generic(name) for name in ("mill", "建成通车", TOWNS[0], f"{CITIES[0]}大桥")] == [True, True, False, False]
+
+
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +325,19 @@ def test_without_gold_no_answer_stands_anywhere_in_what_is_rendered(assembler: A
         assert not {slot.kind for slot in sheet.slots} & {"counterfactual", "near_duplicate", "garbled", "gold"}
         assert not held(Passage("", sheet.prompt), one.answers)
         assert len(sheet.slots) == 3
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_what_a_user_or_teacher_names_is_no_template(assembler: Assembler, language: str) -> None:
+    labels = ("{fields}", "{passages}", "{question}", "{history}", "{instruction}", "是{", "%s")
+    one = cell(answer_format="json", language=language, task="classification")
+    sheet = shown(assembler.show(draft(assembler, one, labels=labels, fields=("{labels}", "名称"), history=("Is it old?",))))
+    between = ", " if language == "en" else "、"
+    assert between.join(labels) in sheet.instruction
+    assert between.join(("{labels}", "名称")) in sheet.instruction
+    assert sheet.instruction in sheet.prompt
+    assert all(sheet.prompt.count(slot.passage.text) == 1 for slot in sheet.slots)
+    assert sheet.prompt.count("Is it old?") == 1
 
 
 def test_an_answer_that_the_rendering_itself_brings_in_is_caught(assembler: Assembler) -> None:
@@ -613,6 +631,7 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
     assert told["teacher"] == "people"
     absent = [row for row in rows if "policy" in row["synth"]]
     assert len(absent) == 5
+    assert all("text" not in one for row in absent for one in row["synth"]["withheld"]), "the corpus has it"
     for row in rows:
         synth = row["synth"]
         gold = [one for one in synth["passages"] if one["role"] == "gold"]

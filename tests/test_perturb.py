@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from raglan.perturb import (
     value_type,
 )
 from raglan.perturb.guard import numeric
+from raglan.perturb.occurrences import Occurrences
 from raglan.perturb.spellings import respelled
 from raglan.perturb.values import replaced
 from raglan.pooled import check_varied, pool, retrieve_each, retrieve_pooled
@@ -53,7 +56,7 @@ from raglan.prompt import fit
 from raglan.recipe import KnowledgeSettings
 from raglan.records import Example, Hit, Passage
 from raglan.retriever import Retriever
-from raglan.text import content_terms
+from raglan.text import content_terms, placed_words
 
 ALDERMERE = Example("q1", "In which year was the Aldermere observatory opened?", ("1873",), ("gold",))
 QINGPU = Example("q2", "青浦大桥哪一年通车？", ("1998年",))
@@ -139,13 +142,18 @@ def test_an_answers_words_stand_side_by_side(answer: str, text: str, found: bool
 
 
 @pytest.mark.parametrize(
-    "answer", ["yes", "No.", "是", "B", "1873", "12 March 1873", "1998年", "三千", "twenty-one", "the 1870s"]
+    "answer",
+    [
+        *("yes", "No.", "是", "B", "1873", "12 March 1873", "1998年", "三千", "twenty-one", "the 1870s", "221 BC", "1990s"),
+        *("公元前221年", "西元前二二一年", "20世纪90年代", "二十世纪九十年代初", "民国八十七年", "19th century", "19世纪末"),
+        *("Friday", "星期五", "周日", "禮拜天"),
+    ],
 )
 def test_generic_answers_by_form(answer: str) -> None:
     assert GUARD.generic(answer)
 
 
-@pytest.mark.parametrize("answer", ["Aldermere", "青浦大桥", "3 km", "May Harwick"])
+@pytest.mark.parametrize("answer", ["Aldermere", "青浦大桥", "3 km", "May Harwick", "公元前", "星期", "前进", "Friday Harbour"])
 def test_answers_that_are_not_generic(answer: str) -> None:
     assert not GUARD.generic(answer)
     assert not numeric(answer)
@@ -158,6 +166,31 @@ def test_an_answer_is_generic_where_it_stands_everywhere() -> None:
     guard = Guard(counts)
     assert [guard.generic(name) for name in ("London", "Harwick Town", "Rome", "not counted")] == [True, False, False, False]
     assert guard.verdict(Example("q", "Where is it?", ("London",)), passage("in London")) == "answer_string_only"
+
+
+@pytest.mark.parametrize(("often", "seldom", "text"), [
+    ("London", "Harwick town", "London is large."), ("南浔", "望溪镇", "南浔是一座古镇。"),
+    ("New London", "London New", "In New London."),
+])  # fmt: skip
+def test_an_answer_that_nobody_named_before_is_counted_when_it_is_asked_for(often: str, seldom: str, text: str) -> None:
+    texts = [text] * 5 + [f"{seldom}。"] * 3 + ["elsewhere 别处"] * 1000
+    passages = [passage(own, str(n)) for n, own in enumerate(texts)]
+    guard = Guard(replace(Frequencies.of(passages), occurrences=Occurrences(passages)))
+    assert [guard.generic(name) for name in (often, seldom, "Rome", "罗马")] == [True, False, False, False]
+    assert guard.verdict(Example("q", "Where? 在哪里？", (often,)), passage(text)) == "answer_string_only"
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "三", "千", "3,000"]), max_size=8), max_size=9), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_occurrences_are_those_of_counting_one_by_one(texts: list[list[str]], size: int) -> None:
+    passages = [passage(" ".join(words), str(n), title="b c") for n, words in enumerate(texts)]
+    counts = Occurrences(passages)
+    told = [[[placed.word for placed in placed_words(text)] for text in (one.title, one.text)] for one in passages]
+    for wanted in itertools.product(["a", "b", "c", "三", "3000", "x"], repeat=size):
+        runs = [{tuple(words[at : at + size]) for words in own for at in range(len(words) - size + 1)} for own in told]
+        holding = sum(wanted in own for own in runs)
+        assert not holding or counts.more_than(holding - 1, wanted)
+        assert not counts.more_than(holding, wanted)
 
 
 @pytest.mark.parametrize(("opinion", "verdict"), [(None, "unchecked"), (True, "also_gold"), (False, "clean")])

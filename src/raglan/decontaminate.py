@@ -17,6 +17,7 @@ Deviation: runs and answers are 64-bit hashes (`shingles.py`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,11 +34,12 @@ from raglan.errors import CorpusError
 from raglan.recipe import DecontaminateSettings, EvaluationSet, Recipe
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
-from raglan.splits import gold_passages
+from raglan.splits import gold_passages, withheld_passages
 from raglan.text import answer_words, fold_numbers, normalise_answer, question_key
 
 __all__ = ["CHECKS", "EvaluationQuestions", "Found", "Leakage", "decontaminate", "open_sets", "registered", "write_leakage"]
 
+log = logging.getLogger(__name__)
 CHECKS = ("D1", "D2", "D3", "D4", "D5")
 RUN, PASSAGE_RUN = 3, 8  # words
 FEWEST = 5  # words of an evaluation question that D2 looks at
@@ -76,6 +78,7 @@ class Leakage:
         questions: set → its number of questions.
         missing: sets that were named as missing, and are.
         not_run: (set, check) → why a check could not be made.
+        unresolved: examples without gold whose evidence is named and nowhere to be read, so that D5 does not compare it.
     """
 
     examples: int = 0
@@ -84,6 +87,7 @@ class Leakage:
     questions: dict[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     not_run: dict[tuple[str, str], str] = field(default_factory=dict)
+    unresolved: int = 0
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Set → check → training examples that it drops."""
@@ -159,6 +163,12 @@ def decontaminate(
             for check, pairs, share in _checks(own, vectors, one, settings):
                 _keep(made, batch, one, check, pairs, share)
         made.examples += len(batch)
+        made.unresolved += sum(_unknown(example, corpus) for example in batch)
+    if made.unresolved:
+        log.warning(
+            "%d examples name evidence that they do not show and that no corpus here has: D5 does not compare it; name the "
+            "knowledge base that they were written over", made.unresolved,
+        )  # fmt: skip
     return made
 
 
@@ -231,15 +241,29 @@ def _said(example: Example) -> str:
 
 def _gold_texts(example: Example, corpus: Corpus | None) -> Iterator[str]:
     """Passages with the answer, as far as their words are known: from the corpus, from quotes, from the example itself."""
-    for identity in example.relevant:
-        row = corpus.row(identity) if corpus is not None else None
-        if row is not None and corpus is not None:
-            yield corpus[row].text
+    yield from (text for identity in _named(example) if (text := _text_of(identity, corpus)) is not None)
     for item in example.metadata.get("evidence", ()):
         if len(answer_words(str(item.get("quote", "")))) >= PASSAGE_RUN:
             yield str(item["quote"])
-    for passage in gold_passages(example):
+    for passage in (*gold_passages(example), *withheld_passages(example)):
         yield str(passage.get("text", ""))
+
+
+def _named(example: Example) -> Iterator[str]:
+    """Ids of passages with the answer; those, too, that an example without gold had before they were taken out."""
+    yield from example.relevant
+    yield from (str(one["id"]) for one in withheld_passages(example) if one.get("id") and not one.get("text"))
+
+
+def _text_of(identity: str, corpus: Corpus | None) -> str | None:
+    row = corpus.row(identity) if corpus is not None else None
+    return corpus[row].text if corpus is not None and row is not None else None
+
+
+def _unknown(example: Example, corpus: Corpus | None) -> bool:
+    """Whether a passage that was withheld is known by its name alone."""
+    names = [str(one["id"]) for one in withheld_passages(example) if one.get("id") and not one.get("text")]
+    return any(_text_of(name, corpus) is None for name in names)
 
 
 @dataclass
@@ -396,6 +420,7 @@ def write_leakage(path: Path, made: Leakage) -> dict[str, Any]:
     counts = made.counts()
     content = {
         "kind": KIND, "examples": made.examples, "dropped": len(made.rows), "missing": list(made.missing),
+        **({"unresolved": made.unresolved} if made.unresolved else {}),
         "sets": {
             name: {
                 "questions": made.questions[name],

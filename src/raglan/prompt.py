@@ -71,6 +71,7 @@ class Prompt:
     ):
         self.settings, self.tokenizer, self.layout, self.end = settings, tokenizer, layout, end
         self.lead = ""  # the shots that this prompt begins with
+        self.instruction = ""  # what stands for {instruction} in the template of an example
         if settings.shots and layout == "fused":
             raise RecipeError("this generator reads passage by passage and no prompt.shots", hint="leave out prompt.shots")
         if settings.whole_passages and layout == "fused":
@@ -113,9 +114,10 @@ class Prompt:
         other.budget = tokens
         return other
 
-    def worded(self, **settings: Any) -> Prompt:
-        """This prompt with other templates and other such settings."""
+    def worded(self, *, instruction: str = "", **settings: Any) -> Prompt:
+        """This prompt with other templates and other such settings; `instruction` is set as it is, names in braces too."""
         other = copy.copy(self)
+        other.instruction = instruction
         other.settings = self.settings.model_copy(update=settings)
         return other
 
@@ -265,7 +267,8 @@ class Prompt:
         parts = {
             "{question}": query, "{history}": "\n".join(turns), "{passages}": self.settings.separator.join(texts),
         }  # fmt: skip
-        text = re.sub(r"\{question\}|\{history\}|\{passages\}", lambda found: parts[found.group()], template)
+        parts |= {"{instruction}": self.instruction} if self.instruction else {}
+        text = re.sub("|".join(map(re.escape, parts)), lambda found: parts[found.group()], template)
         text = text.replace("  ", " ") if self._as_fed else text
         text = text.rstrip()  # what a question or a passage ends with is no part of the answer, what the template does is
         return self.lead + text

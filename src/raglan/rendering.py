@@ -68,9 +68,11 @@ class Rendering:
 
     def worded(self, prompt: Prompt, instruction: str) -> Prompt:
         """The prompt with this template; passages are set before they come to it."""
-        template = self._template.replace("{instruction}", instruction)
+        template = self._template if instruction else self._template.replace("{instruction}", "")
         between = self._form["between"]
-        return prompt.worded(template=template, passage="{text}", separator=between, no_passage=None, shots=())
+        return prompt.worded(
+            instruction=instruction, template=template, passage="{text}", separator=between, no_passage=None, shots=()
+        )
 
     def set(self, passages: Sequence[Passage]) -> list[Passage]:
         """The passages as they stand in the prompt: text with number and head, no title apart."""

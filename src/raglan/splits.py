@@ -43,6 +43,7 @@ __all__ = [
     "jaccard",
     "read_split",
     "split_examples",
+    "withheld_passages",
     "write_split",
     "write_split_file",
 ]
@@ -169,6 +170,11 @@ def gold_passages(example: Example) -> list[Mapping[str, Any]]:
     """The passages that a synthetic example's answer rests on, gold or support in `metadata["synth"]["passages"]`; no noise."""
     listed = _synth(example).get("passages") or ()
     return [one for one in listed if isinstance(one, Mapping) and one.get("role") in ("gold", "support")]
+
+
+def withheld_passages(example: Example) -> list[Mapping[str, Any]]:
+    """The passages that would have answered, not shown, in `metadata["synth"]["withheld"]`; with text if no corpus has it."""
+    return [one for one in _synth(example).get("withheld") or () if isinstance(one, Mapping)]
 
 
 def _synth(example: Example) -> Mapping[str, Any]:

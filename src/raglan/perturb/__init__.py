@@ -2,7 +2,9 @@
 
     slot        a passage in a prompt with its record, and the palette of kinds
     guard       which passages are no noise, because they answer
+    occurrences in how many passages an answer stands
     values      false values of the same type
+    spellings   other spellings of dates and amounts
     operators   passages made from others
     deal        kinds over all slots of a data set
     fill        one prompt's slots; decidable or not; sweeps
@@ -23,6 +25,7 @@ from raglan.perturb.fill import (
     sweep,
 )
 from raglan.perturb.guard import Frequencies, Guard, Judge, held
+from raglan.perturb.occurrences import Occurrences
 from raglan.perturb.operators import boilerplate, counterfactual, garbled, near_duplicate
 from raglan.perturb.order import arrange, deal_positions, orders
 from raglan.perturb.slot import KINDS, PALETTE, Kind, Slot, content_hash, gold_slots
@@ -36,6 +39,7 @@ __all__ = [
     "Guard",
     "Judge",
     "Kind",
+    "Occurrences",
     "Slot",
     "Sources",
     "arrange",

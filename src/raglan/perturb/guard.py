@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from raglan.perturb.occurrences import Occurrences
 from raglan.perturb.slot import Verdict, content_hash
 from raglan.perturb.words import WORDS
 from raglan.records import Example, Passage
@@ -34,17 +35,26 @@ __all__ = ["Frequencies", "Guard", "Judge", "closed_label", "held", "numeric", "
 Judge = Callable[[Example, Passage], bool | None]  # whether the passage answers the question; None: it cannot tell
 _LABELS = frozenset(WORDS["labels"])
 _MONTHS = [month.lower() for month in WORDS["months"]]
-_NUMERIC = frozenset([*_MONTHS, *(month[:size] for month in _MONTHS for size in (3, 4)), *WORDS["numbers"].split()])
+WEEKDAYS = WORDS["weekdays"].split()
+_NUMERIC = frozenset([*_MONTHS, *(month[:size] for month in _MONTHS for size in (3, 4)), *WORDS["numbers"].split(), *WEEKDAYS])
+_TIMES = rf"(?:(?:公元|西元)前?|前|{'|'.join(WORDS['eras'])})?\d+"  # 公元前221, 民国87
+_PARTS = "(?:初|末|中|前|后|後|初期|中期|末期|前期|后期|後期|中叶|中葉)?"
+_HAN_TIME = re.compile(rf"{_TIMES}(?:年(?:\d+月(?:\d+[日号號])?)?|年代{_PARTS}|世[纪紀]{_PARTS}|世[纪紀]\d+年代{_PARTS})")
+_HAN_DAY = re.compile("(?:星期|礼拜|禮拜|周|週)[一二三四五六日天]")
 _DIGITS = re.compile(r"\d+(?:st|nd|rd|th|s)?")
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """In how many of N passages a content term stands, and each answer that was asked for (its words joined by blanks)."""
+    """In how many of N passages a content term stands, and each answer that was asked for (its words joined by blanks).
+
+    With `occurrences` the passages in which an answer stands are counted there, when it is asked for.
+    """
 
     passages: int
     terms: Mapping[str, int]
     answers: Mapping[str, int] = field(default_factory=dict)
+    occurrences: Occurrences | None = None
 
     @classmethod
     def of(cls, passages: Iterable[Passage], answers: Iterable[str] = ()) -> Frequencies:
@@ -61,6 +71,13 @@ class Frequencies:
             words = [placed.word for placed in placed_words(text)] if wanted else []
             found.update({run for size in lengths for run in _runs(words, size)} & wanted)
         return cls(count, terms, found)
+
+    def common(self, answer: str, *, share: float, least: int) -> bool:
+        """Whether an answer stands in more than a share of the passages, and in more than `least`. Never, if not counted."""
+        key = _key(answer)
+        if self.occurrences is not None:
+            return self.occurrences.more_than(max(least, share * self.occurrences.passages), key.split())
+        return self.answers.get(key, 0) > max(least, share * self.passages)
 
     def idf(self, term: str) -> float:
         """ln(N / df); a term that no passage holds counts as if one did."""
@@ -121,8 +138,7 @@ class Guard:
         """G2. An answer whose frequency was not counted is generic only by its form."""
         if closed_label(answer) or numeric(answer):
             return True
-        count = self.frequencies.answers.get(_key(answer), 0)
-        return count > self.least and count > self.share * self.frequencies.passages
+        return self.frequencies.common(answer, share=self.share, least=self.least)
 
     def _judged(self, example: Example, passage: Passage) -> Verdict:
         holds = self.judge(example, passage) if self.judge else None
@@ -146,9 +162,14 @@ def closed_label(answer: str) -> bool:
 
 
 def numeric(answer: str) -> bool:
-    """A number or a date: 1873, 12 March 1873, 3,000, twenty-one, 一九九八年."""
-    words = [placed.word for placed in placed_words(unicodedata.normalize("NFKC", answer))]
-    return bool(words) and all(word in _NUMERIC or _DIGITS.fullmatch(word) for word in words) and words != ["may"]
+    """A number, a date or a day of the week: 1873, 12 March 1873, 221 BC, 3,000, twenty-one, 一九九八年, 公元前221年, 周五."""
+    said = unicodedata.normalize("NFKC", answer)
+    words = [placed.word for placed in placed_words(said)]
+    if not words or words == ["may"]:
+        return False
+    if all(word in _NUMERIC or _DIGITS.fullmatch(word) for word in words):
+        return True
+    return _HAN_TIME.fullmatch("".join(words)) is not None or _HAN_DAY.fullmatch("".join(words)) is not None
 
 
 def _stands(answer: str, text: str) -> bool:

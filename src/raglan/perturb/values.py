@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from raglan.perturb.guard import closed_label, held, numeric, searchable
+from raglan.perturb.guard import WEEKDAYS, closed_label, held, numeric, searchable
 from raglan.perturb.words import WORDS
 from raglan.records import Passage
 from raglan.text import Placed, han_numeral, placed_words
@@ -28,6 +28,7 @@ _HEADS = {language: words.split() for language, words in WORDS["heads"].items()}
 _STEMS = {language: words.split() for language, words in WORDS["stems"].items()}
 _GIVEN = {language: words.split() for language, words in WORDS["given"].items()}
 _SURNAMES: list[str] = WORDS["surnames"].split()
+_HAN_DAYS = "一二三四五六日"
 TRIES = 64
 
 
@@ -39,7 +40,7 @@ def value_type(answer: str) -> str:
     places = placed_words(answer)
     words = [placed.word for placed in places]
     if numeric(answer):
-        dated = any(word in "年月日号號" or word.capitalize() in _MONTHS for word in words)
+        dated = any(word in "年月日号號" or word.capitalize() in _MONTHS for word in words) or _weekday(words)
         if (len(words) == 1 and _year(places[0])) or words[1:] == ["年"]:
             return "year"
         return "date" if dated else "number"
@@ -130,8 +131,9 @@ def _numbers(answers: Sequence[str], generator: random.Random) -> dict[str, str]
 
 
 def _worded(answers: Sequence[str], words: Sequence[str], generator: random.Random) -> dict[str, str]:
-    """Of an answer without digits, a month or a number in words exchanged for another; "may" is a word too."""
-    for series in ([month.lower() for month in _MONTHS], WORDS["counts"].split()):
+    """Of an answer without digits, a month, a day or a number in words exchanged for another; "may" is a word too."""
+    days = list(_HAN_DAYS) if _weekday(words) else []
+    for series in ([month.lower() for month in _MONTHS], WEEKDAYS, WORDS["counts"].split(), days):
         old = next((word for word in words if word in series), "")
         if old and len(answers) == 1:
             new = generator.choice([word for word in series if word not in (old, "may")])
@@ -139,6 +141,11 @@ def _worded(answers: Sequence[str], words: Sequence[str], generator: random.Rand
             head, model, tail = answers[0][: place.start], answers[0][place.start : place.end], answers[0][place.end :]
             return {answers[0]: f"{head}{_cased(new, model)}{tail}"}
     return {}
+
+
+def _weekday(words: Sequence[str]) -> bool:
+    """Friday, 星期五, 周五."""
+    return (len(words) > 1 and words[-1] in _HAN_DAYS + "天") or any(word in WEEKDAYS for word in words)
 
 
 def _cased(word: str, model: str) -> str:

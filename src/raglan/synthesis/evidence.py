@@ -27,7 +27,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,6 +46,7 @@ from raglan.perturb import (
     Frequencies,
     Guard,
     Judge,
+    Occurrences,
     Slot,
     Sources,
     arrange,
@@ -68,14 +69,14 @@ from raglan.synthesis.factors import load_factors
 from raglan.synthesis.plan import ABSENT, CONFLICT, PARTIAL, Cell
 from raglan.synthesis.quotas import exact
 from raglan.synthesis.writing import Draft, Reject, Sheet
-from raglan.text import SPACELESS, half_character, words
+from raglan.text import SPACELESS, half_character
 
 __all__ = ["Assembler", "instruction", "instructions", "language_of", "open_tokenizer"]
 
 POOLED = "pooled"
 DEPTH = 30  # ranks that hard noise is taken from
 COUNTED = 200_000  # passages that the guard's frequencies are counted in, evenly spaced
-COMMON = 4  # words: longer answers are not counted, and so never taken for common ones
+SEARCHED = 50_000  # of these, whose words are kept to count answers in
 POOL = 200  # answers of others that a false value is sought among
 LOOKED_AT = 64  # different questions, until which a retriever may prove not to be constant
 OUTDATED = "R7"
@@ -98,7 +99,7 @@ class Assembler:
         retrievers: by the names that cells have; `pooled` is all of them in turn and is not among them.
         tokenizer: of the model that is to learn. `chat`: it is asked through its chat template.
         evidence: gold of other questions, as noise. Without any, other kinds take the place of `other_gold`.
-        answers: of other questions: false values are taken from them, and the guard counts how common they are.
+        answers: of other questions: false values are taken from them.
         judge: tells whether a passage answers where the answer is no string; without one such passages are `unchecked`.
 
     Attributes:
@@ -125,9 +126,7 @@ class Assembler:
         self.corpus, self.retrievers, self.settings = corpus, dict(retrievers), settings
         self.query_tower = ""
         self.evidence, self.answers = tuple(evidence), tuple(dict.fromkeys(answers))
-        step = max(1, len(corpus) // COUNTED)
-        common = [answer for answer in self.answers if len(words(answer)) <= COMMON]
-        known = Frequencies.of((corpus[row] for row in range(0, len(corpus), step)), common)
+        known = replace(Frequencies.of(_spread(corpus, COUNTED)), occurrences=Occurrences(_spread(corpus, SEARCHED)))
         self._judge = judge
         self._most = EVERYWHERE  # passages of the sheet under way that may answer
         self._answering: set[str] = set()  # hashes of passages of the sheet under way that the judge finds an answer in
@@ -362,7 +361,8 @@ def instruction(draft: Draft, *, policies: Mapping[str, float]) -> str:
     between = "" if language == "zh" else " "
     comma = "、" if language == "zh" else ", "
     text = between.join(chance.choice(part[language]) for part in parts)
-    return text.replace("{labels}", comma.join(draft.labels)).replace("{fields}", comma.join(draft.fields))
+    named = {"{labels}": comma.join(draft.labels), "{fields}": comma.join(draft.fields)}
+    return re.sub("|".join(map(re.escape, named)), lambda found: named[found.group()], text)  # at once: a label is no template
 
 
 def _policies(settings: SynthesisSettings) -> Callable[[str], dict[str, float]]:
@@ -384,6 +384,11 @@ def language_of(draft: Draft) -> str:
     if draft.job.cell.language in ("en", "zh"):
         return draft.job.cell.language
     return "zh" if _HAN.search(draft.query) else "en"
+
+
+def _spread(corpus: Corpus, most: int) -> Iterator[Passage]:
+    """At least `most` passages, evenly spaced, or all."""
+    return (corpus[row] for row in range(0, len(corpus), max(1, len(corpus) // most)))
 
 
 @cache

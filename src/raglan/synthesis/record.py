@@ -21,7 +21,7 @@ from typing import Any
 
 from raglan.corpus import Corpus
 from raglan.perturb import Slot
-from raglan.records import Example
+from raglan.records import Example, Passage
 from raglan.synthesis.plan import ABSENT, Cell
 from raglan.synthesis.writing import Made
 
@@ -44,9 +44,7 @@ def example_of(made: Made, *, teacher: str, corpus: Corpus | None = None, checke
     if cell.relation == ABSENT:
         shown = {slot.passage.id for slot in sheet.slots}
         synth["policy"] = cell.absent_policy or "abstain"
-        synth["withheld"] = [
-            {"id": passage.id, "document": passage.document} for passage in draft.gold if passage.id not in shown
-        ]
+        synth["withheld"] = [_withheld(passage, corpus) for passage in draft.gold if passage.id not in shown]
     more = {
         "job": draft.about, "facts": list(draft.facts), "labels": list(draft.labels), "fields": list(draft.fields),
         "seen": {**draft.seen, **made.seen}, **(checked or {}),
@@ -61,6 +59,12 @@ def example_of(made: Made, *, teacher: str, corpus: Corpus | None = None, checke
 def _factors(cell: Cell) -> dict[str, Any]:
     values = {field.name: getattr(cell, field.name) for field in fields(cell) if field.name not in PLACED}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _withheld(passage: Passage, corpus: Corpus | None) -> dict[str, str]:
+    """A passage that is not shown: by its name in the corpus; where none has it, with its text."""
+    there = corpus is not None and corpus.row(passage.id) is not None
+    return {"id": passage.id, "document": passage.document} | ({} if there else {"text": passage.text})
 
 
 def _passage(slot: Slot) -> dict[str, Any]:
