@@ -42,6 +42,7 @@ def reason(one: Written, target: str, verifier: Verifier | None = None) -> str:
         (replace(PART, answers=("Odo Hask",)), OPEN, "gold_answers_all"),
         (replace(PART, answers=("Odo Hask", "Odo Hask in 1807")), "Odo Hask in 1807; the rest is not said.", "withheld_told"),
         (replace(PART, answers=("Odo Hask", "a man called Odo Hask", "1807")), "A man called Odo Hask; when is not said.", ""),
+        (replace(PART, answers=("Odo Hask", "in the year 1807")), "Odo Hask; when is missing, though 1807.", "withheld_told"),
         (replace(PART, answers=()), OPEN, "support_missing"),
         (replace(PART, passages=(replace(NOISE, text="It burnt in 1807."), GOLD)), OPEN, "answer_shown"),
         (ZH, "磨坊由赫斯克建造，材料没有说明何时烧毁。", ""), (ZH, "由赫斯克建造，缺少烧毁的年份。", ""),
