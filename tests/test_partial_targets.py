@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -57,9 +58,9 @@ def test_what_part_is_told(one: Written, target: str, why: str) -> None:
 def test_every_sentence_is_asked_about_but_those_that_say_what_is_missing() -> None:
     asked: list[str] = []
 
-    def entails(pairs: object) -> list[float]:
-        asked.extend(sentence for _, sentence in pairs)  # type: ignore[attr-defined]
-        return [float("pink granite" not in sentence) for _, sentence in pairs]  # type: ignore[attr-defined]
+    def entails(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        asked.extend(sentence for _, sentence in pairs)
+        return [float("pink granite" not in sentence) for _, sentence in pairs]
 
     lacking = "The passages do not say when it burnt."
     assert reason(PART, f"Odo Hask built it. {lacking}", Verifier(nli=entails)) == ""
