@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,7 @@ def reason(one: Written, target: str, verifier: Verifier | None = None) -> str:
         (replace(PART, answers=("Odo Hask",)), OPEN, "gold_answers_all"),
         (replace(PART, answers=("Odo Hask", "Odo Hask in 1807")), "Odo Hask in 1807; the rest is not said.", "withheld_told"),
         (replace(PART, answers=("Odo Hask", "a man called Odo Hask", "1807")), "A man called Odo Hask; when is not said.", ""),
+        (replace(PART, answers=("Odo Hask", "in the year 1807")), "Odo Hask; when is missing, though 1807.", "withheld_told"),
         (replace(PART, answers=()), OPEN, "support_missing"),
         (replace(PART, passages=(replace(NOISE, text="It burnt in 1807."), GOLD)), OPEN, "answer_shown"),
         (ZH, "磨坊由赫斯克建造，材料没有说明何时烧毁。", ""), (ZH, "由赫斯克建造，缺少烧毁的年份。", ""),
@@ -56,9 +58,9 @@ def test_what_part_is_told(one: Written, target: str, why: str) -> None:
 def test_every_sentence_is_asked_about_but_those_that_say_what_is_missing() -> None:
     asked: list[str] = []
 
-    def entails(pairs: object) -> list[float]:
-        asked.extend(sentence for _, sentence in pairs)  # type: ignore[attr-defined]
-        return [float("pink granite" not in sentence) for _, sentence in pairs]  # type: ignore[attr-defined]
+    def entails(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        asked.extend(sentence for _, sentence in pairs)
+        return [float("pink granite" not in sentence) for _, sentence in pairs]
 
     lacking = "The passages do not say when it burnt."
     assert reason(PART, f"Odo Hask built it. {lacking}", Verifier(nli=entails)) == ""

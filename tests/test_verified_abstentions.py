@@ -35,6 +35,7 @@ def reason(one: Written, target: str) -> str:
         (ABSENT, "The passages do not tell who built the mill. They only say that a pond froze in 1799.", ""),
         (ABSENT, "The passages do not indicate who built the mill; the builder is missing.", ""),
         (ABSENT, "The passages do not discuss the mill. Its builder is missing.", ""),
+        (ABSENT, "The passages do not tell who built the mill. Passage 1 is about a pond.", ""),
         (ABSENT, "There is no mention of a mill.", ""), (ABSENT, "The text doesn't specify when it burnt.", ""),
         (ABSENT, "The passages do not tell who it is.", ""), (ABSENT, "Not stated: the year.", ""),
         (ABSENT, "The passages do not reveal who built the mill at Orrin. When it burnt is missing, too.", ""),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raglan.errors import CallsStopped, RaglanError, RecipeError
@@ -175,14 +175,25 @@ class Verifier:
     def _support(self, one: Written) -> Verdict:
         if one.gold_absent and not one.answers_part:
             return Verdict("support", "n/a")
+        if one.evidence == CONFLICT:
+            return self._both_sides(one)
         told = _by_string(one)
-        asks = {"nli": self._by_nli, "judge": self._by_judge}
-        if one.evidence == CONFLICT and readings(one) is None:  # whether it takes a side only a judge tells who is asked that
-            if not isinstance(self.judge, PaidJudge):
-                return Verdict("support", "missing", "readings_unknown")
-            asks.pop("nli")
-        elif (self.nli is None and self.judge is None) or (told.outcome == "pass" and not one.answers_part):
+        if (self.nli is None and self.judge is None) or (told.outcome == "pass" and not one.answers_part):
             return told  # a part's answer can stand there, and the rest be made up
+        found = self._asked(one, {"nli": self._by_nli, "judge": self._by_judge})
+        if found is not None or self.judge is not None:
+            return found or Verdict("support", "missing", "judge_said_neither")
+        return told if told.outcome == "fail" else Verdict("support", "fail", "not_entailed")
+
+    def _both_sides(self, one: Written) -> Verdict:
+        if readings(one) is not None:  # each is told, and stands in a passage: `counterfactual` has seen to it
+            return Verdict("support", "pass", "string")
+        if not isinstance(self.judge, PaidJudge):  # whether it takes a side only a judge tells who is asked that
+            return Verdict("support", "missing", "readings_unknown")
+        return self._asked(one, {"judge": self._by_judge}) or Verdict("support", "missing", "judge_said_neither")
+
+    def _asked(self, one: Written, asks: Mapping[str, Callable[[Written], Verdict | None]]) -> Verdict | None:
+        """What the first that can tell says; None where none can."""
         for name, ask in asks.items():
             try:
                 found = ask(one)
@@ -192,9 +203,7 @@ class Verifier:
                 found = Verdict("support", "missing", f"{name}_failed", str(fault).splitlines()[0])
             if found is not None and (found.outcome != "missing" or name == "judge" or self.judge is None):
                 return found  # an entailment model that fails cannot tell either
-        if self.judge is not None:
-            return Verdict("support", "missing", "judge_said_neither")
-        return told if told.outcome == "fail" else Verdict("support", "fail", "not_entailed")
+        return None
 
     def _by_nli(self, one: Written) -> Verdict | None:
         """Passes if every sentence is entailed; else it is the judge's."""

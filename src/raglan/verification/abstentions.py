@@ -44,7 +44,8 @@ def lacks(one: Written) -> tuple[str, str]:
     guess = said_phrase(one.target, "guesses")
     if guess and not said_phrase(one.query, "guesses"):
         return "guesses", guess
-    told = " ".join([one.query, *one.history, *(f"{passage.title} {passage.text}" for passage in one.passages)])
+    told = " ".join([one.query, *one.history, *(f"{passage.title} {passage.text}" for passage in one.passages), ""])
+    told += " ".join(map(str, range(len(one.passages) + 1)))  # which passages, and how many, may be said
     new = next((word for text in sentences(one.target) if not lacking(text) for word in _new(text, told)), "")
     return ("guesses", new) if new else ("", "")
 

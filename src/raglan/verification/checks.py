@@ -194,7 +194,7 @@ def counterfactual(one: Written) -> Told:
     if not false and said is None:
         return NOT_ASKED
     followed = holds([concluded(one)], false)
-    if followed and not holds([concluded(one)], one.answers):
+    if followed and not holds([concluded(one)], one.answers) and (said is None or one_sided(one, said)):
         return _failed("counterfactual_followed", followed[0])
     return PASSES if said is None else _sides(one, said)
 

@@ -1,7 +1,8 @@
 """A target that answers the part that is shown: what is there is known, what is withheld is not told, and it says what lacks.
 
 Of the answers those that stand in the gold that is shown are there, all others are withheld. An alias that only words another
-("a man called Odo" of Odo) is none of these; a number that stands in the facts behind the first, and nowhere that is shown, is.
+("a man called Odo" of Odo) is none of these; a number of the withheld answers and of the facts behind the first, which stands
+nowhere that is shown, is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _told(one: Written, withheld: Sequence[str], held: Sequence[str]) -> str:
         if not holds([answer], held) or _adds(answer, shown):
             return answer
     known = _numbers(shown) | _numbers(" ".join(one.facts[:1]))
-    return next((number for number in _numbers(" ".join(one.facts[1:])) - known if number in _numbers(one.target)), "")
+    hidden = _numbers(" ".join([*one.facts[1:], *withheld])) - known
+    return min(hidden & _numbers(one.target), default="")
 
 
 def _adds(alias: str, shown: str) -> bool:

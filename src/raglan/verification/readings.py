@@ -1,6 +1,7 @@
 """What passages that contradict each other say, and whether a target names all of it, with passages that tell it.
 
-    readings     of gold: the answers that only some of it holds · of a made twin: its false value · equal ones are one reading
+    readings     of gold: the answers, or numbers of answers, that only some of it holds · of a made twin: its false value ·
+                 equal ones are one reading
     one_sided    a reading of which no value stands in what the target concludes
     not cited    marks are there, or the format asks for them, and a reading stands neither before nor behind a mark of its own
     unnamed      sentences without any mark that speak of no source
@@ -10,16 +11,19 @@ Where only strings are looked at, a conflict whose answers do not tell its passa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raglan.perturb.guard import closed_label
+from raglan.text import fold_numbers
 from raglan.verification.said import BEGIN, END, cited, concluded, holds, marked, said_phrase
 from raglan.verification.written import Shown, Written
 
 __all__ = ["CONFLICT", "Reading", "citable", "one_sided", "readings", "uncited", "unnamed"]
 
 CONFLICT = "R6"
+NUMBER = re.compile(r"\d+")
 PROSE = ("", "sentence", "paragraph", "cited", "list", "notes", "reasoning", "yes_no")  # formats that can name who says what
 
 
@@ -33,7 +37,7 @@ class Reading:
 
 def readings(one: Written) -> list[Reading] | None:
     """What the passages hold against each other; None where strings do not tell of each, or all say the same."""
-    answers = [answer for answer in one.answers if not closed_label(answer)]
+    answers = _tellings(one)
     told = {number: _values(passage, answers) for number, passage in enumerate(one.passages, 1)}
     needed = [number for number, passage in enumerate(one.passages, 1) if passage.role == "gold" or passage.false]
     if not all(told[number] for number in needed):
@@ -51,6 +55,14 @@ def readings(one: Written) -> list[Reading] | None:
             own = Reading(tuple(dict.fromkeys((*same.values, *own.values))), same.passages | own.passages)
         found.append(own)
     return sorted(found, key=lambda said: min(said.passages)) if len(found) > 1 else None
+
+
+def _tellings(one: Written) -> list[str]:
+    """The answers, and the numbers in them that the question does not have: "in 1801" is told by 1801."""
+    answers = [answer for answer in one.answers if not closed_label(answer)]
+    asked = set(NUMBER.findall(fold_numbers(one.query)))
+    numbers = [number for answer in answers for number in NUMBER.findall(fold_numbers(answer)) if number not in asked]
+    return list(dict.fromkeys([*answers, *numbers]))
 
 
 def _values(passage: Shown, answers: Sequence[str]) -> list[str]:
