@@ -110,8 +110,8 @@ def test_a_real_synthetic_dataset_of_nq_is_in_domain(folder: Path) -> None:
     assert verdict(path, system="untuned") == "unknown"
     told = json.loads(runner.invoke(app, ["evaluate", str(path), "--json"]).stdout)
     assert told["domain"] == {"dataset": "nq", "verdict": "in-domain", "silent": []}
-    measured = evaluate_recipe(load_recipe(path))
-    manifests = {one.system: json.loads((one.folder / "manifest.json").read_text()) for one in measured}
+    measured = {one.system: one.folder for one in evaluate_recipe(load_recipe(path))}
+    manifests = {system: json.loads((own / "manifest.json").read_text()) for system, own in measured.items()}
     assert manifests["untuned"]["domain"]["verdict"] == "unknown"
     assert manifests["read"]["domain"] == told["domain"]
     stamp = {one.system: one.folder for one in evaluate_recipe(load_recipe(path, ["evaluate.dataset=popqa"]))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from fault_server import KEY, Fault, FaultServer, say
 from raglan.cli import app
+from raglan.documents import read_examples
 from raglan.errors import CallsStopped, RecipeError
 from raglan.judge import messages
 from tiny import small_recipe
@@ -156,6 +158,34 @@ def test_paid_judgements_need_a_cap_or_a_yes(recipe: Path, server: FaultServer, 
     yes = runner.invoke(app, [*command(recipe, f"runs={tmp_path / 'b'}", server=server, money=PRICE), "--yes"])
     assert yes.exit_code == 0, yes.exception
     assert len(server.log) > sent
+
+
+def test_the_open_questions_that_ship_are_judged(recipe: Path, server: FaultServer, tmp_path: Path, vessen: Path) -> None:
+    """As the quickstart shows it, but for the models: the documents that are named, a tiny reader, a server's scores."""
+    questions = read_examples(vessen / "questions" / "open.jsonl")
+    assert len(questions) == 12
+    assert not any(question.answers or question.unanswerable for question in questions)
+    for name in {name for question in questions for name in question.relevant}:
+        (tmp_path / "documents" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(vessen / "documents" / name, tmp_path / "documents" / name)
+        told = (vessen / "documents" / name).read_text()
+        wanted = [aliases for one in questions if name in one.relevant for aliases in one.metadata["short_answers"]]
+        assert all(any(alias.casefold() in told.casefold() for alias in aliases) for aliases in wanted), name
+    settings = yaml.safe_load(recipe.read_text())
+    settings["knowledge"] |= {"path": str(tmp_path / "kb"), "documents": str(tmp_path / "documents")}
+    settings["knowledge"]["chunk"] = {"max_tokens": 96}
+    settings["evaluate"] |= {"questions": str(vessen / "questions" / "open.jsonl"), "metrics": ["str_em", "declined"]}
+    path = recipe.with_name("ships.yaml")
+    path.write_text(yaml.safe_dump(settings | {"runs": str(tmp_path / "runs")}))
+    assert runner.invoke(app, ["build", str(path)]).exit_code == 0
+    done = runner.invoke(app, [*command(path, server=server, money={**PRICE, "cap_usd": 1}), "--json"])
+    assert done.exit_code == 0, done.exception
+    told = json.loads(done.stdout)
+    assert (told["untuned"]["retrieved/str_em"]["n"], told["untuned"]["recall@1"]["n"]) == (11, 11)
+    assert told["judge"]["scores"]["untuned"]["n"] == 12
+    sent = [request.content for request in server.log if "trial of" not in request.content]
+    assert len(sent) == 12
+    assert all(any(question.query in text for text in sent) for question in questions)
 
 
 def test_hand_labels_are_relative_to_the_recipe(

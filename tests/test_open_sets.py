@@ -77,9 +77,13 @@ def test_squads_questions_without_an_answer_are_unanswerable() -> None:
     folder = Path(os.environ["RAGLAN_DATA"])
     assert all(example.unanswerable for example in read_examples(folder / "squad" / "dev_unanswerable.jsonl.gz"))
     assert not any(example.unanswerable for example in read_examples(folder / "squad" / "dev.jsonl.gz"))
+    assert not any(example.unanswerable for example in read_examples(folder / "cranfield" / "test.jsonl.gz"))
 
 
 def test_a_collection_without_answers_is_open(tmp_path: Path) -> None:
+    (tmp_path / "graded.jsonl").write_text('{"query": "why", "answers": [], "relevant": ["p1"], "grades": {"p1": 3}}\n')
+    (graded,) = read_examples(tmp_path / "graded.jsonl")
+    assert not graded.unanswerable, "whoever graded passages did not look for answers"
     (tmp_path / "qrels").mkdir()
     (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "why towers"}\n')
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\tp1\t1\n")

@@ -200,7 +200,8 @@ def read_examples(path: Path, *, split: str = "test") -> list[Example]:
 
     `relevant` holds passage ids, or objects {document, quote} that name the words which hold the answer; the latter are
     kept in `metadata["evidence"]` and become passage ids once there is a corpus. `answers: []` says that the question is
-    unanswerable; without `answers` it is open. (Of a synthetic example its own record says what it is.)
+    unanswerable; without `answers` it is open, and so it is with `grades`, as retrieval collections have them. (Of a synthetic
+    example its own record says what it is.)
 
     Raises:
         CorpusError: a missing file, a line that is not such an object, an empty query or an id that occurs twice.
@@ -357,7 +358,7 @@ def _checked(row: Mapping[str, Any], line: int) -> Example:
         grades=grades,
         history=tuple(history),
         metadata={**metadata, **({"evidence": evidence} if evidence else {})},
-        unanswerable="answers" in row and not answers and SYNTHETIC not in row,
+        unanswerable="answers" in row and not answers and not grades and SYNTHETIC not in row,
     )
 
 
