@@ -223,8 +223,9 @@ class GeneratorSettings(Settings):
     )
     overflow: Literal["error", "cut_left"] = Field(
         "error",
-        description="A prompt that leaves its answer no positions is refused; `cut_left` takes its beginning away, as the "
-        "published tokenizers do, and counts: what goes first are instruction and passages.",
+        description="A prompt that leaves its answer no positions is refused; under `cut_left` its passages leave whole, the "
+        "last ranked first, and are counted. What opens the prompt, instruction and question stay; only a prompt that came as "
+        "bare tokens loses its beginning.",
     )
     freeze: tuple[str, ...] = Field((), description="Parameters whose name holds one of these do not learn.")
     batch_tokens: int = Field(16384, ge=64, description="Prompt tokens generated or scored together.")
