@@ -2,6 +2,8 @@
 
     abstained   a listed refusal in the first sentence, and no alias of an answer beside it
 
+Some words decline only where nothing else is said ("Unknown") or at the sentence's end (没有说), since they begin other things.
+
 An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
 is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
 1998年.
@@ -37,19 +39,24 @@ def abstained(prediction: str, answers: Sequence[str] = ()) -> bool:
 
 
 def _without_refusals(words: list[str]) -> tuple[list[str], bool]:
+    if words in _refusals("alone"):
+        return [_CUT], True
+    ends = next((p for p in _refusals("ends") if words[-len(p) :] == p), None)
+    if ends is not None:
+        return [*_without_refusals(words[: -len(ends)])[0], _CUT], True
     kept, place = [], 0
     while place < len(words):
-        phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
+        phrase = next((p for p in _refusals("en", "zh") if words[place : place + len(p)] == p), None)
         kept.append(words[place] if phrase is None else _CUT)
         place += 1 if phrase is None else len(phrase)
     return kept, _CUT in kept
 
 
 @cache
-def _refusals() -> list[list[str]]:
-    """The listed phrases as words, the longest first."""
+def _refusals(*lists: str) -> list[list[str]]:
+    """The phrases of these lists as words, the longest first."""
     told = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    phrases = [answer_words(phrase) for phrase in (*told["en"], *told["zh"])]
+    phrases = [answer_words(phrase) for phrase in (one for name in lists for one in told[name])]
     return sorted(phrases, key=len, reverse=True)
 
 
