@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 import raglan
 import tiny
 from raglan.decode import Asked, concat, rag_sequence
-from raglan.errors import CheckpointError, RecipeError
+from raglan.errors import CheckpointError, GeneratorError, RecipeError
 from raglan.generator import HFGenerator, open_generator, open_merged
 from raglan.generator.adapter import merged
 from raglan.likelihood import answer_nll
@@ -488,7 +488,7 @@ def test_a_recipe_says_where_an_adapter_lies(tmp_path: Path, monkeypatch: pytest
         opened(tiny.t5(tmp_path / "t5"), tokens={"pad": 0})
 
 
-def test_overflow_takes_the_beginning_only_where_it_is_said_and_counts(base: Path) -> None:
+def test_the_question_is_in_every_prompt(base: Path) -> None:
     long = [Passage(str(n), "the year of the tower " * 40 + "北京大學" * 30) for n in range(8)]
     for overflow in ("error", "cut_left"):
         generator = opened(base, PromptSettings(max_tokens=4096), overflow=overflow)
@@ -501,13 +501,51 @@ def test_overflow_takes_the_beginning_only_where_it_is_said_and_counts(base: Pat
             assert prompt.ids[0] == 1
             assert generator.tokenizer.decode(question) in text
         assert generator.left_cut == 0
-    prompt = generator.prompt.render("who?", long)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", [100, 700, 800])
+def test_where_the_answer_has_no_room_passages_leave_whole_and_the_question_stays(base: Path, name: str, answer: int) -> None:
+    """Under `overflow: cut_left`, whatever stands first in the template; what opens the prompt and the instruction stay too."""
+    settings = PromptSettings(template=TEMPLATES[name], max_tokens=4096)
+    generator = opened(base, settings, overflow="cut_left")
+    long = [Passage(str(n), f"{n} " + "the year of the tower " * 12 + "北京大學" * 10, "Tower") for n in range(8)]
+    query = "北京大學 in the year 1790?"
+    prompt = generator.prompt.render(query, long, history=["who was Ada?"])
     assert len(prompt.ids) > 900
-    row = generator.row(prompt, "a" * 100)
-    assert generator.left_cut == 1
-    assert len(row["input_ids"]) + len(row["labels"]) == 1024
-    assert row["input_ids"][0] == 1
-    assert row["input_ids"][1:] == list(prompt.ids[-len(row["input_ids"]) + 1 :])
+    (read,) = generator.fitted([prompt], answer)
+    assert generator.fitted([read], answer) == [read]
+    assert TEMPLATES[name].partition("{")[0].strip() in read.text
+    assert (query in generator.tokenizer.decode(read.ids), read.ids[0]) == (True, 1)
+    assert len(read.ids) + answer <= 1024
+    assert (read.sources, read.cut_tokens) == (tuple(p.text for p in long[: 8 - read.dropped_passages]), 0)
+    assert read.dropped_passages > 0
+    row = generator.row(prompt, "a" * (answer - 1))
+    assert row["input_ids"] == list(read.ids)
+    assert (generator.left_cut, generator.overflowed) == (0, 2)
+    asked = Asked([query], [[Hit(passage, n, 1.0, n + 1) for n, passage in enumerate(long)]])
+    if (answer, name) == (800, "first"):
+        (said,) = concat(generator, asked, ConcatDecode(max_new_tokens=answer))
+        assert [hit.passage for hit in (*said.hits, *said.dropped)] == long
+        (without,) = generator.fitted([generator.prompt.render(query, long)], 800)
+        assert tuple(hit.passage.text for hit in said.hits) == without.sources
+
+
+def test_a_question_that_leaves_no_room_for_its_answer_is_refused(base: Path) -> None:
+    generator = opened(base, PromptSettings(template=TEMPLATES["first"], max_tokens=4096), overflow="cut_left")
+    prompt = generator.prompt.render("when? " * 150, [Passage("1", "the year")])
+    with pytest.raises(GeneratorError, match=r"the question .* and an answer of 900 do not fit into the model's 1024"):
+        generator.row(prompt, "a" * 899)
+    assert generator.left_cut == 0
+
+
+def test_evidence_that_leaves_no_room_for_the_answer_is_no_training_row(base: Path) -> None:
+    """What the guard takes away counts as what the budget takes away."""
+    generator = opened(base, PromptSettings(max_tokens=4096), overflow="cut_left")
+    prompt = generator.prompt.render("who?", [Passage("1", "the year of the tower " * 60)])
+    assert generator.fitted([prompt], 40)[0] == prompt
+    assert generator.fitted([prompt], 900)[0].dropped_passages == 1
+    assert opened(base, PromptSettings(max_tokens=4096)).fitted([prompt], 900) == [prompt]
 
 
 def test_what_learned_on_an_adapter_is_opened_again_without_the_first(base: Path, published: Path, tmp_path: Path) -> None:

@@ -334,6 +334,8 @@ def _made_rows(
         for start in range(0, max(len(passages), 1), a_row):
             given = passages[start : start + a_row]
             prompt = generator.prompt.render(example.query, [one.passage for one in given], history=example.history)
+            longest = max((len(generator.answer_ids(answer, prompt.answer_space)) for answer in example.answers), default=0)
+            (prompt,) = generator.fitted([prompt], longest)
             if _lost_its_evidence(example, given, prompt.dropped_passages):
                 without += 1
                 continue

@@ -20,8 +20,9 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from raglan.errors import RecipeError
@@ -43,6 +44,8 @@ class Rendered:
 
     `answer_space` is the white space that ended the template: it belongs to the head of the answer, in training, scoring
     and decoding alike, because tokenizers treat "A: " + "Paris" and "A:" + " Paris" differently.
+
+    `whole_within` renders the same again in so many tokens, its passages whole or not at all; a fused prompt has none.
     """
 
     ids: tuple[int, ...]
@@ -54,6 +57,7 @@ class Rendered:
     dropped_turns: int = 0
     dropped_shots: int = 0
     dropped_passages: int = 0
+    whole_within: Callable[[int], Rendered] | None = field(default=None, compare=False, repr=False)
 
     @property
     def truncated(self) -> bool:
@@ -85,9 +89,18 @@ class Prompt:
         Raises:
             RecipeError: the question alone does not fit, or has no query encoder to be decoded by.
         """
+        told = query
         query = self._decoded(query) if self._as_fed else query
         if self.layout == "fused":
             return self._fused(query, passages, history)
+        again = partial(self._whole_within, told, tuple(passages), tuple(history))
+        return replace(self._without_shots(query, passages, history), whole_within=again)
+
+    def _whole_within(self, query: str, passages: Sequence[Passage], history: Sequence[str], tokens: int) -> Rendered:
+        return self.worded(whole_passages=True).within(tokens).render(query, passages, history=history)
+
+    def _without_shots(self, query: str, passages: Sequence[Passage], history: Sequence[str]) -> Rendered:
+        """The prompt without the shots that it has no room for."""
         shots = [self._shot(shot) for shot in self.settings.shots]
         for kept in range(len(shots), 0, -1):
             found = self._led("".join(shots[:kept]))._whole_or_none(query, passages, history)

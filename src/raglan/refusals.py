@@ -3,6 +3,8 @@
     abstained   a listed refusal in the first sentence, and no alias of an answer beside it
     declined    a listed refusal anywhere, whatever stands beside it
 
+Some words decline only where nothing else is said ("Unknown") or at the sentence's end (没有说), since they begin other things.
+
 An alias counts only outside the refusal: 不知道 ("I don't know") holds 知道 and is an abstention all the same. An alias that
 is a refusal itself, as the label "not enough information", is an answer where it stands. Numerals are folded: 一九九八年 is
 1998年.
@@ -54,11 +56,17 @@ def beside(text: str) -> list[str]:
 
 def _without_refusals(words: list[str]) -> tuple[list[str], list[str]]:
     """(the words, cut where a refusal stood; the refusals)."""
+    if words in _refusals("alone"):
+        return [_CUT], [" ".join(words)]
+    ends = next((p for p in _refusals("ends") if words[-len(p) :] == p), None)
+    if ends is not None:
+        before, told = _without_refusals(words[: -len(ends)])
+        return [*before, _CUT], [*told, " ".join(ends)]
     kept: list[str] = []
     found: list[str] = []
     place = 0
     while place < len(words):
-        phrase = next((p for p in _refusals() if words[place : place + len(p)] == p), None)
+        phrase = next((p for p in _refusals("en", "zh") if words[place : place + len(p)] == p), None)
         kept.append(words[place] if phrase is None else _CUT)
         found += [] if phrase is None else [" ".join(phrase)]
         place += 1 if phrase is None else len(phrase)
@@ -66,10 +74,10 @@ def _without_refusals(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 @cache
-def _refusals() -> list[list[str]]:
-    """The listed phrases as words, the longest first."""
+def _refusals(*lists: str) -> list[list[str]]:
+    """The phrases of these lists as words, the longest first."""
     told = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    phrases = [answer_words(phrase) for phrase in (*told["en"], *told["zh"])]
+    phrases = [answer_words(phrase) for phrase in (one for name in lists for one in told[name])]
     return sorted(phrases, key=len, reverse=True)
 
 

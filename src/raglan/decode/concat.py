@@ -31,7 +31,7 @@ def concat(generator: Generator, asked: Asked, settings: ConcatDecode) -> list[A
 
 
 def _written(generator: Generator, asked: Asked, settings: ConcatDecode) -> list[Answer]:
-    prompts = [prompt for (prompt,) in asked.prompts(generator.prompt)]
+    prompts = generator.fitted([prompt for (prompt,) in asked.prompts(generator.prompt)], settings.max_new_tokens)
     completions = generator.generate(
         prompts, max_new_tokens=settings.max_new_tokens, beams=settings.beams, length_penalty=settings.length_penalty
     )

@@ -64,6 +64,10 @@ class Scorer(ABC):
 class Generator(Scorer):
     """A language model behind a prompt, that also writes."""
 
+    def fitted(self, prompts: Sequence[Rendered], answer: int) -> list[Rendered]:
+        """The prompts as they are read where the answer may take so many tokens. Raises GeneratorError."""
+        return list(prompts)
+
     @abstractmethod
     def generate(
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from raglan.artifact import fingerprint, write_manifest
 from raglan.encoder import bfloat16_is_faster
-from raglan.errors import GeneratorError
+from raglan.errors import GeneratorError, RecipeError
 from raglan.generator.base import Cost, Generator, MarkedGenerator, answer_ids, end_of_turn, tokenizer_identity
 from raglan.generator.batches import UNSCORED, learned, padded
 from raglan.generator.causal import CopierForCausalLM
@@ -86,7 +86,8 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
         fast = settings.dtype == "bfloat16" or (settings.dtype == "auto" and bfloat16_is_faster())
         self.dtype = torch.bfloat16 if fast else torch.float16 if settings.dtype == "float16" else torch.float32
         self.cost, self.exact_marks = Cost(), True
-        self.left_cut = 0  # prompts that lost their beginning, under `overflow: cut_left`; 0 says that budgets held
+        self.overflowed = 0  # prompts that lost passages to their answer, under `overflow: cut_left`
+        self.left_cut = 0  # and prompts that lost their beginning, since nobody knew of what they were made
         self.learned_prompt: Mapping[str, Any] | None = None  # see `raglan.learned_prompt`
         self._head_is_checked = False
         if self.reader is not None and self.device.type == "cpu":
@@ -95,7 +96,7 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
     def generate(
         self, prompts: Sequence[Rendered], *, max_new_tokens: int, beams: int = 1, length_penalty: float = 1.0
     ) -> list[Completion]:
-        prompts = [self._guarded(prompt, max_new_tokens) for prompt in prompts]
+        prompts = self.fitted(prompts, max_new_tokens)
         for prompt in prompts:
             self.check_positions(len(prompt.ids), max_new_tokens)
         completions: dict[int, Completion] = {}
@@ -250,22 +251,46 @@ class HFGenerator(HeadedModel, Generator, MarkedGenerator):
         if self.settings.vocabulary == "self_rag":
             told |= {"vocabulary_init": self.settings.vocabulary_init, "schema": self.schema.to_dict()}
         if self.settings.overflow == "cut_left":
-            told["left_cut"] = self.left_cut
+            told |= {"overflowed": self.overflowed, "left_cut": self.left_cut}
         if self.learned_prompt is not None:
             told["prompt"] = self.learned_prompt
         write_manifest(folder, "generator", {**told, **figures})
 
+    def fitted(self, prompts: Sequence[Rendered], answer: int) -> list[Rendered]:
+        return [self._guarded(prompt, answer) for prompt in prompts]
+
     def _guarded(self, prompt: Rendered, answer: int) -> Rendered:
-        """The prompt; under `overflow: cut_left` without its beginning, all but what opens it, where the answer has no room."""
+        """The prompt; under `overflow: cut_left` without the passages, the last first, that leave the answer no room.
+
+        Raises:
+            GeneratorError: the question and what stands around it leave none either.
+        """
         over = len(prompt.ids) + answer - (self._positions or MOST)
         if self.settings.overflow != "cut_left" or self.is_seq2seq or over <= 0:
             return prompt
+        if prompt.whole_within is not None:
+            return self._refitted(prompt, answer)
         opens = int(prompt.ids[0] == self.tokenizer.bos_token_id)
         if over > len(prompt.ids) - opens - 1:
             return prompt  # nothing of it would be left: `check_positions` tells
         self.left_cut += 1
         log.warning("a prompt of %d tokens lost its first %d: lower prompt.max_tokens", len(prompt.ids), over)
         return replace(prompt, ids=(*prompt.ids[:opens], *prompt.ids[opens + over :]), cut_tokens=prompt.cut_tokens + over)
+
+    def _refitted(self, prompt: Rendered, answer: int) -> Rendered:
+        assert prompt.whole_within is not None
+        assert self._positions is not None
+        try:
+            found = prompt.whole_within(self._positions - answer)
+        except RecipeError as why:
+            raise GeneratorError(
+                f"the question with what stands around it and an answer of {answer} do not fit into the model's "
+                f"{self._positions} positions",
+                hint="questions are never cut: shorten question or answer, or lower decode.max_new_tokens",
+            ) from why
+        self.overflowed += 1
+        log.warning("%d passages left a prompt of %d tokens: lower prompt.max_tokens", found.dropped_passages, len(prompt.ids))
+        return found
 
     def check_positions(self, prompt: int, answer: int, which: str = "") -> None:
         """Learned positions end somewhere; behind them lies an IndexError."""

@@ -223,8 +223,9 @@ class GeneratorSettings(Settings):
     )
     overflow: Literal["error", "cut_left"] = Field(
         "error",
-        description="A prompt that leaves its answer no positions is refused; `cut_left` takes its beginning away, as the "
-        "published tokenizers do, and counts: what goes first are instruction and passages.",
+        description="A prompt that leaves its answer no positions is refused; under `cut_left` its passages leave whole, the "
+        "last ranked first, and are counted. What opens the prompt, instruction and question stay; only a prompt that came as "
+        "bare tokens loses its beginning.",
     )
     any_prompt: bool = Field(
         False, description="Ask a generator that learned with another prompt than the recipe's; else that is refused."
