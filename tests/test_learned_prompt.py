@@ -10,6 +10,7 @@ import pytest
 
 from raglan import cli
 from raglan.errors import RecipeError
+from raglan.evaluate import evaluate
 from raglan.knowledge import build_knowledge
 from raglan.learned_prompt import check_prompt, prompt_record
 from raglan.mixture import prompts_of
@@ -90,6 +91,15 @@ def test_own_stages_are_found_with_and_without_the_permission(trained: tuple[Pat
         recipe = load_recipe(path, ["train.max_steps=1", *more])
         assert finished_parts(recipe)[-1][1].generator == generator
         finished_parts(recipe)[-1][1].open(recipe)
+
+
+def test_a_measurement_names_the_prompt_that_was_asked_with(trained: tuple[Path, str]) -> None:
+    path, generator = trained
+    learned = json.loads((Path(generator) / "manifest.json").read_text())["prompt"]["hash"]
+    recipe = load_recipe(path, ["train.max_steps=1", "evaluate.limit=2", "evaluate.modes=[closed_book]"])
+    assert recipe.evaluate is not None
+    measured = evaluate(recipe, recipe.evaluate, *finished_parts(recipe)[-1])
+    assert json.loads((measured.folder / "manifest.json").read_text())["prompt"] == learned
 
 
 def test_what_learns_on_may_have_another_prompt_and_keeps_it(trained: tuple[Path, str]) -> None:

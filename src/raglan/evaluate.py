@@ -169,6 +169,7 @@ def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts
         write_manifest(folder, KIND, {
             "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
             "asked": kinds(rows), "source": str(settings.questions), "k": system.k, "index": recipe.index, "seed": recipe.seed,
+            "prompt": fingerprint(system.generator.prompt.words),
             "figures": {key: asdict(value) for key, value in figures.items()}, "spent": spent(rows),
             "seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip

@@ -50,8 +50,10 @@ def check_prompt(learned: Mapping[str, Any] | None, prompt: Prompt, *, model: st
     Raises:
         RecipeError: other words; both hashes and the words that differ are told.
     """
+    if learned is None:
+        return
     mine = fingerprint(prompt.words)
-    if learned is None or mine in (learned.get("hash"), *learned.get("hashes", ())):
+    if mine in (learned.get("hash"), *learned.get("hashes", ())):
         return
     if learned["rows"] != "recipe":
         _warn(model, ROWS[learned["rows"]], mine)
