@@ -314,18 +314,11 @@ def bag_of_words(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
     """A sentence-transformers folder without layers: the mean of random vectors of the texts' own words."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers.models import WordLevel
-    from tokenizers.normalizers import BertNormalizer
-    from tokenizers.pre_tokenizers import BertPreTokenizer
 
-    normal, cut = BertNormalizer(lowercase=True), BertPreTokenizer()
-    found = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(normal.normalize_str(text))})
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *found]
-    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
-    inner.normalizer, inner.pre_tokenizer = normal, cut
+    words = _whole_words(texts)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=256, num_hidden_layers=0, num_attention_heads=2, intermediate_size=8,
+        vocab_size=len(words), hidden_size=256, num_hidden_layers=0, num_attention_heads=2, intermediate_size=8,
         max_position_embeddings=256, hidden_dropout_prob=0.0, initializer_range=1.0, layer_norm_eps=1e4,
     )  # fmt: skip
     model = BertModel(config)
@@ -333,13 +326,28 @@ def bag_of_words(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
         model.embeddings.position_embeddings.weight.zero_()
         model.embeddings.token_type_embeddings.weight.zero_()
         model.embeddings.LayerNorm.weight.fill_(100.0)  # with so large an epsilon words keep their own lengths
-    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    _saved(model, PreTrainedTokenizerFast(tokenizer_object=inner, **marks), folder / "bert")
+    _saved(model, words, folder / "bert")
     whole = SentenceTransformer(
         modules=[Transformer(str(folder / "bert"), max_seq_length=256), Pooling(256)], similarity_fn_name="cosine", device="cpu"
     )
     whole.save(str(folder / "encoder"), create_model_card=False)
     return folder / "encoder"
+
+
+def _whole_words(texts: Sequence[str], *, digits: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of the texts' own words in lower case, Han characters each by itself; `digits`: those of numbers, too."""
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import BertNormalizer
+
+    cut: Any = pre_tokenizers.BertPreTokenizer()
+    cut = pre_tokenizers.Sequence([cut, pre_tokenizers.Digits(individual_digits=True)]) if digits else cut
+    normal = BertNormalizer(lowercase=True)
+    found = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(normal.normalize_str(text))})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *found]
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normal, cut
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
 
 
 def concepts(folder: Path, groups: Sequence[Sequence[str]]) -> Path:
@@ -357,6 +365,24 @@ def concepts(folder: Path, groups: Sequence[Sequence[str]]) -> Path:
                 table[row, 2 * place], table[row, 2 * place + 1] = 1.0, -1.0  # no mean, which the norm would take away
     model.save(str(path), create_model_card=False)
     return path
+
+
+def word_reader(folder: Path, texts: Sequence[str], *, seed: int = 0) -> Path:
+    """A copying reader of two layers over the texts' own words and digits, whose vectors lie well apart from the start."""
+    from raglan.generator.reader import reader_from_encoder
+
+    torch.manual_seed(seed)
+    words = _whole_words(texts, digits=True)
+    words.backend_tokenizer.post_processor = bert_tokenizer().backend_tokenizer.post_processor
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=256, hidden_dropout_prob=0.1, initializer_range=0.05,
+    )  # fmt: skip
+    model = BertModel(config)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.normal_(0, 0.2)
+    made, words = reader_from_encoder(str(_saved(model, words, folder / "bert")))
+    return _saved(made, words, folder / "reader")
 
 
 def reader(*, seed: int = 0, folder: Path) -> Any:
