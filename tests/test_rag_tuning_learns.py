@@ -122,7 +122,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_noise_matters_less_after_tuning(one_thread: None, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_noise_and_order_matter_less_after_tuning(one_thread: None, tmp_path: Path) -> None:
     changes, recipe = small(tmp_path), str(RECIPE)
     raglan("build", recipe, *changes)
     raglan("synthesize", recipe, *changes, codes=(0, 3))  # 3: a question was written twice
@@ -137,8 +138,10 @@ def test_noise_matters_less_after_tuning(one_thread: None, tmp_path: Path) -> No
     alone, beside = "distractors/0", "distractors/neighbour/1"
     right = [{name: told["conditions"][name]["right"]["mean"] for name in (alone, beside)} for told in (before, after)]
     deltas = [told["conditions"][beside]["delta"]["mean"] for told in (before, after)]
+    flips = [told["orders"]["flip"]["mean"] for told in (before, after)]
     assert losses[-1] < 0.6 * losses[0]
     assert right[0][alone] > 0.8  # it could read
     assert right[1][alone] > 0.8  # and still can
     assert deltas[0] < -0.3
     assert deltas[1] > 0.7 * deltas[0]
+    assert flips[1] < flips[0] - 0.03
