@@ -711,6 +711,34 @@ def test_engines_that_ask_one_server_share_its_pause_and_its_rates(desk: Desk) -
     desk.unknown = True  # the journal holds the other server's bill, too
 
 
+def test_a_server_that_refuses_every_call_is_asked_no_longer(desk: Desk) -> None:
+    words = "temperature does not support 0.3 with this model; 不支持"
+    desk.server.faults = lambda number, request: Fault(400, text=words)
+    came, why = desk.stopped(asks(400))
+    assert why.reason == "refused"
+    assert "refused 20 of the last 20 calls of step 'answer': 400" in str(why)
+    assert {outcome.cls for outcome in came} == {"permanent"}
+    assert 20 <= len(desk.server.log) <= 20 + 2 * 8
+    desk.server.faults = lambda number, request: None
+    assert {outcome.cls for outcome in desk.run(asks(400))} == {"ok"}, "it goes on"
+
+
+def test_some_calls_that_are_refused_stop_nothing(desk: Desk) -> None:
+    """Long prompts, many of them; and the same ones again, which are all that a second run asks."""
+    desk.server.faults = lambda number, request: Fault(400) if int(re.findall(r"q(\d+)", request.content)[0]) % 5 else None
+    for reused in (0, 36):
+        outcomes = desk.run(asks(180))
+        assert Counter(outcome.cls for outcome in outcomes) == {"permanent": 144, "ok": 36}
+        assert sum(outcome.reused for outcome in outcomes) == reused
+
+
+def test_a_server_that_begins_to_refuse_is_asked_no_longer(desk: Desk) -> None:
+    desk.server.faults = lambda number, request: Fault(422) if number > 60 else None
+    _, why = desk.stopped(asks(1000))
+    assert (why.reason, "of the last 50 calls" in str(why)) == ("refused", True)
+    assert len(desk.server.log) <= 60 + 50 + 2 * 8
+
+
 @pytest.mark.parametrize("fault", [Fault(401), Fault(429, code="insufficient_quota"), Fault(404)], ids=lambda f: str(f.status))
 def test_a_fatal_answer_stops_at_once(desk: Desk, fault: Fault) -> None:
     desk.server.faults = lambda number, request: fault if number == 20 else None

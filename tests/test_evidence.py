@@ -130,6 +130,16 @@ def shown(result: Sheet | Reject) -> Sheet:
     return result
 
 
+def test_a_corpus_that_is_too_small_is_refused_before_any_call_from_scratch_too(folder: Path) -> None:
+    size = len(documents())
+    for scratch, largest, written in ((0, size + 1, ""), (1, size + 3, ", beside 2 that are written")):
+        asked = recipe(folder, from_scratch=scratch, passages={"k": {3: 1, largest: 1}})
+        told = f"an example is to show {largest} passages, and the corpus has {size}{written}"
+        with pytest.raises(CorpusError, match=f"^{told}"):
+            Assembler.open(asked)
+    Assembler.open(recipe(folder, from_scratch=1, passages={"k": {size + 2: 1}}))
+
+
 def test_the_guard_counts_answers_that_nobody_named_beforehand(folder: Path) -> None:
     guard = Assembler.open(recipe(folder)).guard
     assert [guard.generic(name) for name in ("mill", "建成通车", TOWNS[0], f"{CITIES[0]}大桥")] == [True, True, False, False]

@@ -737,6 +737,10 @@ def test_a_retriever_that_always_finds_the_same_is_refused() -> None:
     with pytest.raises(IndexMismatch, match="'stuck' finds the same 2 passages, 'a' first, for all of 4 different questions"):
         check_varied(queries, [found_by("a", "b")] * 4, name="stuck")
     check_varied(queries, [[], [], [], hits([GOLD])], name="fine")
+    many = [f"第{n}个问题？" for n in range(20)]
+    check_varied(many[:19], [[]] * 19, name="too few to tell")
+    with pytest.raises(IndexMismatch, match="'stuck' finds nothing for all of 20 different questions"):
+        check_varied(many, [[]] * 20, name="stuck")
     check_varied(queries, [*[found_by("a", "b")] * 3, found_by("b", "a")], name="fine")
     check_varied(queries[:3], [found_by("a")] * 3, name="too few to tell")
     check_varied(["Same?"] * 9, [hits([GOLD])] * 9, name="asked the same")

@@ -85,7 +85,7 @@ class CheckpointError(RaglanError):
 class CallsStopped(RaglanError):
     """Paid calls that ended before all were answered; what came is kept, and the same command goes on from there.
 
-    `reason`: "cap", "fatal", "breaker", "interrupt" or "journal" (it cannot be written).
+    `reason`: "cap", "fatal", "refused" (nearly all that is asked), "breaker", "interrupt" or "journal" (it cannot be written).
     """
 
     def __init__(self, message: str, *, reason: str, hint: str | None = None):

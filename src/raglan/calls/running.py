@@ -17,6 +17,7 @@ from typing import Any
 from raglan.calls.asks import Ask, Outcome, Usage
 from raglan.calls.endpoint import open_endpoint
 from raglan.calls.limits import Gate
+from raglan.calls.refusals import Refusals
 from raglan.calls.sending import Sender
 from raglan.calls.terms import Terms
 from raglan.errors import CallsStopped
@@ -42,6 +43,7 @@ class Run:
         """`key`: the server's, which is not written down."""
         self.terms, self.settings, self.journal, self._key = terms, terms.settings, terms.journal, key
         self._gate = gate
+        self._refusals = Refusals(terms.host, terms.settings.model, terms.journal.ledger)
         self.stopped: CallsStopped | None = None
         self.fault: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -262,6 +264,8 @@ class Run:
                 self._stop(fault)
                 return
             self._deliver(key, outcome)
+            if (why := self._refusals.heed(ask, outcome)) is not None:
+                self._stop(why)
 
     def _taken(self) -> tuple[int, int, str, Ask] | None:
         """The deepest ask that was handed in; without one, the worker counts as idle until it is woken."""

@@ -106,7 +106,7 @@ class Assembler:
         query_tower: names the one that the knowledge base's vectors are searched with, where a dealt index does that.
 
     Raises:
-        CorpusError: the corpus has fewer passages than the largest K, and nothing is written from scratch.
+        CorpusError: the corpus has fewer passages than the largest K, those that are written from scratch beside it.
         RecipeError: a retriever that is to be dealt and is not there.
     """
 
@@ -115,9 +115,11 @@ class Assembler:
         chat: bool = False, evidence: Sequence[Passage] = (), answers: Sequence[str] = (), judge: Judge | None = None,
     ):  # fmt: skip
         largest = max(settings.passages.k)
-        if largest > len(corpus) and settings.from_scratch < 1:
+        written = settings.writing.beside if settings.from_scratch == 1 else 0
+        if largest > len(corpus) + written:
+            more = f", beside {written} that are written" if written else ""
             raise CorpusError(
-                f"an example is to show {largest} passages, and the corpus has {len(corpus)}",
+                f"an example is to show {largest} passages, and the corpus has {len(corpus)}{more}",
                 hint="leave larger numbers out of synthesis.passages.k, or add documents",
             )
         strange = sorted({name for name, weight in (settings.retrievers or {}).items() if weight} - {*retrievers, POOLED})
@@ -212,7 +214,8 @@ class Assembler:
         each = retrieve_each({one: self.retrievers[one] for one in names}, [text], depth)
         hits = {one: own[0] for one, own in each.items()}
         for one, own in hits.items():
-            self._look_at(one, text, own)
+            if own or draft.job.cell.language != "cross":  # it asks in another language, in which terms may find nothing
+                self._look_at(one, text, own)
         return pool(hits, depth)
 
     def _unreachable(self, draft: Draft, found: Sequence[Found]) -> bool:
