@@ -14,7 +14,7 @@ from raglan.judge import Judged, judge
 from raglan.progress import console
 from raglan.recipe import Recipe
 from raglan.stress import Robustness, evaluate_robustness
-from raglan.stress_tables import judge_summary, judge_tables, robustness_summary, robustness_tables
+from raglan.stress_tables import difference_summary, judge_summary, judge_tables, robustness_summary, robustness_tables
 
 __all__ = ["Further", "evaluate_further"]
 
@@ -31,6 +31,7 @@ class Further:
     def summary(self) -> dict[str, Any]:
         """As JSON, by the names of the settings; empty where nothing was asked for."""
         found: dict[str, Any] = {"robustness": robustness_summary(self.robust)} if self.robust else {}
+        found |= {"robustness_differences": compared} if (compared := difference_summary(self.robust)) else {}
         return found | ({} if self.judged is None else {"judge": judge_summary(self.judged)})
 
     def tell(self, recipe: Recipe) -> None:
