@@ -7,6 +7,7 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,19 @@ from typer.testing import CliRunner
 from fault_server import KEY, Fault, FaultServer, Request, say
 from raglan.cited import Cited
 from raglan.cli import app
+from raglan.cli_robustness import Further
 from raglan.corpus import Corpus, write_corpus
 from raglan.errors import CallsStopped, CorpusError, RecipeError
 from raglan.evaluate import _add_reading, _measures, evaluate_recipe
 from raglan.judge import judge, messages, open_judged
-from raglan.metrics import Interval, answer_recall
+from raglan.metrics import Interval, answer_recall, paired_bootstrap
 from raglan.rag import RAG
 from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSettings, load_recipe
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.report import _robustness_plots
 from raglan.seeds import over_seeds, seed_lines
 from raglan.stress import Robustness, _row, conditions, draw_prompts, evaluate_robustness
-from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
+from raglan.stress_figures import ALONE, CLEAN, compare_conditions, summarise_conditions
 from raglan.stress_tables import (
     abstention_shares,
     distractor_points,
@@ -359,6 +361,46 @@ def test_orders_and_retrievers_of_plain_rows() -> None:
     assert (found["orders"]["flip"].mean, found["orders"]["disagreement"].mean) == (0.5, 0.25)
     assert found["retrievers"] == {"own": "a", "worst": "c", "spread": 1.0}
     assert found["figures"]["retriever/b"]["delta"].mean == -0.5
+
+
+def test_systems_are_compared_under_each_condition() -> None:
+    """Paired by question and drawn in groups; what one of them lacks is in no mean."""
+    names = ("clean", "order/0", "order/1", "retriever/a")
+    before = rows_of({name: [1.0, 0.0, 0.0, 1.0] for name in names} | {"conflict/1": [0.0, None, 0.0, 0.0]})
+    after = rows_of({name: [1.0, 1.0, 0.0, 1.0] for name in names} | {"order/1": [0.0, 1.0, 0.0, 1.0], "conflict/1": [1.0] * 4})
+    for row, other in zip(before, after, strict=True):
+        row["group"] = other["group"] = "one"
+    found = compare_conditions(before, after)
+    assert (found["clean"]["right"].mean, found["clean"]["right"].n) == (0.25, 4)
+    assert (found["clean"]["right"].low, found["clean"]["right"].high) == (0.25, 0.25), "one group is no sample of several"
+    assert (found["conflict/1"]["right"].mean, found["conflict/1"]["right"].n) == (1.0, 3)
+    assert (found["order"]["flip"].mean, found["order"]["disagreement"].mean) == (0.25, 0.25)
+    assert found["retriever/a"]["right"].mean == 0.25
+    assert "follow" not in found["clean"]
+    apart = [dict(row, group=str(place)) for place, row in enumerate(before)]
+    drawn = compare_conditions(apart, after)["clean"]["right"]
+    plain = paired_bootstrap([1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0], groups=range(4))
+    assert (drawn.low, drawn.high) == (plain.low, plain.high) == (0, 0.75)
+
+
+def test_the_difference_of_systems_is_told_in_json_and_tables(recipe: Path, measured: Any) -> None:
+    """The same answers twice: every difference is exactly 0."""
+    assert "robustness_differences" not in measured, "one system"
+    (system,) = evaluate_robustness(load_recipe(recipe))
+    pair = [system, replace(system, system="tuned")]
+    told = Further(pair, None).summary()["robustness_differences"]
+    assert (told["before"], told["after"]) == ("untuned", "tuned")
+    assert {CLEAN, "conflict/1", "majority/1", "order", "retriever/bm25", "noise/hard/absent/1"} <= set(told["conditions"])
+    assert {"right", "f1", "follow"} <= set(told["conditions"]["conflict/1"])
+    assert {"flip", "disagreement"} <= set(told["conditions"]["order"])
+    values = [value for own in told["conditions"].values() for value in own.values()]
+    assert all((value["mean"], value["low"], value["high"]) == (0, 0, 0) and value["n"] for value in values)
+    (table,) = [table for table in robustness_tables(pair) if "tuned − untuned" in table.title]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["one gold against one false"][0] == "+0.0 [+0.0, +0.0]"
+    assert {"orders: flips", "hybrid (own)"} <= set(rows)
+    lost = json.loads((system.folder / "answers.jsonl").read_text().splitlines()[0])
+    assert lost["id"], "the file is read again"
 
 
 def test_a_false_value_is_followed_by_those_who_knew_better() -> None:

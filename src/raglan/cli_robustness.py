@@ -16,7 +16,7 @@ from raglan.judge import NO_JUDGE, Judged, judge, lacks_judge
 from raglan.progress import console
 from raglan.recipe import Recipe
 from raglan.stress import Robustness, evaluate_robustness
-from raglan.stress_tables import judge_summary, judge_tables, robustness_summary, robustness_tables
+from raglan.stress_tables import difference_summary, judge_summary, judge_tables, robustness_summary, robustness_tables
 
 __all__ = ["Further", "evaluate_further"]
 
@@ -39,6 +39,7 @@ class Further:
     def summary(self) -> dict[str, Any]:
         """As JSON, by the names of the settings; empty where nothing was asked for."""
         found: dict[str, Any] = {"robustness": robustness_summary(self.robust)} if self.robust else {}
+        found |= {"robustness_differences": compared} if (compared := difference_summary(self.robust)) else {}
         if self.judged is not None:
             found["judge"] = judge_summary(self.judged) | {"warnings": list(self.judged.warnings)}
         elif lacks_judge(self.recipe, self.evaluations):

@@ -64,11 +64,12 @@ from raglan.records import Answer, Example, Hit, Passage
 from raglan.refusals import abstained
 from raglan.robustness import follows
 from raglan.stages import Parts
-from raglan.stress_figures import ALONE, CLEAN, summarise_conditions
+from raglan.stress_figures import ALONE, CLEAN, compare_conditions, summarise_conditions
 
 __all__ = [
     "Condition",
     "Robustness",
+    "compare_robustness",
     "conditions",
     "draw_prompts",
     "evaluate_robustness",
@@ -167,6 +168,24 @@ def open_robustness(folder: Path) -> Robustness:
     return Robustness(
         told["system"], folder, figures, told["missing"], told["seconds"], told["abstention"], orders, told["retrievers"]
     )
+
+
+def compare_robustness(before: Robustness, after: Robustness) -> dict[str, dict[str, Interval]]:
+    """after − before under each condition, paired by question, from the answers of both; see `compare_conditions`.
+
+    Raises:
+        RecipeError: they answered different questions.
+    """
+    rows = []
+    for system in (before, after):
+        with open(system.folder / "answers.jsonl", encoding="utf-8") as file:
+            rows.append([json.loads(line) for line in file])
+    if [row["id"] for row in rows[0]] != [row["id"] for row in rows[1]]:
+        raise RecipeError(
+            f"{before.folder} and {after.folder} answer different questions",
+            hint="measure both with the same evaluate.questions and limit",
+        )
+    return compare_conditions(*rows, seed=read_manifest(before.folder, KIND)["seed"])
 
 
 def conditions(settings: RobustnessSettings) -> list[Condition]:
@@ -349,6 +368,7 @@ def _measure(
     content = {
         "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
         "source": str(settings.questions), "settings": asked.model_dump(mode="json"), "seconds": seconds,
+        "seed": recipe.seed,
     }  # fmt: skip
     write_manifest(folder, KIND, content | _plain(figures))
 

@@ -14,10 +14,11 @@ from typing import Any
 from raglan.metrics import Interval, bootstraps
 from raglan.robustness import abstention, constant, disagreement, flipped
 
-__all__ = ["ALONE", "CLEAN", "FIGURES", "summarise_conditions"]
+__all__ = ["ALONE", "CLEAN", "FIGURES", "PAIRED", "compare_conditions", "summarise_conditions"]
 
 log = logging.getLogger(__name__)
 CLEAN, ALONE = "clean", "distractors/0"
+PAIRED = ("right", "f1", "declined", "follow")  # what systems are compared by under each condition
 FIGURES = (
     "right", "f1", "declined", "follow", "follow_of_right", "follow_majority", "follow_conflict", "citation_precision",
     "citation_recall", "truncated", "dropped", "unfinished", "tokens",
@@ -30,7 +31,7 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
     Returns:
         figures, missing, abstention, orders, retrievers, as `Robustness` has them.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row["conditions"]))
+    names = _names(rows)
     columns = {(name, figure): _column(rows, name, figure) for name in names for figure in FIGURES}
     for name in names:
         base = _base(name, own)
@@ -40,8 +41,7 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
         columns[name, "follow_majority"] = _where(follow, [true > max(false, default=0) for true, false in told])
         columns[name, "follow_conflict"] = _where(follow, [(true, false) == (1, [1]) for true, false in told])
         if name != base and base in names:
-            before = columns[base, "right"]
-            columns[name, "delta"] = [b - a for a, b in zip(before, columns[name, "right"], strict=True)]
+            columns[name, "delta"] = _changes(columns[base, "right"], columns[name, "right"])
     if alike := [name for name in names if constant(columns[name, "right"])]:
         log.warning("every answer is alike right or wrong under %s; look at answers.jsonl", ", ".join(alike))
     columns |= {("order", figure): column for figure, column in _orders(rows, names).items()}
@@ -61,6 +61,39 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
         "orders": orders,
         "retrievers": _spread(figures, own),
     }
+
+
+def compare_conditions(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """after − before of two systems under each condition that both have, and of "order": flip and disagreement.
+
+    Paired by question, which both must list in one order; the groups of `before` are drawn.
+
+    Raises:
+        ValueError: rows of unlike numbers.
+    """
+    names = [name for name in _names(before) if name in _names(after)]
+    columns: dict[tuple[str, str], list[float]] = {}
+    for name in names:
+        for figure in PAIRED:
+            columns[name, figure] = _changes(_column(before, name, figure), _column(after, name, figure))
+    theirs = _orders(after, names)
+    columns |= {("order", figure): _changes(own, theirs[figure]) for figure, own in _orders(before, names).items()}
+    there = {"\t".join(key): column for key, column in columns.items() if not all(map(math.isnan, column))}
+    found: dict[str, dict[str, Interval]] = {}
+    for key, value in bootstraps(there, groups=[row["group"] for row in before], seed=seed).items():
+        name, _, figure = key.partition("\t")
+        found.setdefault(name, {})[figure] = value
+    return found
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["conditions"]))
+
+
+def _changes(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [b - a for a, b in zip(before, after, strict=True)]
 
 
 def _base(name: str, own: str) -> str:

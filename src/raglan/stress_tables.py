@@ -14,11 +14,12 @@ from raglan.grid_tables import GridTable
 from raglan.judge import Judged
 from raglan.judging import Pairs
 from raglan.metrics import Interval
-from raglan.stress import Robustness
-from raglan.stress_figures import ALONE, CLEAN
+from raglan.stress import Robustness, compare_robustness
+from raglan.stress_figures import ALONE, CLEAN, PAIRED
 
 __all__ = [
     "abstention_shares",
+    "difference_summary",
     "distractor_points",
     "judge_summary",
     "judge_tables",
@@ -56,8 +57,35 @@ RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "over_abs
 
 
 def robustness_tables(measured: Sequence[Robustness]) -> list[GridTable]:
-    """All that the measurements say, in tables."""
-    return [table for system in measured for table in _tables(system) if table.rows]
+    """All that the measurements say, in tables; the last system against the first in one of its own."""
+    compared = [_differences(measured[0], measured[-1])] if len(measured) > 1 else []
+    return [table for system in measured for table in _tables(system) if table.rows] + compared
+
+
+def difference_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
+    """The last system against the first, paired, as plain numbers: condition → figure → after − before; none of one."""
+    if len(measured) < 2:
+        return {}
+    before, after = measured[0], measured[-1]
+    found = compare_robustness(before, after)
+    told = {name: {figure: _numbers(value) for figure, value in own.items()} for name, own in found.items()}
+    return {"before": before.system, "after": after.system, "conditions": told}
+
+
+def _differences(before: Robustness, after: Robustness) -> GridTable:
+    found = compare_robustness(before, after)
+    orders = found.pop("order", {})
+    shown = [figure for figure in PAIRED if any(figure in own for own in found.values())]
+    rows, marked = [], {}
+    for at, (name, own) in enumerate(found.items()):
+        rows.append([_label(name, after), *(_cell(own.get(figure), sign=True) for figure in shown)])
+        change = own["right"]
+        if change.low > 0 or change.high < 0:
+            marked[at, 1] = "better" if change.mean > 0 else "worse"
+    heads = {"flip": "orders: flips", "disagreement": "orders: pairs that differ"}
+    rows += [[heads[name], _cell(value, sign=True), *[""] * (len(shown) - 1)] for name, value in orders.items()]
+    title = f"{after.system} − {before.system}: points, paired by question"
+    return GridTable(title, ["", *(HEADS[figure] for figure in shown)], rows, marked)
 
 
 def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
