@@ -8,7 +8,7 @@ ifneq ($(wildcard ../shared/data),)
 export RAGLAN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe bench-decontaminate bench-rag-tuning bench-synthesis bench-synthesis-faults bench-drcd clean
+.PHONY: help env demo test test-vllm lint docs bench-squad bench-build bench-rag bench-self-rag bench-self-rag-learns bench-scores bench-r-ft bench-swap bench-marginal bench-ra-dit bench-feedback bench-calls bench-dedupe bench-decontaminate bench-rag-tuning bench-synthesis bench-synthesis-faults bench-drcd bench-lora clean
 help:
 	@echo "make demo         the whole main job on the example corpus (10 minutes on 2 cores)"
 	@echo "make test         the test suite"
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-dedupe duplicates among a million questions: time and memory (two minutes of one core)"
 	@echo "make bench-decontaminate  a million training questions against 200,000 evaluation questions (some minutes of one core)"
 	@echo "make bench-rag-tuning  a reader tuned on noisy evidence against one tuned on clean, and mixtures; SEEDS=3 (after bench-squad; hours, one core)"
+	@echo "make bench-lora   LoRA on a causal model: tokens/s and memory, beside transformers' own trainer (some minutes of one core)"
 	@echo "make bench-drcd   Chinese, from documents to figures (needs RAGLAN_DATA, one core)"
 	@echo "make bench-marginal  RAG trained end to end on SQuAD, seven ways (after bench-squad; two hours on 2 cores)"
 
@@ -131,6 +132,9 @@ bench-self-rag-learns: env
 bench-rag-tuning: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC)) $(if $(SEEDS),--seeds $(SEEDS))
+
+bench-lora: env
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora.py
 
 bench-scores: env
 	$(BIN)/python benchmarks/scores.py
