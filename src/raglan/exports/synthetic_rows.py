@@ -19,7 +19,7 @@ row's answer is the example's own, which declines; RAFT keeps the answer of the 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,9 @@ def export_synthetic(
     """
     if not 0 <= leave_out <= 1:
         raise RecipeError(f"a share of {leave_out} positives cannot lose their sentences", hint="from 0 to 1")
-    forms = {"sft": _sft, "chat": _chat, "raft": _raft, "dpo": _dpo, "retriever": partial(_retriever, share=leave_out)}
+    forms: dict[str, Callable[[Synthetic, _Asked], list[dict[str, Any]]]] = {
+        "sft": _sft, "chat": _chat, "raft": _raft, "dpo": _dpo, "retriever": partial(_retriever, share=leave_out),
+    }  # fmt: skip
     rows: list[dict[str, Any]] = []
     meta: list[dict[str, Any]] = []
     left_out = 0
