@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,23 @@ def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: 
     (evaluation,) = evaluate_recipe(told)
     assert evaluation.figures["retrieved/dropped"].mean == pytest.approx(1 / 3)
     assert all(len(row["predictions"]["retrieved"]["passages"]) == 2 for row in evaluation.rows)
+
+
+def test_a_missing_share_is_printed_beside_every_figure(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """(T48) One question of four names no gold: 25.0 in the command's table and in the report's."""
+    pytest.importorskip("plotly")
+    rows = [json.loads(line) for line in (recipe.parent / "dev.jsonl").read_text().splitlines()[:4]]
+    del rows[0]["relevant"]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asks = "{noise: [], distractors: [0], orders: 0, retrievers: []}"
+    changes = [f"evaluate.questions={tmp_path / 'some.jsonl'}", f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}"]
+    done = runner.invoke(app, ["evaluate", str(recipe), *changes, "--report"])
+    assert done.exit_code == 0, done.exception
+    (line,) = [line for line in done.stdout.splitlines() if line.strip().startswith("gold alone")]
+    assert line.split()[-1] == "25.0"
+    page = (tmp_path / "runs" / "small" / "report.html").read_text()
+    (shown,) = re.findall(r"<t[dh][^>]*>\s*gold alone\s*</t[dh]>.*?</tr>", page, re.DOTALL)
+    assert "25.0" in re.sub(r"<[^>]+>", " ", shown).split()[-1]
 
 
 @pytest.mark.parametrize(
