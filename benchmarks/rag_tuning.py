@@ -200,7 +200,8 @@ class Bench:
         print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
         for kind in first["gold"].abstention:
             for name, own in found.items():
-                rates = [statistics.fmean(one.abstention[kind].get(rate, math.nan) for one in own) for rate in RATES]
+                each = [one.abstention[kind] for one in own]
+                rates = [statistics.fmean(e[rate].mean if rate in e else math.nan for e in each) for rate in RATES]
                 print(f"| {kind} | {name} |", " | ".join(f"{100 * rate:.1f}" for rate in rates), "|")
         for name, own in rows.items():
             means = {index: _mean(own, index).mean for index in names if index.startswith("retriever/")}

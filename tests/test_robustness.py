@@ -173,6 +173,8 @@ def test_nobody_abstained_is_no_precision() -> None:
 def test_citation_rates_by_hand() -> None:
     cited = marks("It stands [2] on the hill [5, 3] since 1873【７】.")
     assert cited == [2, 5, 3, 7]
+    assert marks("[3-5] [^4] [1, 3–4] 【２－３】 [^1^]") == [3, 4, 5, 4, 1, 3, 4, 2, 3, 1]
+    assert marks("[5-3] [1-99999] [1873-1880] [-2] [a] [^]") == [5, 3, 1, 99999, 1873, 1880]
     found = citation_figures(cited, 5, good={2, 4, 5}, needed={2, 4})
     assert found == {"citation_validity": 0.75, "citation_precision": 0.5, "citation_recall": 0.5}
     none = citation_figures([], 5, good={1}, needed={1})
@@ -193,6 +195,7 @@ def test_quotes_stand_in_a_passage_or_do_not() -> None:
         'It says “built  in\n1873” and "made up", then ##begin_quote##the Ｍill burned##end_quote##; 书上说「建于一八七三年」。'
     )
     assert len(quotes(text)) == 4
+    assert quotes("他说『塔建于一八七三年』。") == ["塔建于一八七三年"]
     shown = ["The tower was built in 1873.", "Later the Mill burned.", "该塔建于一八七三年。"]
     assert quote_figures(text, shown, shown[:1]) == {"quotes_shown": 0.75, "quotes_gold": 0.25}
     assert math.isnan(quote_figures("nothing quoted", shown, [])["quotes_shown"])

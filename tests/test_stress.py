@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -29,6 +32,7 @@ from raglan.rag import RAG
 from raglan.recipe import ConcatDecode, EvaluateSettings, Recipe, RobustnessSettings, load_recipe
 from raglan.records import Answer, Example, Hit, Passage
 from raglan.report import _robustness_plots
+from raglan.robustness import abstention
 from raglan.seeds import over_seeds, seed_lines
 from raglan.stress import Robustness, _row, conditions, draw_prompts, evaluate_robustness
 from raglan.stress_figures import ALONE, CLEAN, compare_conditions, summarise_conditions
@@ -115,11 +119,12 @@ def test_every_condition_is_measured_and_says_what_was_read(recipe: Path, measur
     assert "follow_majority" not in told["conditions"]["conflict/1"]
     assert told["conditions"]["majority/1"]["follow_majority"]["n"] == 6
     assert not any("follow_conflict" in own for name, own in told["conditions"].items() if "counterfactual/2" in name)
-    assert told["retrievers"] == {"own": "hybrid", "worst": told["retrievers"]["worst"], "unseen": ["bm25"],
-                                  "spread": pytest.approx(told["retrievers"]["spread"])}  # fmt: skip
+    assert (told["retrievers"]["own"], told["retrievers"]["unseen"]) == ("hybrid", ["bm25"])
+    assert {"mean", "low", "high", "n"} == set(told["retrievers"]["spread"]) == set(told["retrievers"]["worst_right"])
     assert {"mean", "low", "high", "n"} == set(told["conditions"]["noise/hard/present/1"]["delta"])
     assert all(0 < own["tokens"]["mean"] <= 8 and own["seconds"] > 0 for own in told["conditions"].values())
-    assert told["abstention"]["hard/1"]["hallucination"] >= 0
+    rate = told["abstention"]["hard/1"]["hallucination"]
+    assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
     assert set(told["orders"]) == {"flip", "disagreement"}
 
 
@@ -178,6 +183,23 @@ def test_what_found_no_room_was_not_read(recipe: Path, measured: Any, tmp_path: 
     (evaluation,) = evaluate_recipe(told)
     assert evaluation.figures["retrieved/dropped"].mean == pytest.approx(1 / 3)
     assert all(len(row["predictions"]["retrieved"]["passages"]) == 2 for row in evaluation.rows)
+
+
+def test_a_missing_share_is_printed_beside_every_figure(recipe: Path, measured: Any, tmp_path: Path) -> None:
+    """(T48) One question of four names no gold: 25.0 in the command's table and in the report's."""
+    pytest.importorskip("plotly")
+    rows = [json.loads(line) for line in (recipe.parent / "dev.jsonl").read_text().splitlines()[:4]]
+    del rows[0]["relevant"]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asks = "{noise: [], distractors: [0], orders: 0, retrievers: []}"
+    changes = [f"evaluate.questions={tmp_path / 'some.jsonl'}", f"evaluate.robustness={asks}", f"runs={tmp_path / 'runs'}"]
+    done = runner.invoke(app, ["evaluate", str(recipe), *changes, "--report"])
+    assert done.exit_code == 0, done.exception
+    (line,) = [line for line in done.stdout.splitlines() if line.strip().startswith("gold alone")]
+    assert line.split()[-1] == "25.0"
+    page = (tmp_path / "runs" / "small" / "report.html").read_text()
+    (shown,) = re.findall(r"<t[dh][^>]*>\s*gold alone\s*</t[dh]>.*?</tr>", page, re.DOTALL)
+    assert "25.0" in re.sub(r"<[^>]+>", " ", shown).split()[-1]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +333,10 @@ def test_systems_stand_beside_each_other_in_every_plot() -> None:
     share = Interval(0.5, 0.25, 0.75, 4)
     figures = {name: {"right": share} for name in (CLEAN, ALONE, "distractors/hard/2", "distractors/random/2", "retriever/a")}
     told = dict.fromkeys(figures, 0.0)
-    abstained = {"none": {"hallucination": 1.0}, "hard/1": {"abstention_f1": 0.5, "hallucination": 0.25}}
+    rates = {value: Interval(value, value - 0.1, value + 0.2, 4) for value in (1.0, 0.5, 0.25, 0.125)}
+    hard = {"abstention_f1": rates[0.5], "hallucination": rates[0.25], "over_abstention": rates[0.125]}
+    abstained = {"none": {"hallucination": rates[1.0]}, "hard/1": hard}
+    figures["conflict/1"] = {"right": share, "follow": rates[0.5]}
     systems = [
         Robustness(name, Path(), figures, told, told, abstained, {"flip": share}, {"own": "a", "unseen": []})
         for name in ("untuned", "tuned")
@@ -328,6 +353,11 @@ def test_systems_stand_beside_each_other_in_every_plot() -> None:
     (declined, _), (answered, _) = plots["Abstention, gold present against absent"], plots["Answers where no passage tells"]
     assert (declined["x"], declined["y"]) == (["100 % hard"], [50])
     assert (answered["x"], answered["y"]) == (["hits", "100 % hard"], [100, 25])
+    assert answered["error_y"]["array"] == pytest.approx([20, 20])
+    (over, _), (followed, _) = plots["Declined although gold is there"], plots["Counterfactuals followed"]
+    assert (over["x"], over["y"]) == (["100 % hard"], [12.5])
+    assert (followed["x"], followed["y"]) == (["one gold against one false"], [50])
+    assert lines[0]["error_y"]["array"] == [25, 25]
     assert "Noise without gold" not in plots
 
 
@@ -351,7 +381,20 @@ def test_gold_present_is_answerable_and_gold_absent_is_not() -> None:
     found = summarise_conditions(rows_of(right, declined), own="")["abstention"]["hard/0.5"]
     expected = {"abstention_precision": 0.6, "abstention_recall": 0.75, "abstention_f1": 2 / 3, "over_abstention": 1 / 3,
                 "hallucination": 0.25}  # fmt: skip
-    assert found == pytest.approx(expected)
+    assert {name: value.mean for name, value in found.items()} == pytest.approx(expected)
+    rows = rows_of(right, declined)
+    exhaustive = []
+    for draw in itertools.product(range(n), repeat=2):  # of two groups, each of three questions
+        picked = [row for group in draw[:2] for row in rows[3 * (group % 2) : 3 * (group % 2) + 3]]
+        present_no = [bool(row["conditions"][present]["figures"]["declined"]) for row in picked]
+        absent_no = [bool(row["conditions"][absent]["figures"]["declined"]) for row in picked if absent in row["conditions"]]
+        exhaustive.append(abstention([*present_no, *absent_no], [True] * len(present_no) + [False] * len(absent_no)))
+    for place, row in enumerate(rows):
+        row["group"] = str(place // 3)
+    grouped = summarise_conditions(rows, own="")["abstention"]["hard/0.5"]
+    for name, value in grouped.items():
+        drawn = [own[name] for own in exhaustive if not math.isnan(own[name])]
+        assert (value.low, value.high) == pytest.approx((min(drawn), max(drawn))), name
 
 
 def test_orders_and_retrievers_of_plain_rows() -> None:
@@ -359,7 +402,14 @@ def test_orders_and_retrievers_of_plain_rows() -> None:
     indexes = {"retriever/a": [1.0, 1.0], "retriever/b": [1.0, 0.0], "retriever/c": [0.0, 0.0]}
     found = summarise_conditions(rows_of(orders | indexes), own="retriever/a")
     assert (found["orders"]["flip"].mean, found["orders"]["disagreement"].mean) == (0.5, 0.25)
-    assert found["retrievers"] == {"own": "a", "worst": "c", "spread": 1.0}
+    told = found["retrievers"]
+    assert (told["own"], told["worst"], told["worst_right"].mean) == ("a", "c", 0.0)
+    assert (told["spread"].mean, told["spread"].low, told["spread"].high, told["spread"].n) == (1.0, 1.0, 1.0, 2)
+    alone = summarise_conditions(rows_of({"retriever/a": [1.0, 0, 0, 0], "retriever/b": [0, 1.0, 1.0, 0]}), own="retriever/a")
+    spread = alone["retrievers"]["spread"]
+    every = [abs(sum(draw) / 4) for draw in itertools.product([1, -1, -1, 0], repeat=4)]
+    low, high = np.quantile(sorted(every), [0.025, 0.975], method="inverted_cdf")
+    assert (spread.mean, spread.low, spread.high) == (0.25, low, high)
     assert found["figures"]["retriever/b"]["delta"].mean == -0.5
 
 

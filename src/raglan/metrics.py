@@ -45,6 +45,7 @@ __all__ = [
     "exact_match",
     "f1",
     "found_answers",
+    "interval",
     "jackknife",
     "mrr",
     "ndcg",
@@ -56,6 +57,7 @@ __all__ = [
     "recall",
     "regex_match",
     "regex_recall",
+    "resampled",
     "rouge_l",
     "substring",
     "wilson",
@@ -307,6 +309,21 @@ def bootstraps(
     """
     if not columns:
         return {}
+    means, there, drawn = resampled(columns, groups=groups, seed=seed, resamples=resamples)
+    return {name: interval(means[name], drawn[name], there[name]) for name in columns}
+
+
+def interval(mean: float, drawn: np.ndarray, n: int) -> Interval:
+    """A figure of n questions with the middle 95 % of what resamples gave, those left out that told nothing."""
+    kept = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(kept, [0.025, 0.975]) if n else (math.nan, math.nan)
+    return Interval(float(mean), float(low), float(high), n)
+
+
+def resampled(
+    columns: Mapping[str, Sequence[float]], *, groups: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[dict[str, float], dict[str, int], dict[str, np.ndarray]]:
+    """What `bootstraps` makes its intervals of: means, numbers of questions, and the means of every resample."""
     number = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     at = np.asarray([number[name] for name in groups], dtype=np.int64)
     table = np.array(list(columns.values()), dtype=np.float64).T  # (n,C)
@@ -319,12 +336,12 @@ def bootstraps(
         means = sums.sum(0) / sizes.sum(0)
         every = _group_counts(len(number), seed, resamples)
         drawn = np.concatenate([counts @ sums / (counts @ shapes)[:, shape.ravel()] for counts in every])
-    found = {}
-    for place, name in enumerate(columns):
-        n, own = int(there[:, place].sum()), drawn[:, place]
-        low, high = np.quantile(own[~np.isnan(own)], [0.025, 0.975]) if n else (math.nan, math.nan)
-        found[name] = Interval(float(means[place]), float(low), float(high), n)
-    return found
+    at_once = list(enumerate(columns))
+    return (
+        {name: float(means[place]) for place, name in at_once},
+        {name: int(there[:, place].sum()) for place, name in at_once},
+        {name: drawn[:, place] for place, name in at_once},
+    )
 
 
 def paired_bootstrap(

@@ -25,6 +25,7 @@ from raglan.stress import Robustness, open_robustness, robustness_folder
 from raglan.stress_tables import (
     abstention_shares,
     distractor_points,
+    follow_shares,
     judge_tables,
     noise_points,
     order_shares,
@@ -56,8 +57,8 @@ COLOURS = ("#8a93a3", "#2f6fde", "#d9822b", "#2a9d6f", "#9b51b8", "#c2413b", "#1
 DASHES = ("dot", "solid", "dash", "dashdot", "longdash")
 HEADLINES = ("em", "accuracy", "rouge_l", "bleu1", "f1")  # the first that was measured stands in the summary
 LOWER_IS_BETTER = ("truncated", "dropped", "unfinished", "over_abstention", "hallucination")
-Points = Mapping[str, Sequence[tuple[float, float]]]  # of a system: name of a line → its points
-Shares = Mapping[str, Any]  # of a system: name of a bar → a share, or an Interval
+Points = Mapping[str, Sequence[tuple[float, Interval]]]  # of a system: name of a line → its points
+Shares = Mapping[str, Interval]  # of a system: name of a bar → its share
 
 
 def write_report(recipes: Sequence[Recipe], output: Path) -> None:
@@ -221,6 +222,8 @@ def _robustness_plots(systems: Sequence[Robustness]) -> list[dict[str, str]]:
         ("Orders of the same passages", "questions or pairs, %", order_shares),
         ("Abstention, gold present against absent", "F1, %", lambda system: abstention_shares(system, "abstention_f1")),
         ("Answers where no passage tells", "hallucination, %", lambda system: abstention_shares(system, "hallucination")),
+        ("Declined although gold is there", "over-abstention, %", lambda system: abstention_shares(system, "over_abstention")),
+        ("Counterfactuals followed", "answers that say the false value, %", follow_shares),
     )
     plots = []
     for title, x, points in lines:
@@ -238,23 +241,25 @@ def _noise_lines(systems: Mapping[str, Points]) -> list[dict[str, Any]]:
     kinds = list(dict.fromkeys(kind for own in systems.values() for kind in own))
     return [
         _trace(
-            f"{system}: {kind.replace('_', ' ')}", points, COLOURS[(1 + kinds.index(kind)) % len(COLOURS)],
-            dash=DASHES[at % len(DASHES)] if len(systems) > 1 else "solid",
-        )
+            f"{system}: {kind.replace('_', ' ')}", [(x, 100 * y.mean) for x, y in points],
+            COLOURS[(1 + kinds.index(kind)) % len(COLOURS)], dash=DASHES[at % len(DASHES)] if len(systems) > 1 else "solid",
+        ) | {"error_y": _error([y for _, y in points])}
         for at, (system, own) in enumerate(systems.items())
         for kind, points in own.items()
     ]  # fmt: skip
 
 
 def _bars(name: str, shares: Shares, colour: str) -> dict[str, Any]:
-    """Percent by name, with the interval where there is one."""
-    bars: dict[str, Any] = {"name": name, "type": "bar", "x": list(shares), "marker": {"color": colour}}
+    """Percent by name, with intervals."""
     values = list(shares.values())
-    if not all(isinstance(value, Interval) for value in values):
-        return bars | {"y": [100 * value for value in values]}
+    bars = {"name": name, "type": "bar", "x": list(shares), "marker": {"color": colour}}
+    return bars | {"y": [100 * value.mean for value in values], "error_y": _error(values)}
+
+
+def _error(values: Sequence[Interval]) -> dict[str, Any]:
+    """Intervals as a plot has them: percent above the mean and below it."""
     above, below = ([100 * (v.high - v.mean) for v in values], [100 * (v.mean - v.low) for v in values])
-    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
-    return bars | {"y": [100 * value.mean for value in values], "error_y": error}
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
 
 
 def _evaluations(recipe: Recipe, *, needed: bool) -> list[Evaluation]:

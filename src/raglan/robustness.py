@@ -41,8 +41,11 @@ __all__ = [
     "str_em",
 ]
 
-_MARK = re.compile(r"[\[【](\d{1,6}(?:\s*[,、;]\s*\d{1,6})*)[\]】]")
-_QUOTE = re.compile(r'##begin_quote##(.+?)##end_quote##|“([^”]+)”|"([^"\n]+)"|「([^」]+)」', re.DOTALL)
+_ONE = r"\^?\d{1,6}\^?(?:\s*[-–—]\s*\d{1,6})?"
+_MARK = re.compile(rf"[\[【]({_ONE}(?:\s*[,、;]\s*{_ONE})*)[\]】]")
+_RANGE = re.compile(r"(\d+)(?:\^?\s*[-–—]\s*(\d+))?")
+_WIDEST = 50  # passages that one range can name; wider ones are years or pages
+_QUOTE = re.compile(r'##begin_quote##(.+?)##end_quote##|“([^”]+)”|"([^"\n]+)"|「([^」]+)」|『([^』]+)』', re.DOTALL)
 
 
 def abstention(declined: Sequence[bool], answerable: Sequence[bool]) -> dict[str, float]:
@@ -64,9 +67,19 @@ def abstention(declined: Sequence[bool], answerable: Sequence[bool]) -> dict[str
 
 
 def marks(text: str) -> list[int]:
-    """The numbers of an answer's citations in order, repeated ones too: "[1]", "[2, 3]", "【4】", "［５］"."""
+    """The numbers of an answer's citations in order, repeated ones too: "[1]", "[2, 3]", "[4-6]", "[^7]", "【8】", "［９］".
+
+    A range that falls, or of more than 50 numbers, is its two ends.
+    """
     found = _MARK.findall(unicodedata.normalize("NFKC", text))
-    return [int(number) for group in found for number in re.findall(r"\d+", group)]
+    return [number for group in found for first, last in _RANGE.findall(group) for number in _numbers(first, last)]
+
+
+def _numbers(first: str, last: str) -> list[int]:
+    start, end = int(first), int(last or first)
+    if start <= end < start + _WIDEST and len(first) < 4:
+        return list(range(start, end + 1))
+    return [start, end] if last else [start]
 
 
 def citation_figures(
@@ -100,7 +113,7 @@ def outside_figures(text: str, answers: Sequence[str], read: Sequence[str]) -> d
 
 
 def quotes(text: str) -> list[str]:
-    """What an answer puts in quotation marks, “…” "…" 「…」, or between ##begin_quote## and ##end_quote##."""
+    """What an answer puts in quotation marks, “…” "…" 「…」 『…』, or between ##begin_quote## and ##end_quote##."""
     return ["".join(groups).strip() for groups in _QUOTE.findall(text) if "".join(groups).strip()]
 
 

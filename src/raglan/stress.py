@@ -117,7 +117,8 @@ class Robustness:
         missing: condition → share of questions that it could not be made for; where that is all of them, it has no figures.
         seconds: condition → what one answer took on average, with others beside it in a batch.
         abstention: kind of noise/ratio → precision, recall, F1, over-abstention and hallucination; gold present is answerable.
-        orders: "flip" and "disagreement". retrievers: "own", "worst", "spread", "unseen".
+        orders: "flip" and "disagreement". retrievers: names, "own", "worst" and "unseen"; "worst_right", the share of right
+            answers of the worst one, and "spread", the best one's lead on it.
     """
 
     system: str
@@ -125,7 +126,7 @@ class Robustness:
     figures: dict[str, dict[str, Interval]]
     missing: dict[str, float]
     seconds: dict[str, float]
-    abstention: dict[str, dict[str, float]]
+    abstention: dict[str, dict[str, Interval]]
     orders: dict[str, Interval]
     retrievers: dict[str, Any]
 
@@ -163,11 +164,8 @@ def robustness_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
 def open_robustness(folder: Path) -> Robustness:
     """A measurement from its folder. Raises CheckpointError."""
     told = read_manifest(folder, KIND)
-    figures = {name: {key: Interval(**value) for key, value in own.items()} for name, own in told["figures"].items()}
-    orders = {name: Interval(**value) for name, value in told["orders"].items()}
-    return Robustness(
-        told["system"], folder, figures, told["missing"], told["seconds"], told["abstention"], orders, told["retrievers"]
-    )
+    figures, rates, orders, indexes = (_read_back(told[name]) for name in ("figures", "abstention", "orders", "retrievers"))
+    return Robustness(told["system"], folder, figures, told["missing"], told["seconds"], rates, orders, indexes)
 
 
 def compare_robustness(before: Robustness, after: Robustness) -> dict[str, dict[str, Interval]]:
@@ -383,6 +381,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return asdict(value)
     return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _read_back(value: Any) -> Any:
+    """JSON objects that were intervals as intervals, wherever they stand."""
+    if isinstance(value, dict) and set(value) == {"mean", "low", "high", "n"}:
+        return Interval(**value)
+    return {key: _read_back(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _indexes(system: RAG, settings: RobustnessSettings) -> list[str]:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raglan.metrics import Interval, bootstraps
-from raglan.robustness import abstention, constant, disagreement, flipped
+import numpy as np
+
+from raglan.metrics import Interval, bootstraps, interval, resampled
+from raglan.robustness import constant, disagreement, flipped
 
 __all__ = ["ALONE", "CLEAN", "FIGURES", "PAIRED", "compare_conditions", "summarise_conditions"]
 
@@ -57,9 +59,9 @@ def summarise_conditions(rows: Sequence[Mapping[str, Any]], *, own: str, seed: i
     return {
         "figures": figures,
         "missing": missing,
-        "abstention": _abstention(rows, names),
+        "abstention": _abstention(rows, names, seed),
         "orders": orders,
-        "retrievers": _spread(figures, own),
+        "retrievers": _spread(rows, names, own, seed),
     }
 
 
@@ -118,20 +120,30 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[f
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of every kind and amount of noise: gold present is answerable, gold absent is not."""
-    found: dict[str, dict[str, float]] = {}
+def _abstention(rows: Sequence[Mapping[str, Any]], names: Sequence[str], seed: int) -> dict[str, dict[str, Interval]]:
+    """Of every kind and amount of noise: gold present is answerable, gold absent is not.
+
+    Every rate is a mean over answers of some kind (precision: over abstentions, whether they were due), F1 one over abstentions
+    and unanswerable questions together: so groups are drawn as for any other figure.
+    """
+    found: dict[str, dict[str, Interval]] = {}
+    groups = [row["group"] for row in rows] * 3
     for absent in (name for name in names if "/absent/" in name):
         _, kind, _, count = absent.split("/")
         present = CLEAN if count == "0" else f"noise/{kind}/present/{count}"  # the amount is a ratio
         if present not in names:
             continue
-        asked = [(value, True) for value in _column(rows, present, "declined")]
-        asked += [(value, False) for value in _column(rows, absent, "declined")]
-        kept = [(bool(value), can) for value, can in asked if not math.isnan(value)]
-        rates = abstention([value for value, _ in kept], [can for _, can in kept])
+        can, cannot = _column(rows, present, "declined"), _column(rows, absent, "declined")
+        none = [math.nan] * len(rows)
+        over, due = _where([0.0] * len(rows), [no == 1 for no in can]), _where([1.0] * len(rows), [no == 1 for no in cannot])
+        rates = {
+            "abstention_precision": [*over, *due, *none], "abstention_recall": [*cannot, *none, *none],
+            "abstention_f1": [*over, *due, *cannot], "over_abstention": [*can, *none, *none],
+            "hallucination": [*(1 - no for no in cannot), *none, *none],
+        }  # fmt: skip
         told = "none" if count == "0" else f"{kind}/{count}"
-        found[told] = {name: value for name, value in rates.items() if not math.isnan(value)}
+        kept = {name: column for name, column in rates.items() if not all(map(math.isnan, column))}
+        found[told] = bootstraps(kept, groups=groups, seed=seed)
     return found
 
 
@@ -144,11 +156,17 @@ def _orders(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str
     return {"flip": [flipped(own) for own in right], "disagreement": [disagreement(own) for own in right]}
 
 
-def _spread(figures: Mapping[str, Mapping[str, Interval]], own: str) -> dict[str, Any]:
-    means = {
-        name.removeprefix("retriever/"): own["right"].mean for name, own in figures.items() if name.startswith("retriever/")
-    }
-    if not means:
+def _spread(rows: Sequence[Mapping[str, Any]], names: Sequence[str], own: str, seed: int) -> dict[str, Any]:
+    """The worst retriever, its share of right answers, and how far the best is ahead of the worst of each resample."""
+    columns = {name: _column(rows, name, "right") for name in names if name.startswith("retriever/")}
+    if not columns:
         return {}
+    means, there, drawn = resampled(columns, groups=[row["group"] for row in rows], seed=seed)
     worst = min(means, key=lambda name: means[name])
-    return {"own": own.removeprefix("retriever/"), "worst": worst, "spread": max(means.values()) - means[worst]}
+    every = np.stack([drawn[name] for name in columns])
+    return {
+        "own": own.removeprefix("retriever/"),
+        "worst": worst.removeprefix("retriever/"),
+        "worst_right": interval(means[worst], every.min(0), there[worst]),
+        "spread": interval(max(means.values()) - means[worst], every.max(0) - every.min(0), there[worst]),
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from raglan.grid_tables import GridTable
@@ -21,6 +22,7 @@ __all__ = [
     "abstention_shares",
     "difference_summary",
     "distractor_points",
+    "follow_shares",
     "judge_summary",
     "judge_tables",
     "noise_points",
@@ -97,37 +99,42 @@ def robustness_summary(measured: Sequence[Robustness]) -> dict[str, Any]:
                 | {"missing": share, "seconds": system.seconds.get(name)}
                 for name, share in system.missing.items()
             },
-            "abstention": system.abstention, "orders": {name: _numbers(value) for name, value in system.orders.items()},
-            "retrievers": system.retrievers,
+            "abstention": {
+                noise: {name: _numbers(value) for name, value in rates.items()} for noise, rates in system.abstention.items()
+            },
+            "orders": {name: _numbers(value) for name, value in system.orders.items()},
+            "retrievers": {
+                name: _numbers(value) if isinstance(value, Interval) else value for name, value in system.retrievers.items()
+            },
         }
         for system in measured
     }  # fmt: skip
 
 
-def noise_points(system: Robustness, *, gold: bool) -> dict[str, list[tuple[float, float]]]:
-    """Kind of noise → (share of noise, percent right)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def noise_points(system: Robustness, *, gold: bool) -> dict[str, list[tuple[float, Interval]]]:
+    """Kind of noise → (share of noise, share right)."""
+    found: dict[str, list[tuple[float, Interval]]] = {}
     start = CLEAN if gold else "noise/none/absent/0"
     middle = "present" if gold else "absent"
     for name in system.figures:
         part = name.split("/")
         if part[0] == "noise" and part[2] == middle and part[1] != "none":
-            found.setdefault(part[1], []).append((float(part[3]), 100 * system.figures[name]["right"].mean))
+            found.setdefault(part[1], []).append((float(part[3]), system.figures[name]["right"]))
     if start in system.figures:
-        first = (0.0, 100 * system.figures[start]["right"].mean)
+        first = (0.0, system.figures[start]["right"])
         found = {kind: [first, *points] for kind, points in found.items()}
-    return {kind: sorted(points) for kind, points in found.items()}
+    return {kind: sorted(points, key=itemgetter(0)) for kind, points in found.items()}
 
 
-def distractor_points(system: Robustness) -> dict[str, list[tuple[float, float]]]:
-    """Kind of noise → (how many of it stand beside gold, percent right)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def distractor_points(system: Robustness) -> dict[str, list[tuple[float, Interval]]]:
+    """Kind of noise → (how many of it stand beside gold, share right)."""
+    found: dict[str, list[tuple[float, Interval]]] = {}
     for name, own in system.figures.items():
         part = name.split("/")
         if part[0] == "distractors" and name != ALONE:
-            found.setdefault(part[1], []).append((float(part[2]), 100 * own["right"].mean))
-    first = [(0.0, 100 * system.figures[ALONE]["right"].mean)] if ALONE in system.figures else []
-    return {kind: sorted([*first, *points]) for kind, points in found.items()}
+            found.setdefault(part[1], []).append((float(part[2]), own["right"]))
+    first = [(0.0, system.figures[ALONE]["right"])] if ALONE in system.figures else []
+    return {kind: sorted([*first, *points], key=itemgetter(0)) for kind, points in found.items()}
 
 
 def retriever_shares(system: Robustness) -> dict[str, Interval]:
@@ -142,7 +149,12 @@ def order_shares(system: Robustness) -> dict[str, Interval]:
     return {heads[name]: value for name, value in system.orders.items()}
 
 
-def abstention_shares(system: Robustness, rate: str) -> dict[str, float]:
+def follow_shares(system: Robustness) -> dict[str, Interval]:
+    """A condition with a false passage in words → share of answers that follow it."""
+    return {_label(name, system): own["follow"] for name, own in system.figures.items() if "follow" in own}
+
+
+def abstention_shares(system: Robustness, rate: str) -> dict[str, Interval]:
     """Noise in words → one of the rates of abstention, where it is defined."""
     rates = {noise: own[rate] for noise, own in system.abstention.items() if rate in own}
     return {_noise_label(noise): value for noise, value in rates.items()}
@@ -159,7 +171,9 @@ def _tables(system: Robustness) -> list[GridTable]:
     indexes = [name for name in system.figures if name.startswith("retriever/")]
     flips = "; ".join(f"{name} {_cell(value)}" for name, value in system.orders.items())
     spread = system.retrievers.get("spread")
-    told = "" if spread is None else f"; worst {system.retrievers['worst']}, spread {100 * spread:.1f}"
+    told = "" if spread is None else (
+        f"; worst {system.retrievers['worst']} {_cell(system.retrievers['worst_right'])}, spread {_cell(spread)}"
+    )
     return [
         _conditions(system, f"{system.system}: noise, {len(noise)} conditions", noise),
         _declining(system),
@@ -186,7 +200,7 @@ def _conditions(system: Robustness, title: str, names: Sequence[str]) -> GridTab
 
 
 def _declining(system: Robustness) -> GridTable:
-    rows = [[kind, *(_share(rates.get(name)) for name in RATES)] for kind, rates in system.abstention.items()]
+    rows = [[kind, *(_cell(rates.get(name)) for name in RATES)] for kind, rates in system.abstention.items()]
     head = ["noise", *(name.replace("_", " ") for name in RATES)]
     return GridTable(f"{system.system}: declining, gold present against absent", head, rows, {})
 
