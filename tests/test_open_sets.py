@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from raglan.answerable import abstention_measures, kinds
+from raglan.cited import Cited
 from raglan.cli import app
 from raglan.documents import example_row, read_examples, write_examples
 from raglan.evaluate import Evaluation, _add_reading, _measures, compare, evaluate_recipe, summarise
@@ -166,7 +167,7 @@ def rows_of(texts: list[str]) -> list[dict[str, Any]]:
         example = Example(name, "who", ("bob",) if name[0] == "a" else (), unanswerable=name[0] == "u")
         row: dict[str, Any] = {"id": name, "answers": list(example.answers), "predictions": {}, "figures": {}, "counts": {}}
         rows.append(row | ({"unanswerable": True} if example.unanswerable else {}))
-        _add_reading(rows[-1], "retrieved", example, Answer("who", text, 0.0, True, ()), (), settings, measures)
+        _add_reading(rows[-1], "retrieved", example, Answer("who", text, 0.0, True, ()), (), settings, measures, Cited(()))
     return rows
 
 

@@ -796,8 +796,10 @@ def test_indexes_of_one_encoder_embed_a_query_once_and_find_the_same(
 
 
 def test_a_retriever_of_another_language_finds_nothing_and_is_refused(retriever: Retriever) -> None:
-    with pytest.raises(IndexMismatch, match="'bm25' finds nothing for all of 4 different questions"):
-        retrieve_pooled({"bm25": retriever.by("bm25")}, ["桥在哪里", "谁建的塔", "河有多长", "山有多高"], 3)
+    many = [f"{asked}{number}座" for asked in ("桥在第", "谁建的塔是第") for number in "一二三四五六七八九十"]
+    with pytest.raises(IndexMismatch, match="'bm25' finds nothing for all of 20 different questions"):
+        retrieve_pooled({"bm25": retriever.by("bm25")}, many, 3)
+    assert retrieve_pooled({"bm25": retriever.by("bm25")}, ["桥在哪里", "谁建的塔", "河有多长", "山有多高"], 3) == [()] * 4
     with pytest.raises(RecipeError, match="k is 31, but the knowledge base holds 30 passages"):
         retrieve_pooled({"bm25": retriever.by("bm25")}, ["tower"], 31)
     with pytest.raises(RecipeError, match="a pool of no retrievers"):

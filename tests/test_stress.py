@@ -436,9 +436,10 @@ def test_systems_are_compared_under_each_condition() -> None:
 def test_the_difference_of_systems_is_told_in_json_and_tables(recipe: Path, measured: Any) -> None:
     """The same answers twice: every difference is exactly 0."""
     assert "robustness_differences" not in measured, "one system"
-    (system,) = evaluate_robustness(load_recipe(recipe))
+    loaded = load_recipe(recipe)
+    (system,) = evaluate_robustness(loaded)
     pair = [system, replace(system, system="tuned")]
-    told = Further(pair, None).summary()["robustness_differences"]
+    told = Further(loaded, evaluate_recipe(loaded), pair).summary()["robustness_differences"]
     assert (told["before"], told["after"]) == ("untuned", "tuned")
     assert {CLEAN, "conflict/1", "majority/1", "order", "retriever/bm25", "noise/hard/absent/1"} <= set(told["conditions"])
     assert {"right", "f1", "follow"} <= set(told["conditions"]["conflict/1"])
