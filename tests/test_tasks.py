@@ -97,8 +97,8 @@ def test_every_kind_builds_trains_and_evaluates(path: Path, folder: Path, monkey
     done = runner.invoke(app, ["evaluate", str(path), *changes, "--json"])
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
-    assert [name for name in figures if name != "judge"] == ["untuned", last]
-    assert figures.get("judge", "no judge") == "no judge"
+    assert figures.pop("judge", "no judge") == "no judge"  # told of tasks whose answers are long
+    assert list(figures) == ["untuned", last]
     for name, system in figures.items():
         rows = (next((recipe.run / "evaluations").glob(f"{name}-*")) / "predictions.jsonl").read_text().splitlines()
         texts = [words(json.loads(row)["predictions"]["retrieved"]["text"]) for row in rows]
