@@ -229,25 +229,28 @@ def test_what_has_no_likelihood_is_refused(server: FaultServer) -> None:
         GeneratorSettings(rewrites=1)
 
 
-def test_by_the_command_line(
-    server: FaultServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A recipe whose one difference is its generator, and a server that tells nothing but text."""
-
-    def reply(body: dict[str, Any]) -> str:
-        task = body["messages"][0]["content"]
-        return "yes" if task.startswith("You judge") else "in 1700"
-
-    server.reply = reply
-    recipe = small_recipe(tmp_path)
-    assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+def graded_recipe(server: FaultServer, place: Path, more: str = "") -> Path:
+    """A recipe whose generator is the server, which says yes to whoever lets it judge."""
+    server.reply = lambda body: "yes" if body["messages"][0]["content"].startswith("You judge") else "in 1700"
+    recipe = small_recipe(place)
     recipe.write_text(f"""
 name: graded
 knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
 retriever: {{k: 2}}
 generator: {{kind: graded, model: m, endpoint: "{server.url}", api_key_env: GRADED_KEY}}
 decode: {{kind: self_rag, weights: {{seq: 0}}}}
+{more}
 """)
+    return recipe
+
+
+def test_by_the_command_line(
+    server: FaultServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe whose one difference is its generator, and a server that tells nothing but text."""
+
+    recipe = graded_recipe(server, tmp_path)
+    assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     code, out, _ = run("answer", str(recipe), "what year?", "--json", capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0
     [told] = json.loads(out)
@@ -262,17 +265,9 @@ def test_an_evaluation_tells_what_a_thousand_answers_cost(
     server: FaultServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the tokens that the server counts, so that its bill and ours are one; and nothing where nobody says what they cost."""
-    server.reply = lambda body: "yes" if body["messages"][0]["content"].startswith("You judge") else "in 1700"
-    recipe = small_recipe(tmp_path)
+    measured = "evaluate: {questions: dev.jsonl, modes: [closed_book, retrieved], limit: 4, price: {input: 2.5, output: 10}}"
+    recipe = graded_recipe(server, tmp_path, measured)
     assert run("build", str(recipe), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
-    recipe.write_text(f"""
-name: graded
-knowledge: {{path: kb, documents: corpus.jsonl, chunk: null, encoder: {{model: encoder/encoder, dtype: float32}}}}
-retriever: {{k: 2}}
-generator: {{kind: graded, model: m, endpoint: "{server.url}", api_key_env: GRADED_KEY}}
-decode: {{kind: self_rag, weights: {{seq: 0}}}}
-evaluate: {{questions: dev.jsonl, modes: [closed_book, retrieved], limit: 4, price: {{input: 2.5, output: 10}}}}
-""")
 
     def evaluate(*more: str) -> tuple[str, str]:
         code, out, err = run("evaluate", str(recipe), *more, capsys=capsys, monkeypatch=monkeypatch)
