@@ -59,9 +59,6 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"runs={place / 'runs'}", f"knowledge.path={place / 'kb'}", f"knowledge.documents={documents}", "knowledge.chunk=null",
         f"knowledge.encoder={{model: {encoder}, dtype: float32}}", f"synthesis.path={place / 'data'}", "synthesis.n=40",
         "synthesis.languages={en: 1, zh: 1}", "synthesis.passages.k={1: 1, 2: 1}",
-        "synthesis.passages.gold_absent=0.2",
-        "synthesis.weights={task: {factoid: 6, numeric: 3, temporal: 3, bridge: 1, yes_no: 2, fact_verification: 2,"
-        " multiple_choice: 1}, answer_format: fit, absent_policy: {abstain: 1}}",
         f"synthesis.budget={{tokenizer: {model}, max_length: 1000, answer: 96}}",
         f"generator={{model: {model}, dtype: float32}}", "retriever.k=2", "prompt.max_tokens=900", "decode.max_new_tokens=4",
         "train.bf16=false", "train.save_steps=1000", "stages.teach.data.count=8",

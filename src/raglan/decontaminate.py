@@ -31,6 +31,7 @@ from raglan.corpus import Corpus
 from raglan.dedupe import ROUNDING, Embed
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
+from raglan.knowledge import KnowledgeBase
 from raglan.recipe import DecontaminateSettings, EvaluationSet, Recipe
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
@@ -98,12 +99,16 @@ class Leakage:
 
 
 def registered(recipe: Recipe) -> DecontaminateSettings:
-    """The recipe's evaluation sets, with the questions that it evaluates on as one more."""
+    """The recipe's evaluation sets, with the questions that it evaluates on as one more.
+
+    Those name passages of the recipe's own knowledge base; one that is not built yet has no passages to compare (D5).
+    """
     settings = recipe.decontaminate or DecontaminateSettings()
     measured = recipe.evaluate.questions if recipe.evaluate is not None else None
     if measured is None or measured in {one.path for one in settings.sets.values()}:
         return settings
-    return settings.model_copy(update={"sets": {"evaluate": EvaluationSet(path=measured), **settings.sets}})
+    own = recipe.knowledge.path if KnowledgeBase.versions(recipe.knowledge.path) else None
+    return settings.model_copy(update={"sets": {"evaluate": EvaluationSet(path=measured, knowledge=own), **settings.sets}})
 
 
 def open_sets(
