@@ -159,6 +159,20 @@ def test_a_date_goes_from_a_tables_row_into_every_passage(tmp_path: Path) -> Non
     assert plain.digest != other.digest, "another date is another version"
 
 
+def test_a_licence_goes_from_a_tables_row_into_every_passage(tmp_path: Path) -> None:
+    rows: list[dict[str, str]] = [
+        {"text": "one.", "licence": "CC BY-SA 4.0"}, {"text": "two", "license": "MIT"}, {"text": "three"},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = DocumentStream([tmp_path])
+    assert [one.licence for one in stream] == ["CC BY-SA 4.0", "MIT", ""]
+    write_corpus(tmp_path / "corpus", (passage for one in stream for passage in chunker(20).passages(one)))
+    assert [passage.licence for passage in Corpus(tmp_path / "corpus")] == ["CC BY-SA 4.0", "MIT", ""]
+    other = DocumentStream([tmp_path], columns={"licence": "rights"})
+    assert [one.licence for one in other] == ["", "MIT", ""]
+    assert stream.digest != other.digest, "another licence is another version"
+
+
 def test_beir_folder(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "title": "T", "text": "x"}\n{"_id": "d2", "text": "y"}\n')
     (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "what?"}\n{"_id": "q2", "text": "unjudged?"}\n')

@@ -18,7 +18,7 @@ import tiny
 from raglan.cli import app
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
-from raglan.perturb import Slot, content_hash, gold_slots, held
+from raglan.perturb import Slot, content_hash, garbled, gold_slots, held
 from raglan.recipe import Recipe
 from raglan.records import Example, Passage
 from raglan.splits import read_split
@@ -127,6 +127,36 @@ def offline(asked: Recipe) -> tuple[Offline, Plan]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_record_names_the_licences_of_its_sources_and_the_manifest_counts_them(tmp_path: Path) -> None:
+    """Half of the documents name one; what an operator makes of a passage keeps its parent's."""
+
+    def licensed(passage: Passage) -> Passage:
+        return replace(passage, licence="CC BY-SA 4.0" if passage.document.startswith("zh") else "")
+
+    def shown(draft: Draft) -> Sheet | Reject:
+        sheet = show(draft)
+        return sheet if isinstance(sheet, Reject) else replace(
+            sheet, slots=tuple(replace(slot, passage=licensed(slot.passage)) for slot in sheet.slots)
+        )  # fmt: skip
+
+    asked = recipe(tmp_path)
+    teacher, plan = offline(asked)
+    done = synthesize(asked, teacher, shown, plan=plan)
+    rows = [json.loads(line) for line in (done.folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    passages = [row["synth"]["passages"] for row in rows]
+    assert all(("licence" in one) == one["document"].startswith("zh") for own in passages for one in own)
+    count = sum(any("licence" in one for one in own) for own in passages)
+    assert 0 < count < len(rows)
+    assert done.told["licences"] == {"CC BY-SA 4.0": count}
+    plain = synthesize(recipe(tmp_path / "plain"), teacher, show, plan=plan)
+    assert "licences" not in plain.told
+    (gold,) = gold_slots([licensed(CORPUS[2])])
+    made = garbled(Example("q", "?", ()), gold, seed="s")
+    assert made is not None
+    assert made.passage.text != gold.passage.text
+    assert made.passage.licence == gold.passage.licence == "CC BY-SA 4.0", "what is made of a passage is under its licence"
 
 
 class Reordered:

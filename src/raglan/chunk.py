@@ -55,13 +55,14 @@ class Chunker:
 
     def passages(self, document: Document) -> list[Passage]:
         """The document's passages in order; `text == document.text[start:end]` for each."""
+        told = document.date, document.licence
         if document.whole:
-            return [Passage(document.id, document.text, document.title, document.id, 0, len(document.text), document.date)]
+            return [Passage(document.id, document.text, document.title, document.id, 0, len(document.text), *told)]
         spans = [span for section in _sections(document) for span in self._spans(document.text, *section)]
         if not spans and document.text.strip():  # headings alone are a text too
             spans = list(self._spans(document.text, document.title, 0, len(document.text)))
         return [
-            Passage(f"{document.id}#{number}", document.text[start:end], title, document.id, start, end, document.date)
+            Passage(f"{document.id}#{number}", document.text[start:end], title, document.id, start, end, *told)
             for number, (title, start, end) in enumerate(spans)
         ]
 

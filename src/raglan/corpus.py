@@ -26,6 +26,7 @@ __all__ = ["Corpus", "id_hash", "write_corpus"]
 SCHEMA = pa.schema([
     ("id", pa.string()), ("title", pa.string()), ("text", pa.large_string()),
     ("document", pa.string()), ("start", pa.int64()), ("end", pa.int64()), ("date", pa.string()),
+    ("licence", pa.string()),
 ])  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def read_documents(
 
     Args:
         paths: files and folders; a folder with `corpus.jsonl` is BEIR's and only that file is read.
-        columns: names of the id, title, text and date columns of tables.
+        columns: names of the id, title, text, date and licence columns of tables.
         encoding: of text files.
         on_error: `stop` raises at the first file that cannot be read, `skip` notes it and goes on.
         whole: table rows are passages already (`Document.whole`).
@@ -95,7 +95,7 @@ class DocumentStream:
         on_error: str = "stop", whole: bool = False,
     ):  # fmt: skip
         self.paths = list(paths)
-        self.columns = {"id": "id", "title": "title", "text": "text", "date": "date", **(columns or {})}
+        self.columns = {"id": "id", "title": "title", "text": "text", "date": "date", "licence": "licence", **(columns or {})}
         self.encoding, self.on_error, self.whole = encoding, on_error, whole
         self.count, self.files = 0, 0
         self.skipped: list[tuple[str, str]] = []
@@ -110,7 +110,8 @@ class DocumentStream:
         for document in self._documents():
             self.count += 1
             hashes.append(id_hash(document.id))
-            told = (document.id, document.title, document.text, *([document.date] if document.date else []), "")
+            rights = [f"licence: {document.licence}"] if document.licence else []
+            told = (document.id, document.title, document.text, *([document.date] if document.date else []), *rights, "")
             digest.update("\0".join(told).encode())
             yield document
         self.digest = digest.hexdigest()
@@ -306,15 +307,16 @@ def _row_document(row: Mapping[str, Any], path: Path, number: int, columns: Mapp
     if columns["text"] not in row:
         raise CorpusError(
             f"{path}, row {number} has no column {columns['text']!r}; it has {', '.join(map(str, row))}",
-            hint="name the columns under knowledge.columns: {id: …, title: …, text: …, date: …}",
+            hint="name the columns under knowledge.columns: {id: …, title: …, text: …, date: …, licence: …}",
         )
     given = row.get(columns["id"], row.get("_id"))
     identity = f"{path.stem}:{number}" if given is None else str(given)
     title, text = str(row.get(columns["title"]) or ""), str(row[columns["text"]] or "")
     date = " ".join(str(row.get(columns["date"]) or "").removesuffix(" 00:00:00").split())  # a day, from tables with times
-    if (half := half_character(identity + title + text + date)) is not None:
+    licence = " ".join(str(row.get(columns["licence"], row.get("license")) or "").split())
+    if (half := half_character(identity + title + text + date + licence)) is not None:
         raise CorpusError(f"{path}, row {number} holds {half!r}, half a character", hint="write the file as valid UTF-8")
-    return Document(identity, text, title, str(path), whole, date)
+    return Document(identity, text, title, str(path), whole, date, licence)
 
 
 def _example(row: Mapping[str, Any], path: Path, line: int) -> Example:

@@ -297,8 +297,8 @@ class _Build:
         chunker = Chunker(tokenizer, chunk.max_tokens, chunk.overlap) if chunk else Chunker(tokenizer)
         for document in self.documents:
             if whole and not document.whole:
-                text = document.text
-                yield Passage(document.id, text, document.title, document.id, 0, len(text), document.date)
+                text, told = document.text, (document.date, document.licence)
+                yield Passage(document.id, text, document.title, document.id, 0, len(text), *told)
             else:
                 yield from chunker.passages(document)
 

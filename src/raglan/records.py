@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A source text. `whole` says that it is a passage already and is not to be cut; `date` is as its source writes it."""
+    """A source text. `whole`: it is a passage already and is not to be cut; `date`, `licence`: as its source has them."""
 
     id: str
     text: str
@@ -39,11 +39,12 @@ class Document:
     source: str = ""
     whole: bool = False
     date: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A span [start, end) of a document's text, in characters. `title` is the heading path above it, `date` the document's."""
+    """A span [start, end) of a document's text, in characters; its title is the headings above it, the rest its document's."""
 
     id: str
     text: str
@@ -52,6 +53,7 @@ class Passage:
     start: int = 0
     end: int = 0
     date: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True, slots=True)

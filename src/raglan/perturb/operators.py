@@ -97,7 +97,7 @@ def boilerplate(query: str, *, seed: str) -> Slot:
 def _made(parent: Passage, operator: str, *, text: str, title: str | None = None) -> Passage:
     title = parent.title if title is None else title
     name = hashlib.blake2b(f"{title}\0{text}".encode(), digest_size=4).hexdigest()
-    return Passage(f"{parent.id}~{operator}-{name}", text, title, parent.document, parent.start, parent.end, parent.date)
+    return replace(parent, id=f"{parent.id}~{operator}-{name}", text=text, title=title)
 
 
 def _reworded(text: str, answers: Sequence[str]) -> str:

@@ -102,6 +102,7 @@ class ColumnSettings(Settings):
     title: str = "title"
     text: str = "text"
     date: str = "date"
+    licence: str = "licence"
 
 
 def _default_indexes() -> dict[str, IndexSettings]:

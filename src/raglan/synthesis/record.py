@@ -4,7 +4,7 @@
     factors, seen               the cell's values; what its writer wants kept
     instruction, rendering      how it is put: see `raglan.rendering`
     policy, withheld            where gold is absent: what the answer does; the passages that would have answered
-    passages                    as shown, in their order: id, document, title, text, date if there is one, and the slot's record
+    passages                    as shown, in order: id, document, title, text, date and licence if any, and the slot's record
     target                      what is learned
     unreachable                 true where no retriever finds its passages again, and it stayed all the same
     support, closed_book        who told that it is supported; how many draws without passages were right
@@ -69,6 +69,6 @@ def _withheld(passage: Passage, corpus: Corpus | None) -> dict[str, str]:
 
 def _passage(slot: Slot) -> dict[str, Any]:
     passage = slot.passage
-    dated = {"date": passage.date} if passage.date else {}
+    more = {name: value for name, value in (("date", passage.date), ("licence", passage.licence)) if value}
     told = {"id": passage.id, "document": passage.document, "title": passage.title, "text": passage.text}
-    return {**told, **dated, **slot.record()}
+    return {**told, **more, **slot.record()}

@@ -229,6 +229,7 @@ class _Run:
         self.late: dict[Place, Reject] = {}  # of these
         self.told: dict[Place, dict[str, Any]] = {}  # of the accepted: by whom, and whether it is known without passages
         self.twins: dict[Place, Reject] = {}  # and of these the duplicates, of all rounds
+        self.rights: dict[Place, tuple[str, ...]] = {}  # of the accepted: licences of the passages that they show
         self.unreachable: set[Place] = set()  # of the accepted: no retriever finds their passages
         self.lost: dict[Place, Reject] = {}  # of these the ones that are too many, of all rounds
         self.leakage = Leakage()
@@ -275,6 +276,8 @@ class _Run:
             return
         self._attempted(job, query=query)
         self.told[_place(job)] = ended.told()
+        rights = {passage["licence"] for passage in example.metadata["synth"]["passages"] if "licence" in passage}
+        self.rights |= {_place(job): tuple(sorted(rights))} if rights else {}
         self.unreachable |= {_place(job)} if result.sheet.seen.get("unreachable") else set()
         self.rows.add(_place(job), example)
 
@@ -352,7 +355,8 @@ class _Run:
         assert complete(told) == (len(stayed) == len(self.plan.cells))
         return {
             "requested": told["requested"], "kept": told["kept"], "attempts": told["attempts"], "surplus": told["surplus"],
-            "funnel": told["funnel"], **self._checked(stayed), "round_trip": self._round_trip(settings, stayed),
+            "funnel": told["funnel"], **self._checked(stayed), **self._licences(stayed),
+            "round_trip": self._round_trip(settings, stayed),
             "ignored": told["ignored"], "ignored_in_corpus": told["ignored_in_corpus"],
             "splits": {name: sizes[name] for name in settings.split} if split is not None else {},
             "largest_group": None if split is None else round(split.largest, 4),
@@ -367,6 +371,11 @@ class _Run:
             return {"support": support}
         known = sum(own["right"] == own["draws"] > 0 == own.get("missing", 0) for own in recalled)
         return {"support": support, "closed_book": {"asked": len(recalled), "known": known}}
+
+    def _licences(self, stayed: Sequence[Place]) -> dict[str, dict[str, int]]:
+        """Licence → how many of the kept ones show a passage under it; nothing where no document names one."""
+        found = Counter(name for place in stayed for name in self.rights.get(place, ()))
+        return {"licences": dict(sorted(found.items()))} if self.rights else {}
 
     def _round_trip(self, settings: SynthesisSettings, stayed: Sequence[Place]) -> dict[str, int] | None:
         """Of the kept ones, how many no retriever finds, and how many that might be; None where it was not asked."""
