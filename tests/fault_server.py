@@ -66,8 +66,10 @@ Choose = Callable[[int, Request], Fault | None]
 class FaultServer:
     """`with FaultServer() as server`: `server.url`; `server.faults(n, request)` says what goes wrong with the n-th request."""
 
-    def __init__(self, *, delay: float = 0.0, idempotent: bool = True, modes: tuple[str, ...] = ("strict", "json", "text")):
-        self.delay, self.idempotent, self.modes = delay, idempotent, modes
+    def __init__(
+        self, *, delay: float = 0.0, idempotent: bool = True, modes: tuple[str, ...] = ("strict", "json", "text"), port: int = 0
+    ):  # fmt: skip
+        self.delay, self.idempotent, self.modes, self.port = delay, idempotent, modes, port
         self.faults: Choose = lambda number, request: None
         self.reply: Callable[[dict[str, Any]], str] = say
         self.log: list[Request] = []
@@ -92,7 +94,7 @@ class FaultServer:
     async def _serve(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda *_: None)  # clients that are killed
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=512)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=512)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         self._ready.set()
         await self._over.wait()
@@ -107,6 +109,9 @@ class FaultServer:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+        if head[0].startswith("GET /health "):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return True
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         request = Request(time.monotonic(), headers.get("idempotency-key", ""), body)
         self.log.append(request)

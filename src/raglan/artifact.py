@@ -75,12 +75,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Declare `folder` complete. Call it last: sizes of all files are recorded, and from here on the artefact exists."""
+    """Declare `folder` complete. Call it last: sizes of all but .log files are recorded; from here on the artefact exists."""
     folder = Path(folder)
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and not path.name.endswith(".part")
+        if path.is_file() and path.name != MANIFEST and not path.name.endswith((".part", ".log"))
     }
     write_json(folder / MANIFEST, {"kind": kind, "raglan": raglan.__version__, **content, "files": files})
 

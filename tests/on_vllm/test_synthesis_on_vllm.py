@@ -9,21 +9,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from test_server import serving
+from test_server import ENVIRONMENT, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from raglan.calls import CallEngine
+from raglan.calls.journal import Journal
 from raglan.documents import example_row
 from raglan.knowledge import build_knowledge
-from raglan.recipe import EndpointSettings, MoneySettings, Recipe, WritingSettings
-from raglan.synthesis import factors_of, make_plan
+from raglan.recipe import EndpointSettings, MoneySettings, Recipe, SynthesisSettings, WritingSettings
+from raglan.synthesis import factors_of, make_plan, start
 from raglan.synthesis.checked import written_of
 from raglan.synthesis.endpoint import EndpointTeacher
 from raglan.synthesis.evidence import Assembler
@@ -151,3 +154,39 @@ def test_a_small_model_behind_a_server_writes(
 
 def _folded(text: str) -> str:
     return " ".join(text.split())
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+def test_a_run_starts_the_server_of_its_teacher_and_ends_it(
+    kind: str, folder: Path, asked: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`raglan synthesize` with a model on this machine, and nothing else running. Transformers' server knows no schemas."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ("--dtype", "float32", "--max-model-len", "8192", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "16")
+    teacher = {
+        "kind": kind, "model": str(folder), "base_url": f"http://127.0.0.1:{port}/v1", "concurrency": 4, "attempts": 2,
+        "arguments": words if kind == "vllm" else ("--device", "cpu", "--dtype", "float32"),
+    }  # fmt: skip
+    step = {"temperature": 1.0, "max_tokens": 400 if kind == "vllm" else 60}
+    assert asked.synthesis is not None
+    told = asked.synthesis.model_dump() | {
+        "path": tmp_path / "out", "n": 16 if kind == "vllm" else 4, "teacher": teacher, "decontaminate": "none",
+        "writing": {"jobs": 2, "beside": 0, **dict.fromkeys(("brainstorm", "draft", "passages", "answer"), step)},
+    }  # fmt: skip
+    done = start.run(asked.model_copy(update={"synthesis": SynthesisSettings.model_validate(told)}))
+    assert done.told["stopped"] == ""
+    assert done.told["kept"] + done.told["surplus"] + sum(
+        count for reason, count in done.told["funnel"].items() if reason != "attempts"
+    ) == done.told["attempts"] >= done.told["requested"]  # fmt: skip
+    with closing(Journal(tmp_path / "out" / "calls")) as journal:
+        classes = {row.cls for row in journal.ledger.rows()}
+        assert journal.ledger.spent == 0
+        assert journal.ledger.doubts.calls == 0
+    assert classes <= {"ok", "malformed", "truncated", "permanent"}, "the server was there all the time"
+    assert ("ok" in classes) or kind == "hf"
+    with socket.socket() as tried:
+        assert tried.connect_ex(("127.0.0.1", port)) != 0, "it has ended"

@@ -5,7 +5,7 @@ command line overrides a key; `train.…` overrides every stage's training argum
 the recipe's folder. `raglan schema` prints the JSON schema with which editors complete and check recipes.
 """
 
-from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings
+from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings, ServedSettings
 from raglan.recipe.clean import DecontaminateSettings, EvaluationSet
 from raglan.recipe.critique import (
     ClosedSource,
@@ -176,6 +176,7 @@ __all__ = [
     "SelfRagData",
     "SelfRagDecode",
     "SelfRagPromptSettings",
+    "ServedSettings",
     "Shot",
     "ShownData",
     "StageSettings",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
 
-__all__ = ["EndpointSettings", "MoneySettings", "PriceSettings"]
+__all__ = ["EndpointSettings", "MoneySettings", "PriceSettings", "ServedSettings"]
 
 Dollars = Annotated[Decimal, Field(ge=0, max_digits=12, decimal_places=6)]
 
@@ -72,3 +73,36 @@ class EndpointSettings(Settings):
     @classmethod
     def _no_slash(cls, value: str) -> str:
         return value.rstrip("/")
+
+
+class ServedSettings(EndpointSettings):
+    """A chat model on this machine: raglan starts a server for it, and ends it. It costs nothing unless `price` says so."""
+
+    kind: Literal["vllm", "hf"]  # type: ignore[assignment]  # of the same union
+    model: str = Field(min_length=1, description="A folder or a hub name.")
+    base_url: str = Field(
+        "http://127.0.0.1:8377/v1", pattern=r"^http://(127\.0\.0\.1|localhost):\d+/v1/?$",
+        description="Where it listens: on this machine.",
+    )  # fmt: skip
+    program: Path | None = Field(None, description="The path of `vllm`, or of `transformers`, in another environment.")
+    arguments: tuple[str, ...] = Field((), description="Further words of `serve`, as [--max-model-len, '8192'].")
+    start_seconds: float = Field(1800.0, gt=0, description="Seconds that it may take until it answers.")
+
+    @field_validator("program")
+    @classmethod
+    def _is_a_server(cls, path: Path | None) -> Path | None:
+        """A recipe of somebody else's starts no other program."""
+        if path is not None and path.name not in ("vllm", "transformers"):
+            raise ValueError(f"{path} is no path of `vllm` or `transformers`")
+        return path
+
+    @field_validator("arguments")
+    @classmethod
+    def _no_secret(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        secret = next((word for word in words if word.partition("=")[0].lstrip("-") in ("api-key", "hf-token")), None)
+        if secret is not None:
+            raise ValueError(
+                f"{secret.partition('=')[0]} is a secret, and settings are written into manifests: leave it out, and export it "
+                "instead (HF_TOKEN for the Hugging Face hub)"
+            )
+        return words

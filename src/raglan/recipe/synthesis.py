@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raglan.recipe.base import Settings
-from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings
+from raglan.recipe.calls import EndpointSettings, MoneySettings, PriceSettings, ServedSettings
 from raglan.recipe.knowledge import EncoderSettings
 
 __all__ = [
@@ -216,8 +216,8 @@ class SynthesisSettings(Settings):
     factors: Path | None = Field(
         None, description="A folder with a factors.yaml, topics.yaml or compatibility.yaml to be read instead of raglan's."
     )
-    teacher: Annotated[OfflineTeacher | EndpointSettings, Field(discriminator="kind")] | None = Field(
-        None, description="Who writes: rules, or a model behind a server; without one there is only a plan."
+    teacher: Annotated[OfflineTeacher | EndpointSettings | ServedSettings, Field(discriminator="kind")] | None = Field(
+        None, description="Who writes: rules, or a model behind a server or on this machine; without one there is only a plan."
     )
     writing: WritingSettings = Field(WritingSettings(), description="How a model writes; rules do not heed it.")
     money: MoneySettings = Field(MoneySettings(), description="What calls to an endpoint cost, and may cost together.")
@@ -236,6 +236,12 @@ class SynthesisSettings(Settings):
     reserve: ReserveSettings | None = Field(
         None, description="Topics and tasks that are kept out of the plan, and examples of them alone, in reserved/ in path."
     )
+
+    @property
+    def priced(self) -> MoneySettings:
+        """`money`; a model on this machine is free where no price is named."""
+        free = isinstance(self.teacher, ServedSettings) and self.money.price is None
+        return self.money.model_copy(update={"price": "free"}) if free else self.money
 
     @model_validator(mode="after")
     def _what_is_reserved_is_heeded(self) -> SynthesisSettings:

@@ -66,7 +66,7 @@ def prices(settings: SynthesisSettings, *, support_only: bool = False) -> list[P
     judge = [_price(settings, support, "support")] if isinstance(support, JudgeSupport) else []
     if support_only:
         return judge
-    teacher = [settings.money.price] if isinstance(settings.teacher, EndpointSettings) else []
+    teacher = [settings.priced.price] if isinstance(settings.teacher, EndpointSettings) else []
     return [*teacher, *judge, *([_price(settings, closed, "closed_book")] if closed is not None and closed.endpoint else [])]
 
 
@@ -85,7 +85,7 @@ def _price(
             f"synthesis.verify.{name}.price is not said, and its server or model is not the teacher's",
             hint="what it costs per million tokens, or `price: free`",
         )
-    return settings.money.price
+    return settings.priced.price
 
 
 def open_journal(settings: SynthesisSettings, stack: ExitStack) -> Journal:

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
 Place = tuple[int, int]  # cell, ordinal
 RUNNING = ("money", "path", "calls")  # settings that change no example, and of a server these:
-OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env")
+OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env", "program", "start_seconds")
 
 
 @dataclass(frozen=True)

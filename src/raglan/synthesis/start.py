@@ -3,6 +3,7 @@
     questions    people's questions in cells of the plan (`synthesis.questions`)
     offline      rules over the knowledge base (`synthesis.teacher: {kind: offline}`)
     endpoint     a model behind a server (`{kind: endpoint, …}`): with a cap, or a yes to what `forecast` tells
+    vllm, hf     a model on this machine: the same, behind a server that is there while the run lasts
 
 Beside it the checks of `synthesis.verify`: an entailment model, a judge, the closed book (`checks`). All calls share a journal.
 The knowledge base must be built; evidence comes from its indexes.
@@ -10,23 +11,24 @@ The knowledge base must be built; evidence comes from its indexes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raglan.artifact import file_fingerprint, fingerprint
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest
 from raglan.calls.estimate import SAMPLE, Estimate
 from raglan.calls.journal import Journal
+from raglan.calls.served import model_server
 from raglan.dedupe import Embed
 from raglan.domains import source_name
 from raglan.encoder import Encoder
 from raglan.errors import RecipeError
 from raglan.knowledge import KnowledgeBase
-from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe, SynthesisSettings
+from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe, ServedSettings, SynthesisSettings
 from raglan.records import Passage
 from raglan.stages import folder_stamp
 from raglan.synthesis.checks import open_checks, open_journal, prices
@@ -36,8 +38,8 @@ from raglan.synthesis.evidence import Assembler
 from raglan.synthesis.offline import CANNOT, Offline
 from raglan.synthesis.plan import Plan, make_plan, reserved_of
 from raglan.synthesis.questions import open_questions
-from raglan.synthesis.reserve import Reserved, own_shelf, reserved_plan, reserved_recipe
-from raglan.synthesis.run import Done, synthesize
+from raglan.synthesis.reserve import FOLDER, Reserved, own_shelf, reserved_plan, reserved_recipe
+from raglan.synthesis.run import KIND, Done, synthesize
 from raglan.synthesis.writing import Job, Shelf, Teacher
 
 __all__ = ["Opened", "cannot_of", "forecast", "open_teacher", "run"]
@@ -72,6 +74,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     Raises:
         RecipeError: no teacher, one that cannot write what is asked for, or calls without a cap. CheckpointError: no
             knowledge base, or another dataset in the folder. CorpusError: a missing evaluation set, or too few passages.
+            GeneratorError: a model on this machine does not come up.
     """
     if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
         raise RecipeError(
@@ -81,6 +84,14 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     asked = _asked(recipe)
     check_consent(asked, prices(asked), yes=yes)
     base = KnowledgeBase.of(recipe.knowledge)
+    folders = [asked.path, *([asked.path / FOLDER] if asked.reserve is not None else [])]
+    with _server(asked, needed=not all(map(_is_finished, folders))):
+        return _all_written(recipe, base)
+
+
+def _all_written(recipe: Recipe, base: KnowledgeBase) -> Done:
+    """The dataset, and before it what is reserved."""
+    asked = _asked(recipe)
     if asked.reserve is None:
         return _written(recipe, base)
     plan, values = reserved_plan(recipe, cannot=cannot_of(asked)), reserved_of(recipe, cannot=cannot_of(asked))
@@ -128,7 +139,7 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     if not prices(asked):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
     base = KnowledgeBase.of(recipe.knowledge)
-    with ExitStack() as stack:
+    with _server(asked), ExitStack() as stack:
         journal = open_journal(asked, stack)
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
         assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
@@ -140,6 +151,21 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
             (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
             seed=recipe.seed,
         )  # fmt: skip
+
+
+@contextmanager
+def _server(asked: SynthesisSettings, *, needed: bool = True) -> Iterator[None]:
+    """The teacher's server, where it is a model on this machine."""
+    if isinstance(asked.teacher, ServedSettings) and needed:
+        with model_server(asked.teacher, Path(asked.calls or asked.path / "calls") / "server.log"):
+            yield
+    else:
+        yield
+
+
+def _is_finished(folder: Path) -> bool:
+    """A dataset is there, of these settings or others, that was not stopped: no call follows."""
+    return (folder / MANIFEST).is_file() and not read_manifest(folder, KIND)["stopped"]
 
 
 def _asking(recipe: Recipe, assembler: Assembler) -> dict[str, str]:

@@ -42,7 +42,7 @@ def open_endpoint(
     if asked is None or not isinstance(asked.teacher, EndpointSettings):
         raise RecipeError("synthesis.teacher is no endpoint", hint="teacher: {kind: endpoint, base_url: …, model: …}")
     folder = Path(asked.calls or asked.path / "calls")
-    with CallEngine(asked.teacher, journal or folder, money=asked.money) as engine:
+    with CallEngine(asked.teacher, journal or folder, money=asked.priced) as engine:
         yield EndpointTeacher(engine, plan, factors_of(recipe)[0], corpus=corpus, writing=asked.writing, shelf=shelf)
 
 
