@@ -10,8 +10,8 @@ questions and make the same number of steps. `gold` reads the gold paragraph alo
 from dealt retrievers with the palette of noise, gold at every place as often, and in a tenth of the examples no gold, where it
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
-Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each of the eight kinds, whose mean is
-what noise costs; K = 5 with all of the other passages exchanged for one kind of noise; three retrievers; without gold. The
+Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind of noise, whose mean is what
+noise costs (neighbours, which SQuAD's paragraphs have not, on the example corpus); K = 5 with all of the other passages exchanged for one kind of noise; three retrievers; without gold. The
 curves are drawn to --figure. Besides: SQuAD's unanswerable questions on their own paragraph (abstention), SQuAD and NQ with
 gold and retrieved passages, and the example corpus. NQ is searched in the paragraphs of the questions that are measured and
 as many others as --others says.
@@ -102,6 +102,7 @@ def main() -> None:
         arms = {"gold": bench.arm("gold", _clean(kiqa)), "noise": bench.arm("noise", _shown(kiqa / "examples.jsonl"))}
         print(f"tuned in {time.monotonic() - began:.0f} s", flush=True)
         bench.robustness(arms, asked.figure)
+        bench.neighbours(arms)
         bench.unanswerable(arms, asked.unanswerable)
         bench.others(arms, asked.others)
     if asked.mixed and asked.only != "arms":
@@ -211,6 +212,21 @@ class Bench:
         each = [[_rows(one) for one in own] for own in found.values()]
         self.flips(each)
         self.verdicts(each, names)
+
+    def neighbours(self, arms: Arms) -> None:
+        """Passages of gold's own document beside it, on the example corpus: a paragraph of SQuAD is a document of its own."""
+        asked = "{noise: [neighbour], ratios: [0], distractors: [0, 2, 4], retrievers: [], orders: 0}"
+        changes = [f"evaluate.robustness={asked}", f"knowledge.path={HERE.parent / 'build' / 'vessen'}"]
+        recipes = {name: [self.measured(name, one, *changes, file=VESSEN) for one in own] for name, own in arms.items()}
+        build_knowledge(next(iter(recipes.values()))[0].knowledge)
+        found = {name: [_rows(evaluate_robustness(recipe)[0]) for recipe in own] for name, own in recipes.items()}
+        before, after = map(_mean_rows, found.values())
+        print(f"\nneighbours, example corpus, {len(before)} questions\n")
+        print("| condition | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
+        for name in (ALONE, "distractors/neighbour/2", "distractors/neighbour/4"):
+            gain = _contrast(before, after, [name], None)
+            cells = " | ".join(_told(_mean(rows, name)) for rows in (before, after))
+            print(f"| {name} | {cells} | {_told(gain, sign='+')} {verdict(gain)} |", flush=True)
 
     def flips(self, seeds: Sequence[Sequence[Rows]]) -> None:
         """How often the order of the same passages decides, and how often a false passage is believed. Less is better."""
