@@ -11,10 +11,10 @@ from dealt retrievers with the palette of noise, gold at every place as often, a
 learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
 
 Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind of noise, whose mean is what
-noise costs (neighbours, which SQuAD's paragraphs have not, on the example corpus); K = 5 with all of the other passages exchanged for one kind of noise; three retrievers; without gold. The
-curves are drawn to --figure. Besides: SQuAD's unanswerable questions on their own paragraph (abstention), SQuAD and NQ with
-gold and retrieved passages, and the example corpus. NQ is searched in the paragraphs of the questions that are measured and
-as many others as --others says.
+noise costs (neighbours, which SQuAD's paragraphs have not, on the example corpus); K = 5 with all of the other passages
+exchanged for one kind of noise; three retrievers; without gold. The curves are drawn to --figure. Besides: SQuAD's
+unanswerable questions on their own paragraph (abstention), SQuAD and NQ with gold and retrieved passages, and the example
+corpus. NQ is searched in the paragraphs of the questions that are measured and as many others as --others says.
 
 Then three mixtures of one size: the questions of people (KIQA), examples that rules write (`rag_tuning_offline.yaml`, made here
 unless --synthetic names others), and both.
