@@ -370,6 +370,24 @@ def test_the_worked_counterfactual() -> None:
         fill_with(["counterfactual"], absent=True)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("2020年", "大桥于2020年建成，历时二十年。"),
+        ("2018年", "大桥于2018年建成，已使用十八年。"),
+        ("1915年", "大桥于1915年建成，后停用十五年。"),
+        ("一九九八年", "大桥于一九九八年建成，历时十年，二十年后重修。"),
+    ],
+)
+def test_a_count_of_years_is_no_year_cut_short(answer: str, text: str) -> None:
+    """98年 and 九八年 may be 1998; 十八年 and 二十年 are counts and never a year's last two digits."""
+    count = text.partition("，")[2]
+    assert respelled(count, [answer]) == []
+    made = counterfactual(Example("q", "When?", (answer,)), gold_slots([passage(text)])[0], seed="4")
+    assert made is not None
+    assert count in made.passage.text
+
+
 def test_a_counterfactual_of_what_cannot_be_swapped_is_none() -> None:
     assert counterfactual(Example("q", "Is it?", ("yes",)), gold_slots([passage("yes it is")])[0], seed="1") is None
     assert counterfactual(ALDERMERE, gold_slots([passage("no year here")])[0], seed="1") is None
