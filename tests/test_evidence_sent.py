@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import AutoTokenizer
@@ -23,10 +23,13 @@ from fault_server import KEY, PRICE, FaultServer, author
 from raglan.calls import CallEngine
 from raglan.calls.limits import Clock
 from raglan.corpus import Corpus, write_corpus
+from raglan.perturb import KINDS, content_hash
+from raglan.perturb.slot import Role, Verdict
 from raglan.recipe import EndpointSettings, MoneySettings, Recipe
 from raglan.records import Hit, Passage
+from raglan.rendering import read_rendering, render
 from raglan.synthesis import Plan, factors_of, make_plan
-from raglan.synthesis.endpoint import EndpointTeacher
+from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.evidence import Assembler
 from raglan.synthesis.run import Done, synthesize
 from raglan.text import words
@@ -277,3 +280,72 @@ def test_of_each_k_gold_is_shown_everywhere_as_often(runs: Runs, language: str) 
         assert counts.total() > k
         assert max(counts.values()) - min(counts.values()) <= 1, (k, counts)
         assert {str(place): count for place, count in counts.items()} == run.plan.margins[f"position k={k}"]
+
+
+def shows(run: Sent) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(example, the body of the request for its answer), each found by rendering the record again, letter by letter."""
+    by_prompt = {body["messages"][1]["content"]: body for body in run.answers}
+    assert len(by_prompt) == len(run.answers)
+    found = []
+    for row in run.rows:
+        synth = row["synth"]
+        passages = [Passage("", one["text"], one["title"], one["document"]) for one in synth["passages"]]
+        rendering = read_rendering(synth["rendering"], where="x")
+        rendered = render(
+            run.assembler.prompt, rendering, row["query"], passages, instruction=synth["instruction"],
+            history=row.get("history") or (),
+        )  # fmt: skip
+        found.append((row, by_prompt.pop(rendered.text)))
+    assert not by_prompt, "nothing was answered but the examples"
+    return found
+
+
+def names_in(row: dict[str, Any]) -> set[str]:
+    """Names by which raglan calls the passages of a row, the row itself, and what its draft said."""
+    passages, synth = row["synth"]["passages"], row["synth"]
+    own = {one[name] for one in passages for name in ("id", "passage", "operator", "retriever")}
+    own |= {parent for one in passages for parent in one["parents"]} | {one["id"] for one in synth.get("withheld", [])}
+    return (own | {row["id"], synth.get("job", ""), *synth["facts"]}) - {""}
+
+
+@pytest.mark.parametrize("room", ["wide", "tight"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_prompt_holds_no_role_no_draft_and_nothing_that_is_not_shown(runs: Runs, language: str, room: str) -> None:
+    """Bytes of what the server got: no name of a role, kind or verdict, no mark of a draft, no sentence that is not shown."""
+    run = runs(language, room)
+    names = {*get_args(Role), *KINDS, *get_args(Verdict), *TELLING.split()}
+    every = {sentence for text in [*(one.text for one in run.assembler.corpus), *run.written] for sentence in cut(text)}
+    system = load_prompts()[language].steps["answer"][0]
+    kinds: Counter[str] = Counter()
+    for row, body in shows(run):
+        assert set(body) == {"model", "messages", "temperature", "max_tokens"}
+        first, second = (message["content"] for message in body["messages"])
+        assert first == system
+        told = f"{first}\n{second}".encode()
+        assert not [name for name in names | names_in(row) if name.encode() in told]
+        texts = [one["text"] for one in row["synth"]["passages"]]
+        hidden = [sentence for sentence in every if not any(sentence in text for text in texts)]
+        assert len(hidden) > 100
+        assert not [sentence for sentence in hidden if sentence.encode() in told]
+        year = int(re.sub(r"\D", "", row["answers"][0]))
+        around = without(second, texts)
+        assert not [spelling for spelling in spellings(language, year) if spelling in around], "only passages tell the answer"
+        assert len({content_hash(Passage("", text)) for text in texts}) == len(texts)
+        kinds.update(one["kind"] for one in row["synth"]["passages"])
+    left_out = sum(row["synth"]["left_out"] for row in run.rows)
+    if room == "tight":
+        assert left_out > 10
+    else:
+        assert (set(kinds), left_out) == ({"gold", *KINDS}, 0)
+
+
+def without(prompt: str, texts: Sequence[str]) -> str:
+    """A prompt less the passages in it, all of which are there."""
+    for text in sorted(texts, key=len, reverse=True):
+        assert text in prompt
+        prompt = prompt.replace(text, "")
+    return prompt
+
+
+def cut(text: str) -> list[str]:
+    return [sentence for sentence in re.split(r"(?<=[.。]) ?", text) if sentence]
