@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +31,9 @@ from raglan.rendering import read_rendering, render
 from raglan.synthesis import Plan, factors_of, make_plan
 from raglan.synthesis.endpoint import EndpointTeacher, load_prompts
 from raglan.synthesis.evidence import Assembler
+from raglan.synthesis.plan import seed_of
 from raglan.synthesis.run import Done, synthesize
+from raglan.synthesis.writing import Draft, Job, Sheet
 from raglan.text import words
 
 TOWNS = [
@@ -349,3 +351,49 @@ def without(prompt: str, texts: Sequence[str]) -> str:
 
 def cut(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.。]) ?", text) if sentence]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_where_gold_is_absent_no_spelling_of_the_answer_was_sent(runs: Runs, language: str) -> None:
+    """Every request for such an answer: the year in digits, Han numerals, wide digits or grouped stands nowhere in it."""
+    run = runs(language)
+    assert run.rejects == []
+    absent = [(row, body) for row, body in shows(run) if row["synth"]["factors"]["relation"] == "R5"]
+    assert len(absent) == run.plan.margins["relation"]["R5"] == 12
+    for row, body in absent:
+        year = int(re.sub(r"\D", "", row["answers"][0]))
+        prompt = body["messages"][1]["content"]
+        assert not [spelling for spelling in spellings(language, year) if spelling in prompt]
+        passages = row["synth"]["passages"]
+        assert not {one["kind"] for one in passages} & {"gold", "counterfactual", "near_duplicate", "garbled"}
+        assert not any(one["parents"] or one["role"] != "noise" for one in passages)
+        assert row["synth"]["target"] == ABSTAINS[language]
+
+
+# --- gold absent, sheet by sheet --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["numbered", "titled", "xml", "json", "bare"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_without_gold_no_spelling_of_the_answer_is_rendered(runs: Runs, language: str, form: str) -> None:
+    """What is found beside the gold tells its year but for two passages, and so does another place's, in several spellings."""
+    run = runs(language)
+    corpus, absent = run.assembler.corpus, next(cell for cell in run.plan.cells if cell.relation == "R5")
+    shown: Counter[str] = Counter()
+    for number, place in enumerate(PLACES[language]):
+        one = replace(
+            absent, number=number, seed=seed_of(5, number, "cell"), passage_form=form, k=6, source="knowledge",
+            retriever="titles", noise=("neighbour", "hard", "hard", "random", "other_gold", "boilerplate"),
+        )  # fmt: skip
+        first, second = (passage for passage in corpus if place in passage.text and passage.id.endswith("#0"))
+        gold = (first, second)[number // 2 % 2 :][:1]  # the other one is found, and says it, too
+        year = year_of(place)
+        answer = f"{year}" if language == "en" else f"{han(year) if number % 2 else year}年"
+        sheet = run.assembler.show(Draft(Job(one), QUESTIONS[language][0].format(place), (answer,), gold))
+        assert isinstance(sheet, Sheet), sheet
+        assert len(sheet.slots) == 6
+        assert all(slot.role == "noise" and KINDS[slot.kind].without_gold for slot in sheet.slots)
+        assert not [spelling for spelling in spellings(language, year) if spelling in sheet.prompt]
+        assert not any(content_hash(slot.passage) == content_hash(own) for slot in sheet.slots for own in gold)
+        shown.update(slot.kind for slot in sheet.slots)
+    assert set(shown) == {"hard", "neighbour", "random", "other_gold", "boilerplate"}
