@@ -18,8 +18,9 @@ from typing import Any, get_args
 import pytest
 from transformers import AutoTokenizer
 
+import synthesis_worker
 import tiny
-from fault_server import KEY, PRICE, FaultServer, author
+from fault_server import KEY, PRICE, Fault, FaultServer, author
 from raglan.calls import CallEngine
 from raglan.calls.limits import Clock
 from raglan.corpus import Corpus, write_corpus
@@ -397,3 +398,25 @@ def test_without_gold_no_spelling_of_the_answer_is_rendered(runs: Runs, language
         assert not any(content_hash(slot.passage) == content_hash(own) for slot in sheet.slots for own in gold)
         shown.update(slot.kind for slot in sheet.slots)
     assert set(shown) == {"hard", "neighbour", "random", "other_gold", "boilerplate"}
+
+
+# --- the same bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_one_at_a_time_sixty_four_and_random_delays_write_the_same_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole datasets, by one server: what comes back first changes no byte."""
+    monkeypatch.setenv("CALLS_KEY", KEY)
+    with FaultServer() as server:
+        server.reply = author
+        codes = []
+        for name, concurrency in (("one", 1), ("many", 64), ("late", 16)):
+            if name == "late":
+                server.faults = lambda n, request: Fault(delay=0.001 + 0.03 * (n * 7919 % 31) / 31)
+            codes.append(synthesis_worker.live(server.url, tmp_path / name, 20, concurrency, None))
+    assert codes == [0, 0, 0]
+    folders = [tmp_path / name / "data" for name in ("one", "many", "late")]
+    written = [{path.name: path.read_bytes() for path in folder.glob("*.*")} for folder in folders]
+    assert {"examples.jsonl", "rejects.jsonl", "attempts.jsonl", "coverage.json", "manifest.json"} <= set(written[0])
+    assert written[0] == written[1] == written[2]
