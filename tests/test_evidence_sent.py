@@ -285,6 +285,34 @@ def test_of_each_k_gold_is_shown_everywhere_as_often(runs: Runs, language: str) 
         assert {str(place): count for place, count in counts.items()} == run.plan.margins[f"position k={k}"]
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_evidence_of_every_relation_stands_where_it_was_dealt(tmp_path: Path, language: str) -> None:
+    """With the weights as they come, conflicts and what is outdated among them: a made twin is evidence, and has its place."""
+    asked = recipe(tmp_path, language, n=100, longest=4000)
+    assert asked.synthesis is not None
+    plan = make_plan(asked.model_copy(update={"synthesis": asked.synthesis.model_copy(update={"weights": {}})}))
+    own = assembled(tmp_path, asked, language)
+    shown: dict[int, Counter[int]] = {k: Counter(dict.fromkeys(range(1, k + 1), 0)) for k in (3, 5, 8)}
+    relations: Counter[str] = Counter()
+    for cell in plan.cells:
+        place = PLACES[language][cell.number % len(PLACES[language])]
+        gold = tuple(passage for passage in own.corpus if place in passage.text and passage.id.endswith("#0"))
+        gold = gold[:1] if cell.relation in ("R6", "R7") else gold
+        answer = f"{year_of(place)}" if language == "en" else f"{year_of(place)}年"
+        draft = Draft(Job(cell), QUESTIONS[language][0].format(place), (answer,), gold)
+        tried = (own.show(replace(draft, job=Job(cell, ordinal))) for ordinal in range(5))  # a false value may not be a date's
+        sheet = next(one for one in tried if isinstance(one, Sheet))
+        twins = {"R6": "counterfactual", "R7": "outdated"}.get(cell.relation)
+        places = tuple(n for n, slot in enumerate(sheet.slots, 1) if slot.role == "gold" or slot.kind == twins)
+        assert places == cell.positions
+        assert len(sheet.slots) == cell.k
+        shown[cell.k].update(places)
+        relations[cell.relation] += 1
+    assert set(relations) == {f"R{n}" for n in range(1, 8)}
+    for k, counts in shown.items():
+        assert max(counts.values()) - min(counts.values()) <= 1, (k, counts)
+
+
 def shows(run: Sent) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(example, the body of the request for its answer), each found by rendering the record again, letter by letter."""
     by_prompt = {body["messages"][1]["content"]: body for body in run.answers}
