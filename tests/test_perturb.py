@@ -57,6 +57,7 @@ from raglan.recipe import KnowledgeSettings
 from raglan.records import Example, Hit, Passage
 from raglan.retriever import Retriever
 from raglan.text import content_terms, placed_words
+from raglan.text import words as plain_words
 
 ALDERMERE = Example("q1", "In which year was the Aldermere observatory opened?", ("1873",), ("gold",))
 QINGPU = Example("q2", "青浦大桥哪一年通车？", ("1998年",))
@@ -122,6 +123,30 @@ def test_a_chinese_year_is_found_in_numerals() -> None:
     assert "1998年" not in text.text, "only folding finds it"
 
 
+def unfolded(text: str) -> str:
+    """A slow twin of how the guard looks at a text, which leaves every numeral as it is written."""
+    return f" {' '.join(plain_words(text))} "
+
+
+def test_without_folding_a_chinese_year_would_have_become_a_hard_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hit of the same search: support as it is, and a clean negative if numerals were not folded."""
+    gold = passage("青浦大桥1998年通车。", "evidence")
+    found = [Hit(gold, 0, 9.0, 1), Hit(passage("青浦大桥于一九九八年建成通车", "other"), 1, 8.0, 2)]
+    guard, sources = Guard(Frequencies(1000, dict.fromkeys(content_terms(QINGPU.query), 10))), Sources(hits=found)
+
+    def second() -> Slot:
+        return fill(QINGPU, gold_slots([gold]), kinds=["hard"], gold=[gold], sources=sources, guard=guard, seed=1)[1]
+
+    assert (second().passage.id, second().role, second().guard) == ("other", "support", "also_gold")
+    absent = {"kinds": ["hard"], "gold": [gold], "sources": sources, "guard": guard, "seed": 1, "gold_absent": True}
+    with pytest.raises(CorpusError, match="no more of kind hard"):
+        fill(QINGPU, (), **absent)  # type: ignore[arg-type]
+    for name in ("_squad_line", "_gap_line"):
+        monkeypatch.setattr(f"raglan.perturb.guard.{name}", unfolded)
+    assert (second().passage.id, second().role, second().kind, second().guard) == ("other", "noise", "hard", "clean")
+    assert fill(QINGPU, (), **absent)[0].role == "noise"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("answer", "text", "found"),
     [
@@ -134,6 +159,15 @@ def test_a_chinese_year_is_found_in_numerals() -> None:
         ("U.S.", "in the US navy", True),
         ("The", "the", False),
         ("北京", "北京大学", True),
+        ("1998年", "大桥于一九九八年建成", True),
+        ("一九九八年", "大桥于1998年建成", True),
+        ("10年", "一〇年通车", True),
+        ("10年", "2010年通车", False),
+        ("10年", "二〇一〇年通车", False),
+        ("2010年", "历时10年", False),
+        ("二〇一〇年", "历时十年", False),
+        ("98年", "1998年", False),
+        ("3公里", "全长13公里", False),
     ],
 )
 def test_an_answers_words_stand_side_by_side(answer: str, text: str, found: bool) -> None:
@@ -368,6 +402,37 @@ def test_the_worked_counterfactual() -> None:
     assert GUARD.verdict(ALDERMERE, made.passage) == "clean"
     with pytest.raises(RecipeError, match="counterfactual is made from gold and may not stand where gold is absent"):
         fill_with(["counterfactual"], absent=True)
+
+
+def test_the_worked_counterfactual_of_1874() -> None:
+    """The operator's 1874 beside two that say 1873: clean, whoever looks at it. Where gold is absent it has no place."""
+    source = gold_slots([GOLD])[0]
+    drawn = (counterfactual(ALDERMERE, source, seed=str(seed)) for seed in range(2000))
+    made = next(slot for slot in drawn if slot is not None and slot.value == "1874")
+    assert made.passage.text == "The Aldermere observatory opened its doors in 1874. It stands on a hill."
+    assert (made.role, made.kind, made.guard) == ("noise", "counterfactual", "clean")
+    assert GUARD.verdict(ALDERMERE, made.passage) == "clean"
+    for kind in (kind.name for kind in PALETTE if not kind.without_gold):
+        with pytest.raises(RecipeError, match=f"{kind} is made from gold and may not stand where gold is absent"):
+            fill_with(["hard", kind], absent=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("2020年", "大桥于2020年建成，历时二十年。"),
+        ("2018年", "大桥于2018年建成，已使用十八年。"),
+        ("1915年", "大桥于1915年建成，后停用十五年。"),
+        ("一九九八年", "大桥于一九九八年建成，历时十年，二十年后重修。"),
+    ],
+)
+def test_a_count_of_years_is_no_year_cut_short(answer: str, text: str) -> None:
+    """98年 and 九八年 may be 1998; 十八年 and 二十年 are counts and never a year's last two digits."""
+    count = text.partition("，")[2]
+    assert respelled(count, [answer]) == []
+    made = counterfactual(Example("q", "When?", (answer,)), gold_slots([passage(text)])[0], seed="4")
+    assert made is not None
+    assert count in made.passage.text
 
 
 def test_a_counterfactual_of_what_cannot_be_swapped_is_none() -> None:

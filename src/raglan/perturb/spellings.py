@@ -5,7 +5,8 @@
     amounts  $3.5 million · 3,500,000 · 350万
 
 A place says the same where all that the answer tells of day, month and year is told there, too, and agrees. What only may mean
-the same (98年 are ninety-eight years, too) is taken for it: a passage that may hold the truth is no false one.
+the same (98年 are ninety-eight years, too) is taken for it: a passage that may hold the truth is no false one. 十八年 and
+二十年, said with 十, are counts of years alone: of a year its digits are told, as in 一八年.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _YEAR = r"(?P<year>\d{4})(?!\d)"
 _SIGNS = "〇零一二两兩三四五六七八九十百"
 _NUMBER = rf"(?:[0-9０-９]{{1,4}}|[{_SIGNS}]{{1,4}})"
 _ERA = rf"(?P<era>{'|'.join(_ERAS)})\s*(?P<count>{_NUMBER}|元)年"
-_YEAR_SIGNS = "|".join(f"{signs}{{{count}}}" for count in (4, 2) for signs in ("[0-9０-９]", f"[{_SIGNS}]"))
+_YEAR_SIGNS = "|".join(f"{signs}{{{count}}}" for count in (4, 2) for signs in ("[0-9０-９]", "[〇零一二三四五六七八九]"))
 _HAN_YEAR = rf"(?:{_ERA}|(?<![0-9０-９{_SIGNS}])(?P<year>{_YEAR_SIGNS})年(?!代))"
 _HAN_DAY = rf"(?P<month>{_NUMBER})月(?P<day>{_NUMBER})[日号號]"
 _DATES = [
