@@ -68,6 +68,7 @@ QUICK = [
 ]  # fmt: skip
 FIT = "synthesis.weights.answer_format=fit"  # of so few examples the recipe's own shares cannot be dealt
 TOLD = ("right", "f1")
+NARROW = ("noise=[hard]", "gold=[present, absent]", "ratios=[1]", "distractor_kinds=[hard]", "retrievers=[]")  # of mixtures
 FALSE = ("distractors/counterfactual/2", "distractors/counterfactual/4", "conflict/1")
 Rows = dict[str, dict[str, Any]]  # question id → row of answers.jsonl
 Arms = Mapping[str, Sequence[str]]  # name → generators, one a seed
@@ -77,6 +78,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--reader", type=Path, help="the generator that all arms start from; default bench-squad's after `read`")
     words.add_argument("--untuned", action="store_true", help="start from the embedded reader as it comes")
+    words.add_argument("--dtype", default="float32", help="in which arms are asked; bfloat16 can take half the time")
     words.add_argument("--seeds", type=int, default=1, help="trainings of every arm, each with a seed of its own")
     words.add_argument("--synthetic", type=Path, help="a dataset of `raglan synthesize`, with one policy where gold is absent")
     words.add_argument("--mixed", type=int, default=1200, help="examples of each mixture; 0 leaves the mixtures out")
@@ -93,7 +95,8 @@ def main() -> None:
         asked.mixed, asked.unanswerable, asked.others = min(asked.mixed, 32), 6, 60
         asked.changes, asked.figure = [*QUICK, *asked.changes], BUILD / "quick" / "rag_tuning.svg"
     reader = "embedded" if asked.untuned else str((asked.reader or _trained_reader()).absolute())
-    bench = Bench(reader, asked.changes, seeds=range(FIRST, FIRST + asked.seeds), quick=asked.quick)
+    seeds = range(FIRST, FIRST + asked.seeds)
+    bench = Bench(reader, asked.changes, seeds=seeds, quick=asked.quick, dtype=asked.dtype)
     bench.folder.mkdir(parents=True, exist_ok=True)
     print(bench.said(), flush=True)
     began = time.monotonic()
@@ -113,8 +116,8 @@ def main() -> None:
 class Bench:
     """The arms of one start, and what they are measured by."""
 
-    def __init__(self, reader: str, changes: Sequence[str], *, seeds: Sequence[int], quick: bool):
-        self.reader, self.changes, self.seeds, self.quick = reader, list(changes), seeds, quick
+    def __init__(self, reader: str, changes: Sequence[str], *, seeds: Sequence[int], quick: bool, dtype: str = "float32"):
+        self.reader, self.changes, self.seeds, self.quick, self.dtype = reader, list(changes), seeds, quick, dtype
         self.folder = BUILD / ("quick" if quick else "full")
 
     def said(self) -> str:
@@ -171,7 +174,7 @@ class Bench:
 
     def measured(self, name: str, generator: str, *changes: str, file: Path = HERE / "rag_tuning.yaml") -> Recipe:
         """The recipe that asks an arm."""
-        own = [f"generator.model={generator}", "stages={}", *changes]
+        own = [f"generator.model={generator}", f"generator.dtype={self.dtype}", "stages={}", *changes]
         limit = [change for change in self.changes if change.startswith("evaluate.limit")]
         return self.recipe(name, *own, *limit, file=file, own=file.name == "rag_tuning.yaml")
 
@@ -232,7 +235,12 @@ class Bench:
         """How often the order of the same passages decides, and how often a false passage is believed. Less is better."""
         first = seeds[0][0]
         print("\n| % of questions | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
-        figures = {"right or wrong by the order of passages": _flip} | {f"false value, {name}": _follow(name) for name in FALSE}
+        there = [{name for row in own[0].values() for name in row["conditions"]} for own in seeds]
+        figures: dict[str, Callable[[dict[str, Any]], float]] = {
+            f"false value, {name}": _follow(name) for name in FALSE if all(name in names for names in there)
+        }
+        if all(any(name.startswith("order/") for name in names) for names in there):
+            figures["right or wrong by the order of passages"] = _flip
         for words, of in figures.items():
             before, after = (_over_seeds([[of(rows[name]) for name in first] for rows in own]) for own in seeds)
             cells = [_told(_interval(first, column)) for column in (before, after)]
@@ -345,7 +353,7 @@ class Bench:
             )
             for mix in MIXES
         }
-        narrow = [f"evaluate.robustness.{change}" for change in ("noise=[hard]", "ratios=[1]", "retrievers=[]", "orders=0")]
+        narrow = [f"evaluate.robustness.{change}" for change in NARROW]
         found = self.stressed(arms, *narrow)
         rows = {mix: _mean_rows([_rows(one) for one in own]) for mix, own in found.items()}
         names = list(found["kiqa"][0].figures)
