@@ -89,7 +89,7 @@ def whole_run(engine: CallEngine, plan: Plan, words: Factors, seed: int) -> tupl
 
 
 def test_the_interval_holds_the_real_cost_of_ninety_runs_of_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate that `--dry-run` makes, of 24 cells by strata, against a run: repairs, retries, lost replies, rejects, refills.
+    """The estimate that `--dry-run` makes, of 24 cells by strata, against a run: repairs, retries, lost replies, refills.
 
     Ten servers, and of each ten samples: what is sampled behind the run is read from the journal, at what it cost.
     """
