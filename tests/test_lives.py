@@ -123,7 +123,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_one_at_a_time_sixty_four_any_latencies_and_kills_write_the_same_bytes(
     home: Path, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file that is published. Of a run that was killed cost.json tells what is in doubt, too, and the manifest its size."""
+    """Every published file. Of a run that was killed cost.json also tells what is in doubt, so the manifest its other size."""
     monkeypatch.setenv("CALLS_KEY", KEY)
     monkeypatch.chdir(home)
     orders, found = [], {}
