@@ -15,13 +15,16 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from raglan.calls.classify import Wire
+from raglan.calls.endpoint import Endpoint
 from raglan.calls.journal import Journal
+from raglan.recipe import EndpointSettings
 
 KEY = "sk-sentinel-9f8e7d"
 PRICE = {"input": 2.5, "cached": 1.25, "output": 10}
@@ -39,6 +42,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     code: str | None = None
     delay: float = 0.0
+    until: asyncio.Event | None = None  # what holds the reply back; `FaultServer.let` sets it
     cut: str = ""  # "short": fewer bytes than announced; "reset": no reply; "middle": a reset in the body
     usage: tuple[int, int] | None = None
 
@@ -87,9 +91,17 @@ class FaultServer:
         self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
 
+    def direct(self, settings: EndpointSettings, key: str | None) -> Direct:
+        """A client of this server that needs no socket; the server is not started."""
+        return Direct(self, settings, key)
+
     @property
     def bill(self) -> int:
         return sum(request.billed for request in self.log)
+
+    def let(self, held: asyncio.Event) -> None:
+        """Let the replies go that an event holds back."""
+        self._loop.call_soon_threadsafe(held.set)
 
     async def _serve(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
@@ -121,6 +133,8 @@ class FaultServer:
             await before.wait()
         self._working[request.idem] = over = asyncio.Event()
         await asyncio.sleep(fault.delay or self.delay)
+        if fault.until is not None:
+            await fault.until.wait()
         status, extra, content = self._answer(request, fault)
         over.set()
         request.status = status
@@ -164,6 +178,30 @@ class FaultServer:
         if self.idempotent:
             self._answered[request.idem] = (content, request.usage)
         return 200, fault.headers, content
+
+
+class Direct(Endpoint):
+    """What a server that was not started would reply, without a socket: for trials of tens of thousands of calls.
+
+    `monkeypatch.setattr(running, "open_endpoint", server.direct)`: everything but the wire is the engine's own. Of the cuts it
+    knows one: the reply is lost, and billed. Delays are none.
+    """
+
+    def __init__(self, server: FaultServer, settings: EndpointSettings, key: str | None):
+        super().__init__(settings, key)
+        self.server = server
+
+    async def close(self) -> None:
+        pass
+
+    async def _asked(self, body: Mapping[str, Any], idem: str) -> Wire:
+        request = Request(time.monotonic(), idem, dict(body))
+        self.server.log.append(request)
+        fault = self.server.faults(len(self.server.log) - 1, request) or Fault()
+        request.status, headers, content = self.server._answer(request, fault)
+        if fault.cut:
+            return Wire(fault="connection: cut", lost=True)
+        return Wire(request.status, content.decode(), {name.lower(): value for name, value in headers.items()})
 
 
 def say(body: dict[str, Any]) -> str:

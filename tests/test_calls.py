@@ -8,12 +8,14 @@ import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from calls_worker import Word
 from fault_server import KEY, PRICE, Fault, FaultServer, Request, seeded
 from raglan import cli
 from raglan.calls import Ask, CallEngine, Outcome, Usage, places
+from raglan.calls.asks import canonical
 from raglan.calls.classify import Wire, classify
 from raglan.calls.endpoint import Aiohttp, Endpoint, OpenAI, open_endpoint
 from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
@@ -1106,7 +1109,85 @@ def test_the_cap_to_the_nano_dollar() -> None:
     ledger.settle({"key": "k", "attempt": 2, "class": "ok", "usage": [1720, 0, 210], "cost": cost})
     assert dollars(ledger.spent + ledger.flying + reserve) == "$0.999900"
     assert ledger.fits(reserve, cap)
+    assert [price.cost(usage) for usage in (Usage(6_325_200), Usage(output=670_300))] == [15_813_000_000, 6_703_000_000]
     assert price.cost(Usage(6_325_200, 0, 670_300)) == 22_516_000_000
+
+
+class Watched(Ledger):
+    """Tells what it was asked, and what it said: (spent, in flight, whether one more fits)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: queue.SimpleQueue[tuple[str, str, bool]] = queue.SimpleQueue()
+
+    def fits(self, reserve: int, cap: int | None) -> bool:
+        found = super().fits(reserve, cap)
+        self.told.put((dollars(self.spent), dollars(self.flying), found))
+        return found
+
+    def next(self, *, fits: bool) -> tuple[str, str]:
+        """What it was asked until it said so; the gate may ask the same several times while somebody waits."""
+        while (found := self.told.get(timeout=20))[2] != fits:
+            pass
+        return found[:2]
+
+
+def test_a_call_waits_for_money_that_another_may_leave_and_is_sent_to_the_nano_dollar(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cap $1.00, $0.962000 spent, three in flight at $0.010500 each: the fourth waits. One returns at $0.006400: it is sent.
+
+    The fifth waits, too; the four come home at their reserve, nothing is in flight, and $0.0001 are left: the run stops.
+    """
+    monkeypatch.setattr("raglan.calls.journal.Ledger", Watched)
+    text = "q{:03}" + "x" * (1800 - 256 - 16 - len(canonical([{"role": "user", "content": "q000"}])))
+
+    def dear(numbers: range) -> list[Ask]:
+        return [Ask("answer", ({"role": "user", "content": text.format(n)},), None, {"max_tokens": 600}) for n in numbers]
+
+    usages = [(1800, 600)] * 91 + [(1800, 200)] + [(1720, 210)] + [(1800, 600)] * 3
+    held = [asyncio.Event() for _ in usages]
+    arrived = [threading.Event() for _ in usages]
+
+    def bills(number: int, request: Request) -> Fault:
+        arrived[number].set()
+        return Fault(usage=usages[number], until=held[number] if number >= 92 else None)
+
+    desk.server.faults = bills
+    money, ended = MoneySettings(price=PRICE, cap_usd="1.00"), []
+    assert {outcome.cls for outcome in desk.run(dear(range(92)), money=money)} == {"ok"}
+    with desk.engine(money=money, concurrency=8) as engine:
+        ledger = engine.journal.ledger
+        assert isinstance(ledger, Watched)
+        assert (dollars(engine.reserve(dear(range(1))[0])[1]), dollars(ledger.spent)) == ("$0.010500", "$0.962000")
+
+        def run() -> None:
+            try:
+                ended.extend(engine.run(dear(range(100, 105))))
+            except CallsStopped as why:
+                ended.append(why)
+
+        running = threading.Thread(target=run)
+        running.start()
+        for flying in ("$0.000000", "$0.010500", "$0.021000"):
+            assert ledger.next(fits=True) == ("$0.962000", flying)
+        assert ledger.next(fits=False) == ("$0.962000", "$0.031500"), "0.962000 + 0.031500 + 0.010500 > 1"
+        assert all(one.wait(20) for one in arrived[92:95])
+        assert len(desk.server.log) == 95, "the fourth waits"
+        desk.server.let(held[92])
+        assert ledger.next(fits=True) == ("$0.968400", "$0.021000"), "0.968400 + 0.021000 + 0.010500 = 0.999900"
+        assert arrived[95].wait(20), "the fourth is sent"
+        assert ledger.next(fits=False) == ("$0.968400", "$0.031500")
+        assert (running.is_alive(), len(desk.server.log)) == (True, 96), "the fifth waits for what is in flight"
+        for one in held[93:]:
+            desk.server.let(one)
+        running.join(20)
+        assert (dollars(ledger.spent), ledger.in_flight) == ("$0.999900", 0)
+    *came, why = ended
+    assert ([outcome.cls for outcome in came], why.reason) == (["ok"] * 4, "cap")
+    assert "spent $0.999900 of $1.000000; a call of step 'answer' may cost $0.010500" in str(why)
+    assert (len(desk.server.log), dollars(desk.server.bill)) == (96, "$0.999900")
+    assert _exit_code(why, monkeypatch) == 3
 
 
 def test_prices_are_whole_numbers() -> None:
@@ -1191,17 +1272,22 @@ def test_the_command_shows_the_ledger(desk: Desk, capsys: pytest.CaptureFixture[
 
 
 def test_stopped_calls_are_another_exit_than_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _exit_code(CallsStopped("the cap is reached", reason="cap"), monkeypatch) == 3
+
+
+def _exit_code(why: Exception, monkeypatch: pytest.MonkeyPatch) -> object:
+    """With which code the command line ends."""
     app = typer.Typer()
 
     @app.command()
     def stops() -> None:
-        raise CallsStopped("the cap is reached", reason="cap")
+        raise why
 
     monkeypatch.setattr(cli, "app", app)
     monkeypatch.setattr(sys, "argv", ["raglan"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 3
+    return end.value.code
 
 
 def test_the_key_is_in_no_log(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:  # files: after every test
