@@ -153,12 +153,14 @@ def test_a_dataset_by_a_model_on_this_machine(
     assert code == 0, err
     folder = next(paid.parent.rglob("examples.jsonl")).parent
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
-    assert rows
+    done = json.loads((folder / "manifest.json").read_text())
+    assert len(rows) == done["kept"] > 0
     assert {row["synth"]["teacher"] for row in rows} == {"endpoint:org/m"}
     log = next(paid.parent.rglob("server.log"))
     assert int(log.read_text().split()[-1]) > len(rows), "it was asked, and has ended"
     assert not answers(settings.base_url)
     assert KEY not in "".join(file.read_text() for file in folder.rglob("*.json*"))
+    assert not [name for name in done["files"] if name.startswith("calls/")], "other runs may share the journal"
     before = log.stat().st_mtime_ns
     code, _, err = run(*words, capsys=capsys, monkeypatch=monkeypatch)
     assert code == 0, err

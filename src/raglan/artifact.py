@@ -74,13 +74,18 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(half, path)
 
 
-def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Declare `folder` complete. Call it last: sizes of all but .log files are recorded; from here on the artefact exists."""
+def write_manifest(folder: Path, kind: str, content: Mapping[str, Any], *, beside: Path | None = None) -> None:
+    """Declare `folder` complete. Call it last: sizes of all files are recorded, and from here on the artefact exists.
+
+    Args:
+        beside: a folder in it that is none of it, and may go on changing.
+    """
     folder = Path(folder)
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and not path.name.endswith((".part", ".log"))
+        if path.is_file() and path.name != MANIFEST and not path.name.endswith(".part")
+        if beside is None or not path.is_relative_to(beside)
     }
     write_json(folder / MANIFEST, {"kind": kind, "raglan": raglan.__version__, **content, "files": files})
 

@@ -133,7 +133,7 @@ def synthesize(
         "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
         **({"sources": dict(sources)} if sources else {}), **({"reserved": dict(reserved.told)} if reserved else {}),
     }  # fmt: skip
-    write_manifest(folder, KIND, content)
+    write_manifest(folder, KIND, content, beside=Path(settings.calls or folder / "calls"))
     return Done(folder, content)
 
 
