@@ -131,7 +131,7 @@ bench-self-rag-learns: env
 
 bench-rag-tuning: env
 	test -n "$(RAGLAN_DATA)" || { echo "set RAGLAN_DATA to the folder of the data sets"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC)) $(if $(SEEDS),--seeds $(SEEDS))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rag_tuning.py $(if $(SYNTHETIC),--synthetic $(SYNTHETIC)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DTYPE),--dtype $(DTYPE))
 
 bench-lora: env
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lora.py

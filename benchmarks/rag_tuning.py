@@ -1,7 +1,7 @@
 """RAG-Tuning on real text: a reader tuned on clean gold passages, and one tuned on the same questions in noisy evidence.
 
     make bench-rag-tuning                                   (after bench-squad; needs RAGLAN_DATA; hours of one core)
-    make bench-rag-tuning SEEDS=3                           (every arm trained three times)
+    make bench-rag-tuning SEEDS=3 DTYPE=bfloat16            (every arm trained three times; asked in bfloat16)
     python benchmarks/rag_tuning.py --quick                 (every line once, with counts that show nothing)
     python benchmarks/rag_tuning.py --synthetic build/mix   (mixtures with another synthetic dataset; --only mixtures)
 
