@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import raglan.decontaminate
 from raglan.corpus import Corpus, write_corpus
-from raglan.decontaminate import EvaluationQuestions, decontaminate, open_sets, write_leakage
+from raglan.decontaminate import EvaluationQuestions, decontaminate, open_sets, registered, write_leakage
 from raglan.documents import write_examples
 from raglan.errors import CorpusError, RecipeError
 from raglan.knowledge import build_knowledge
@@ -321,3 +321,24 @@ def test_a_recipe_registers_sets_with_their_passages(folder: Path, capsys, monke
     assert counts["rivers"] == dict.fromkeys(("D1", "D2", "D3", "D4", "D5"), 0)
     with pytest.raises(RecipeError, match="missing names 'x'"):
         load_recipe(folder / "more.yaml", ["decontaminate.missing=[x]"])
+
+
+def test_questions_that_are_evaluated_on_name_passages_of_the_recipes_own_base(tmp_path: Path) -> None:
+    """Registered by the recipe or by name; before the base is there, there is nothing to look them up in."""
+    recipe = load_recipe(small_recipe(tmp_path))
+    assert recipe.evaluate is not None
+    asked, own = recipe.evaluate.questions, recipe.knowledge.path
+
+    def sets(**named: EvaluationSet) -> dict[str, EvaluationSet]:
+        settings = DecontaminateSettings(sets=named)
+        return registered(recipe.model_copy(update={"decontaminate": settings})).sets
+
+    assert sets() == {"evaluate": EvaluationSet(path=asked)}
+    (own / "versions" / "1").mkdir(parents=True)
+    assert sets() == {"evaluate": EvaluationSet(path=asked)}, "a build that was killed before it was the current one"
+    (own / "current").write_text("1")
+    other = EvaluationSet(path=tmp_path / "other.jsonl")
+    assert sets(other=other) == {"evaluate": EvaluationSet(path=asked, knowledge=own), "other": other}
+    assert sets(dev=EvaluationSet(path=asked)) == {"dev": EvaluationSet(path=asked, knowledge=own)}
+    named = EvaluationSet(path=asked, knowledge=tmp_path / "kb")
+    assert sets(dev=named) == {"dev": named}

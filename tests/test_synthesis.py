@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
+from raglan.artifact import read_manifest, write_manifest
 from raglan.cli import app
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
@@ -142,21 +143,34 @@ def test_a_record_names_the_licences_of_its_sources_and_the_manifest_counts_them
         )  # fmt: skip
 
     asked = recipe(tmp_path)
-    teacher, plan = offline(asked)
-    done = synthesize(asked, teacher, shown, plan=plan)
+    plan = make_plan(asked, cannot=CANNOT)
+    done = synthesize(asked, Offline([licensed(passage) for passage in CORPUS], plan), shown, plan=plan)
     rows = [json.loads(line) for line in (done.folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
-    passages = [row["synth"]["passages"] for row in rows]
+    passages = [[*row["synth"]["passages"], *row["synth"].get("withheld", ())] for row in rows]
+    assert any(row["synth"].get("withheld") for row in rows)
     assert all(("licence" in one) == one["document"].startswith("zh") for own in passages for one in own)
     count = sum(any("licence" in one for one in own) for own in passages)
     assert 0 < count < len(rows)
     assert done.told["licences"] == {"CC BY-SA 4.0": count}
-    plain = synthesize(recipe(tmp_path / "plain"), teacher, show, plan=plan)
+    plain = synthesize(recipe(tmp_path / "plain"), Offline(CORPUS, plan), show, plan=plan)
     assert "licences" not in plain.told
     (gold,) = gold_slots([licensed(CORPUS[2])])
     made = garbled(Example("q", "?", ()), gold, seed="s")
     assert made is not None
     assert made.passage.text != gold.passage.text
     assert made.passage.licence == gold.passage.licence == "CC BY-SA 4.0", "what is made of a passage is under its licence"
+
+
+def test_a_manifest_leaves_out_what_lies_beside_and_never_the_artefact_itself(tmp_path: Path) -> None:
+    """The journal of calls is in the dataset's folder, or is its folder, or one above."""
+    for number, beside in enumerate(("data/calls", "data", ".", "elsewhere")):
+        folder = tmp_path / f"{number}" / "data"
+        (folder / "calls").mkdir(parents=True)
+        for name in ("examples.jsonl", "calls/journal.jsonl"):
+            (folder / name).write_text("{}\n")
+        write_manifest(folder, "k", {}, beside=folder.parent / beside)
+        files = {"examples.jsonl", *(() if number == 0 else ("calls/journal.jsonl",))}
+        assert set(read_manifest(folder, "k")["files"]) == files
 
 
 class Reordered:

@@ -81,11 +81,12 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any], *, besid
         beside: a folder in it that is none of it, and may go on changing.
     """
     folder = Path(folder)
+    apart = None if beside is None or beside.resolve() in (folder.resolve(), *folder.resolve().parents) else beside.resolve()
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and not path.name.endswith(".part")
-        if beside is None or not path.is_relative_to(beside)
+        if apart is None or not path.resolve().is_relative_to(apart)
     }
     write_json(folder / MANIFEST, {"kind": kind, "raglan": raglan.__version__, **content, "files": files})
 

@@ -13,7 +13,7 @@ import typer
 
 from raglan.errors import RecipeError
 from raglan.progress import console
-from raglan.recipe import DecontaminateSettings, EncoderSettings, EvaluationSet, load_recipe
+from raglan.recipe import DecontaminateSettings, EncoderSettings, EvaluationSet, JudgeSupport, ServedSettings, load_recipe
 
 __all__ = ["check_leaks", "dedupe", "verify"]
 
@@ -197,6 +197,12 @@ def _verifier(recipe: Path | None, may_be_missing: tuple[Any, ...], stack: ExitS
             raise RecipeError(f"{recipe} has no `synthesis`", hint="synthesis.verify.support says who tells of support")
         return Verifier(may_be_missing=may_be_missing), PIECE
     asked = settings.synthesis
+    support = asked.verify.support
+    if isinstance(support, JudgeSupport) and support.endpoint is None and isinstance(asked.teacher, ServedSettings):
+        raise RecipeError(
+            "the judge is the teacher's server, which runs only while `raglan synthesize` does",
+            hint="start it by itself, and name it: synthesis.verify.support.endpoint",
+        )
     costs = prices(asked, support_only=True)
     check_consent(asked, costs, yes=yes)
     checks = open_checks(settings, open_journal(asked, stack) if costs else None, stack, recall=False)

@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from raglan.artifact import write_json
+from raglan.artifact import pointed, write_json
 from raglan.corpus import Corpus
 from raglan.dedupe import ROUNDING, Embed
 from raglan.documents import read_examples
 from raglan.errors import CorpusError
-from raglan.knowledge import KnowledgeBase
 from raglan.recipe import DecontaminateSettings, EvaluationSet, Recipe
 from raglan.records import Example
 from raglan.shingles import Hashes, Places, Shingles, mixed, shared, shingles, text_hash
@@ -105,10 +104,16 @@ def registered(recipe: Recipe) -> DecontaminateSettings:
     """
     settings = recipe.decontaminate or DecontaminateSettings()
     measured = recipe.evaluate.questions if recipe.evaluate is not None else None
-    if measured is None or measured in {one.path for one in settings.sets.values()}:
+    if measured is None:
         return settings
-    own = recipe.knowledge.path if KnowledgeBase.versions(recipe.knowledge.path) else None
-    return settings.model_copy(update={"sets": {"evaluate": EvaluationSet(path=measured, knowledge=own), **settings.sets}})
+    own = recipe.knowledge.path if pointed(recipe.knowledge.path / "current") is not None else None
+    sets = {
+        name: one.model_copy(update={"knowledge": one.knowledge or own}) if one.path == measured else one
+        for name, one in settings.sets.items()
+    }
+    if measured not in {one.path for one in sets.values()}:
+        sets = {"evaluate": EvaluationSet(path=measured, knowledge=own), **sets}
+    return settings.model_copy(update={"sets": sets})
 
 
 def open_sets(

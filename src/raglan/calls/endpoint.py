@@ -27,7 +27,7 @@ from urllib.request import getproxies, proxy_bypass
 from raglan import __version__
 from raglan.calls.classify import Wire
 from raglan.errors import GeneratorError, require
-from raglan.recipe import EndpointSettings
+from raglan.recipe import EndpointSettings, ServedSettings
 
 __all__ = ["Endpoint", "open_endpoint", "read_key"]
 
@@ -95,7 +95,9 @@ class OpenAI(Endpoint):
         self._whole = require("httpx", "to call an endpoint").Response
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url, api_key=key or "none", max_retries=0, timeout=settings.timeout,
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=settings.timeout),
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, timeout=settings.timeout, trust_env=not isinstance(settings, ServedSettings)
+            ),
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -118,7 +120,8 @@ class OpenAI(Endpoint):
 
 def open_endpoint(settings: EndpointSettings, key: str | None) -> Endpoint:
     """The cheapest client that can reach an endpoint; to be opened in the event loop that uses it."""
-    direct = importlib.util.find_spec("aiohttp") is not None and not _proxied(settings.base_url)
+    here = isinstance(settings, ServedSettings)  # which no proxy reaches
+    direct = importlib.util.find_spec("aiohttp") is not None and (here or not _proxied(settings.base_url))
     return (Aiohttp if direct else OpenAI)(settings, key)
 
 

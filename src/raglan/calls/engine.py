@@ -68,9 +68,12 @@ class CallEngine(Terms):
 
         Raises:
             CallsStopped: cap, fatal answer, breaker, Ctrl-C or a full disk, after what was in flight has been handed out.
+            GeneratorError: a model on this machine does not come up.
         """
         if self._current is not None:
             raise GeneratorError("this engine is running already", hint="use `follow` for calls that depend on others")
+        if (start := self.journal.starters.get(self.host)) is not None:
+            start()
         self._current = Run(self, self._gate, key=self._key)
         try:
             yield from self._current.outcomes(asks, follow)

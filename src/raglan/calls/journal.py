@@ -24,7 +24,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Journal:
         self.ledger = Ledger()
         self.modes: dict[tuple[str, str], str] = {}
         self.servers: dict[str, Server] = {}
+        self.starters: dict[str, Callable[[], None]] = {}  # of servers that run only while they are asked
         self._answers = Places()  # of ok calls: where their outcomes are
         self._tries: dict[str, tuple[int, int]] = {}  # of a call without ok: intents, and how many of these the server settled
         self._failed: dict[str, int] = {}  # of a call without ok: requests, its repair's too, that failed for passing reasons

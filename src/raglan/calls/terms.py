@@ -16,7 +16,7 @@ from raglan.calls.structured import longest_form, parse
 from raglan.errors import GeneratorError, require
 from raglan.recipe import EndpointSettings, MoneySettings
 
-__all__ = ["Terms", "value_of"]
+__all__ = ["Terms", "host_of", "value_of"]
 
 
 class Terms:
@@ -27,7 +27,7 @@ class Terms:
         self.settings, self.clock = settings, clock or Clock()
         self.price, self.cap = Price.of(money), cap_of(money)
         self._count = _counter(settings.tokenizer)
-        self.host = urlsplit(settings.base_url).netloc + urlsplit(settings.base_url).path
+        self.host = host_of(settings)
         self._owned = not isinstance(folder, Journal)
         self.journal = folder if isinstance(folder, Journal) else Journal(folder)
 
@@ -77,3 +77,9 @@ def _counter(tokenizer: str | None) -> Callable[[str], int] | None:
             f"tokenizer {tokenizer!r} cannot be loaded: {str(fault).splitlines()[0]}", hint="leave it out to reckon by bytes"
         ) from None
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"])
+
+
+def host_of(settings: EndpointSettings) -> str:
+    """The server's part of a call's key: who is asked."""
+    parts = urlsplit(settings.base_url)
+    return parts.netloc + parts.path

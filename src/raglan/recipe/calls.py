@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import date
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +12,7 @@ from raglan.recipe.base import Settings
 
 __all__ = ["EndpointSettings", "MoneySettings", "PriceSettings", "ServedSettings"]
 
+SECRETS, SETTLED = ("api-key", "hf-token"), ("host", "port", "uds", "model", "served-model-name")  # of a server's arguments
 Dollars = Annotated[Decimal, Field(ge=0, max_digits=12, decimal_places=6)]
 
 
@@ -81,28 +81,30 @@ class ServedSettings(EndpointSettings):
     kind: Literal["vllm", "hf"]  # type: ignore[assignment]  # of the same union
     model: str = Field(min_length=1, description="A folder or a hub name.")
     base_url: str = Field(
-        "http://127.0.0.1:8377/v1", pattern=r"^http://(127\.0\.0\.1|localhost):\d+/v1/?$",
+        "http://127.0.0.1:8377/v1", pattern=r"^http://(127\.0\.0\.1|localhost):[1-9]\d{0,4}/v1/?$",
         description="Where it listens: on this machine.",
     )  # fmt: skip
-    program: Path | None = Field(None, description="The path of `vllm`, or of `transformers`, in another environment.")
     arguments: tuple[str, ...] = Field((), description="Further words of `serve`, as [--max-model-len, '8192'].")
     start_seconds: float = Field(1800.0, gt=0, description="Seconds that it may take until it answers.")
 
-    @field_validator("program")
+    @field_validator("base_url")
     @classmethod
-    def _is_a_server(cls, path: Path | None) -> Path | None:
-        """A recipe of somebody else's starts no other program."""
-        if path is not None and path.name not in ("vllm", "transformers"):
-            raise ValueError(f"{path} is no path of `vllm` or `transformers`")
-        return path
+    def _is_a_port(cls, value: str) -> str:
+        if int(value.split(":")[2].partition("/")[0]) > 65535:
+            raise ValueError("a port is a number up to 65535")
+        return value
 
     @field_validator("arguments")
     @classmethod
-    def _no_secret(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        secret = next((word for word in words if word.partition("=")[0].lstrip("-") in ("api-key", "hf-token")), None)
-        if secret is not None:
-            raise ValueError(
-                f"{secret.partition('=')[0]} is a secret, and settings are written into manifests: leave it out, and export it "
-                "instead (HF_TOKEN for the Hugging Face hub)"
-            )
+    def _leave_the_rest(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        """No secret, and nothing that other settings say."""
+        for word in words:
+            name = word.partition("=")[0].replace("_", "-").lstrip("-")
+            if word.startswith("-") and len(name) > 2 and any(secret.startswith(name) for secret in SECRETS):
+                raise ValueError(
+                    f"{word.partition('=')[0]} is a secret, and settings are written into manifests: leave it out, and export "
+                    "it instead (HF_TOKEN for the Hugging Face hub)"
+                )
+            if word.startswith("-") and name in SETTLED:
+                raise ValueError(f"--{name} follows from base_url and model")
         return words

@@ -64,7 +64,8 @@ def _factors(cell: Cell) -> dict[str, Any]:
 def _withheld(passage: Passage, corpus: Corpus | None) -> dict[str, str]:
     """A passage that is not shown: by its name in the corpus; where none has it, with its text."""
     there = corpus is not None and corpus.row(passage.id) is not None
-    return {"id": passage.id, "document": passage.document} | ({} if there else {"text": passage.text})
+    more = {"text": "" if there else passage.text, "licence": passage.licence}
+    return {"id": passage.id, "document": passage.document} | {name: value for name, value in more.items() if value}
 
 
 def _passage(slot: Slot) -> dict[str, Any]:

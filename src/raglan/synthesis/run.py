@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
 Place = tuple[int, int]  # cell, ordinal
 RUNNING = ("money", "path", "calls")  # settings that change no example, and of a server these:
-OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env", "program", "start_seconds")
+OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env", "start_seconds")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def synthesize(
     name = fingerprint([asked, *follows])
     folder = Path(settings.path)
     if (there := _finished(folder, name, fingerprint([_untried(asked), *follows]))) is not None:
+        _tell_what_was_not_checked(folder, sets)
         return Done(folder, there)
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(plan, folder / "plan")
@@ -188,6 +189,17 @@ def _finished(folder: Path, name: str, untried: str) -> dict[str, Any] | None:
     return None if there["stopped"] else there
 
 
+def _tell_what_was_not_checked(folder: Path, sets: Sequence[EvaluationQuestions]) -> None:
+    """A finished dataset may be older than what resolves the passages of an evaluation set."""
+    told = json.loads((folder / "leakage.json").read_text(encoding="utf-8")).get("sets", {})
+    for one in sets:
+        if one.corpus is not None and "not_run" in told.get(one.name, {}).get("checks", {}).get("D5", {}):
+            log.warning(
+                "%s was made without comparing passages with those of %s (D5), whose knowledge base is there now: "
+                "for that, remove it and make it again", folder, one.name,
+            )  # fmt: skip
+
+
 def _evaluation_sets(
     recipe: Recipe, settings: SynthesisSettings, corpus_at: Callable[[Path], Corpus] | None, reserved: Reserved | None
 ) -> tuple[list[EvaluationQuestions], tuple[str, ...], DecontaminateSettings | None]:
@@ -229,7 +241,7 @@ class _Run:
         self.late: dict[Place, Reject] = {}  # of these
         self.told: dict[Place, dict[str, Any]] = {}  # of the accepted: by whom, and whether it is known without passages
         self.twins: dict[Place, Reject] = {}  # and of these the duplicates, of all rounds
-        self.rights: dict[Place, tuple[str, ...]] = {}  # of the accepted: licences of the passages that they show
+        self.rights: dict[Place, tuple[str, ...]] = {}  # of the accepted: licences of the passages that they rest on
         self.unreachable: set[Place] = set()  # of the accepted: no retriever finds their passages
         self.lost: dict[Place, Reject] = {}  # of these the ones that are too many, of all rounds
         self.leakage = Leakage()
@@ -276,7 +288,8 @@ class _Run:
             return
         self._attempted(job, query=query)
         self.told[_place(job)] = ended.told()
-        rights = {passage["licence"] for passage in example.metadata["synth"]["passages"] if "licence" in passage}
+        synth = example.metadata["synth"]
+        rights = {one["licence"] for one in (*synth["passages"], *synth.get("withheld", ())) if "licence" in one}
         self.rights |= {_place(job): tuple(sorted(rights))} if rights else {}
         self.unreachable |= {_place(job)} if result.sheet.seen.get("unreachable") else set()
         self.rows.add(_place(job), example)
@@ -373,7 +386,7 @@ class _Run:
         return {"support": support, "closed_book": {"asked": len(recalled), "known": known}}
 
     def _licences(self, stayed: Sequence[Place]) -> dict[str, dict[str, int]]:
-        """Licence → how many of the kept ones show a passage under it; nothing where no document names one."""
+        """Licence → how many of the kept ones show or withhold a passage under it; nothing where no document names one."""
         found = Counter(name for place in stayed for name in self.rights.get(place, ()))
         return {"licences": dict(sorted(found.items()))} if self.rights else {}
 

@@ -11,22 +11,23 @@ The knowledge base must be built; evidence comes from its indexes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest
+from raglan.artifact import MANIFEST, file_fingerprint, fingerprint
 from raglan.calls.estimate import SAMPLE, Estimate
 from raglan.calls.journal import Journal
-from raglan.calls.served import model_server
+from raglan.calls.served import ModelServer
+from raglan.calls.terms import host_of
 from raglan.dedupe import Embed
 from raglan.domains import source_name
 from raglan.encoder import Encoder
-from raglan.errors import RecipeError
+from raglan.errors import GeneratorError, RecipeError
 from raglan.knowledge import KnowledgeBase
 from raglan.recipe import EncoderSettings, EndpointSettings, OfflineTeacher, Recipe, ServedSettings, SynthesisSettings
 from raglan.records import Passage
@@ -39,7 +40,7 @@ from raglan.synthesis.offline import CANNOT, Offline
 from raglan.synthesis.plan import Plan, make_plan, reserved_of
 from raglan.synthesis.questions import open_questions
 from raglan.synthesis.reserve import FOLDER, Reserved, own_shelf, reserved_plan, reserved_recipe
-from raglan.synthesis.run import KIND, Done, synthesize
+from raglan.synthesis.run import Done, synthesize
 from raglan.synthesis.writing import Job, Shelf, Teacher
 
 __all__ = ["Opened", "cannot_of", "forecast", "open_teacher", "run"]
@@ -74,7 +75,7 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     Raises:
         RecipeError: no teacher, one that cannot write what is asked for, or calls without a cap. CheckpointError: no
             knowledge base, or another dataset in the folder. CorpusError: a missing evaluation set, or too few passages.
-            GeneratorError: a model on this machine does not come up.
+            GeneratorError: a model on this machine does not come up, or ends too early.
     """
     if recipe.synthesis is not None and recipe.synthesis.teacher is None and recipe.synthesis.questions is None:
         raise RecipeError(
@@ -84,32 +85,42 @@ def run(recipe: Recipe, *, yes: bool = False) -> Done:
     asked = _asked(recipe)
     check_consent(asked, prices(asked), yes=yes)
     base = KnowledgeBase.of(recipe.knowledge)
-    folders = [asked.path, *([asked.path / FOLDER] if asked.reserve is not None else [])]
-    with _server(asked, needed=not all(map(_is_finished, folders))):
-        return _all_written(recipe, base)
+    with ExitStack() as stack:
+        server = _server(asked, stack)
+        begun = [folder for folder in (asked.path, asked.path / FOLDER) if not (folder / MANIFEST).is_file()]
+        done = _all_written(recipe, base, server)
+        if server is None or not server.ended:
+            return done
+        for folder in begun:  # what it could not answer is asked again, and is no loss of the dataset's
+            (folder / MANIFEST).unlink(missing_ok=True)
+        raise GeneratorError(server.ended, hint="the same command goes on from here")
 
 
-def _all_written(recipe: Recipe, base: KnowledgeBase) -> Done:
+def _all_written(recipe: Recipe, base: KnowledgeBase, server: ModelServer | None) -> Done:
     """The dataset, and before it what is reserved."""
     asked = _asked(recipe)
     if asked.reserve is None:
-        return _written(recipe, base)
+        return _written(recipe, base, server=server)
     plan, values = reserved_plan(recipe, cannot=cannot_of(asked)), reserved_of(recipe, cannot=cannot_of(asked))
-    first = _written(reserved_recipe(recipe), base, plan=plan, shelf=own_shelf(recipe, base.corpus), values=values)
+    shelf = own_shelf(recipe, base.corpus)
+    first = _written(reserved_recipe(recipe), base, plan=plan, shelf=shelf, values=values, server=server)
     if first.told["stopped"]:  # which documents are left is not known before it is done
         return first
-    return _written(recipe, base, reserved=Reserved.of(first.folder, first.told, base.corpus))
+    return _written(recipe, base, reserved=Reserved.of(first.folder, first.told, base.corpus), server=server)
 
 
 def _written(
     recipe: Recipe, base: KnowledgeBase, *, plan: Plan | None = None, shelf: Shelf | None = None,
-    values: Mapping[str, Sequence[str]] | None = None, reserved: Reserved | None = None,
+    values: Mapping[str, Sequence[str]] | None = None, reserved: Reserved | None = None, server: ModelServer | None = None,
 ) -> Done:  # fmt: skip
-    """The dataset of a recipe; of another plan than its own, with the `values` that are reserved, or beside such a one."""
+    """The dataset of a recipe; of another plan than its own, with the `values` that are reserved, or beside such a one.
+
+    `server`: the teacher's, which starts with the first call.
+    """
     asked, shelf = _asked(recipe), shelf if reserved is None else reserved.shelf
     apart = values or (reserved.fingerprint if reserved is not None else None)
     with ExitStack() as stack:
-        journal = open_journal(asked, stack) if prices(asked) else None
+        journal = _journal(asked, stack, server) if prices(asked) else None
         opened = open_teacher(recipe, base, stack, journal=journal, plan=plan, shelf=shelf)
         checks = open_checks(recipe, journal, stack)
         assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
@@ -139,8 +150,8 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     if not prices(asked):
         raise RecipeError("synthesis.teacher makes no calls, so there is nothing to estimate", hint="leave out --dry-run")
     base = KnowledgeBase.of(recipe.knowledge)
-    with _server(asked), ExitStack() as stack:
-        journal = open_journal(asked, stack)
+    with ExitStack() as stack:
+        journal = _journal(asked, stack, _server(asked, stack))
         opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
         assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
         desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
@@ -153,19 +164,19 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
         )  # fmt: skip
 
 
-@contextmanager
-def _server(asked: SynthesisSettings, *, needed: bool = True) -> Iterator[None]:
-    """The teacher's server, where it is a model on this machine."""
-    if isinstance(asked.teacher, ServedSettings) and needed:
-        with model_server(asked.teacher, Path(asked.calls or asked.path / "calls") / "server.log"):
-            yield
-    else:
-        yield
+def _server(asked: SynthesisSettings, stack: ExitStack) -> ModelServer | None:
+    """The teacher's, where it is a model on this machine; it does not run yet."""
+    if not isinstance(asked.teacher, ServedSettings):
+        return None
+    return stack.enter_context(ModelServer(asked.teacher, Path(asked.calls or asked.path / "calls") / "server.log"))
 
 
-def _is_finished(folder: Path) -> bool:
-    """A dataset is there, of these settings or others, that was not stopped: no call follows."""
-    return (folder / MANIFEST).is_file() and not read_manifest(folder, KIND)["stopped"]
+def _journal(asked: SynthesisSettings, stack: ExitStack, server: ModelServer | None) -> Journal:
+    """The journal of all calls; whoever asks the teacher's own server by it has that started."""
+    journal = open_journal(asked, stack)
+    if server is not None:
+        journal.starters[host_of(server.settings)] = server.start
+    return journal
 
 
 def _asking(recipe: Recipe, assembler: Assembler) -> dict[str, str]:
