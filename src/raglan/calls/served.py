@@ -81,11 +81,11 @@ class ModelServer:
         self._take_port()
         self.words.parent.mkdir(parents=True, exist_ok=True)
         log.info("starting %s; it tells how it goes in %s", " ".join(command[:3]), self.words)
-        kept = {"pass_fds": (self._lock,)} if self._lock is not None else {}
+        kept = (self._lock,) if self._lock is not None and os.name == "posix" else ()
         with self.words.open("ab") as said:
             self._keeper = subprocess.Popen(  # noqa: S603 - by these two names, with the recipe's words
                 [sys.executable, "-I", str(KEEPER), *command], stdin=subprocess.PIPE, stdout=said, stderr=said,
-                start_new_session=True, **kept,
+                start_new_session=True, pass_fds=kept,
             )  # fmt: skip
         self._wait()
 
