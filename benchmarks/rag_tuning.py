@@ -236,11 +236,10 @@ class Bench:
         first = seeds[0][0]
         print("\n| % of questions | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
         there = [{name for row in own[0].values() for name in row["conditions"]} for own in seeds]
-        figures: dict[str, Callable[[dict[str, Any]], float]] = {
-            f"false value, {name}": _follow(name) for name in FALSE if all(name in names for names in there)
-        }
+        figures: dict[str, Callable[[dict[str, Any]], float]] = {}
         if all(any(name.startswith("order/") for name in names) for names in there):
             figures["right or wrong by the order of passages"] = _flip
+        figures |= {f"false value, {name}": _follow(name) for name in FALSE if all(name in names for names in there)}
         for words, of in figures.items():
             before, after = (_over_seeds([[of(rows[name]) for name in first] for rows in own]) for own in seeds)
             cells = [_told(_interval(first, column)) for column in (before, after)]
