@@ -61,7 +61,6 @@ SYNTHETIC = HERE / "rag_tuning_offline.yaml"
 VESSEN = HERE.parent / "examples" / "vessen" / "vessen.yaml"
 MIXES = ("kiqa", "synthetic", "kiqa+synthetic")
 FIRST = 7  # training seed
-RATES = ("abstention_precision", "abstention_recall", "abstention_f1", "hallucination")
 QUICK = [
     "synthesis.n=48", "synthesis.passages.k={1: 1, 3: 1}", "evaluate.limit=6", "evaluate.robustness.ratios=[0, 1]",
     "evaluate.robustness.noise=[hard, counterfactual]", "evaluate.robustness.retrievers=[hybrid, bm25]",
@@ -69,6 +68,7 @@ QUICK = [
 FIT = "synthesis.weights.answer_format=fit"  # of so few examples the recipe's own shares cannot be dealt
 TOLD = ("right", "f1")
 NARROW = ("noise=[hard]", "gold=[present, absent]", "ratios=[1]", "distractor_kinds=[hard]", "retrievers=[]")  # of mixtures
+ABSENT = ("hard", "random")
 FALSE = ("distractors/counterfactual/2", "distractors/counterfactual/4", "conflict/1")
 Rows = dict[str, dict[str, Any]]  # question id → row of answers.jsonl
 Arms = Mapping[str, Sequence[str]]  # name → generators, one a seed
@@ -201,18 +201,12 @@ class Bench:
             print(f"| {name} | {cells[0]} | {cells[1]} | {_told(gain, sign='+')} {verdict(gain)} | {missing} |")
         figure.write_text(_curves({f"tuned on {name}": own for name, own in rows.items()}, names), encoding="utf-8")
         print(f"\ncurves: {figure}")
-        print("\nabstention: gold present is answerable, gold absent is not\n")
-        print("| noise | arm | precision | recall | F1 | hallucination |\n|---|---|---|---|---|---|")
-        for kind in first["gold"].abstention:
-            for name, own in found.items():
-                each = [one.abstention[kind] for one in own]
-                rates = [statistics.fmean(e[rate].mean if rate in e else math.nan for e in each) for rate in RATES]
-                print(f"| {kind} | {name} |", " | ".join(f"{100 * rate:.1f}" for rate in rates), "|")
         for name, own in rows.items():
             means = {index: _mean(own, index).mean for index in names if index.startswith("retriever/")}
             worst = min(means, key=lambda index: means[index]).partition("/")[2]
             print(f"{name}: worst retriever {worst}, spread {100 * (max(means.values()) - min(means.values())):.1f} points")
         each = [[_rows(one) for one in own] for own in found.values()]
+        self.declined(each)
         self.flips(each)
         self.verdicts(each, names)
 
@@ -226,10 +220,26 @@ class Bench:
         before, after = map(_mean_rows, found.values())
         print(f"\nneighbours, example corpus, {len(before)} questions\n")
         print("| condition | tuned on gold | tuned on noise | difference |\n|---|---|---|---|")
-        for name in (ALONE, "distractors/neighbour/2", "distractors/neighbour/4"):
+        for name in (ALONE, *(f"distractors/neighbour/{count}" for count in (2, 4))):
+            if not any(name in row["conditions"] for row in before.values()):
+                print(f"| {name} | no document has so many | | |")
+                continue
             gain = _contrast(before, after, [name], None)
             cells = " | ".join(_told(_mean(rows, name)) for rows in (before, after))
             print(f"| {name} | {cells} | {_told(gain, sign='+')} {verdict(gain)} |", flush=True)
+
+    def declined(self, seeds: Sequence[Sequence[Rows]]) -> None:
+        """Abstention where gold stands among four passages of a kind (answerable), and where four or five stand without it."""
+        print("\n| noise | arm | precision | recall | F1 | over-abstention | hallucination |\n|---|---|---|---|---|---|---|")
+        for kind in ABSENT:
+            pair = f"distractors/{kind}/4", f"noise/{kind}/absent/1"
+            for name, own in zip(("gold", "noise"), seeds, strict=True):
+                each = []
+                for rows in own:
+                    asked = [(row["conditions"].get(key), key == pair[0]) for row in rows.values() for key in pair]
+                    there = [(bool(one["figures"]["declined"]), gold) for one, gold in asked if one is not None]
+                    each.append(abstention([no for no, _ in there], [gold for _, gold in there]))
+                print(f"| {kind} | {name} |", " | ".join(f"{100 * statistics.fmean(own):.1f}" for own in _columns(each)), "|")
 
     def flips(self, seeds: Sequence[Sequence[Rows]]) -> None:
         """How often the order of the same passages decides, and how often a false passage is believed. Less is better."""

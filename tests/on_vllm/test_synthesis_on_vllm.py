@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import socket
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -40,6 +41,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 CELLS = 32
 LIKELY = {'"': 0.40, "{": 0.60, "]": 0.20, "}": 0.42, "</s>": 0.35}  # × √64: logits above others, so that all ends some time
 BYTES = -1.0  # of pieces that are a byte: random ones make halves of characters, which are refused
+COMMAND = """#!{python}
+import runpy, sys
+sys.argv = ["api_server", "--model", *sys.argv[2:]]
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+"""
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
@@ -163,6 +169,10 @@ def test_a_run_starts_the_server_of_its_teacher_and_ends_it(
     """`raglan synthesize` with a model on this machine, and nothing else running. Transformers' server knows no schemas."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    command = tmp_path / "vllm"  # vLLM for CPUs is a distribution of another name, which its own command does not find
+    command.write_text(COMMAND.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setenv("RAGLAN_VLLM", str(command))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
