@@ -42,9 +42,8 @@ CELLS = 32
 LIKELY = {'"': 0.40, "{": 0.60, "]": 0.20, "}": 0.42, "</s>": 0.35}  # × √64: logits above others, so that all ends some time
 BYTES = -1.0  # of pieces that are a byte: random ones make halves of characters, which are refused
 COMMAND = """#!{python}
-import runpy, sys
-sys.argv = ["api_server", "--model", *sys.argv[2:]]
-runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+import os, sys
+os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *sys.argv[2:]])
 """
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
