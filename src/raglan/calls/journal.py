@@ -40,7 +40,7 @@ try:
 except ImportError:  # not on Windows: there two processes must not write one journal
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Intent", "Journal", "read_ledger"]
+__all__ = ["Intent", "Journal", "locked", "read_ledger"]
 
 log = logging.getLogger(__name__)
 HEADER: dict[str, Any] = {"kind": "journal", "version": 1}
@@ -339,7 +339,7 @@ def _alone(folder: Path) -> int:
     """The lock of a folder's journal; the system lets go of that of a process that was killed."""
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     give_up = time.monotonic() + LOCK_SECONDS
-    while not _locked(file):
+    while not locked(file):
         pid = os.pread(file, 32, 0).decode(errors="replace").strip()
         if _alive(pid) or time.monotonic() > give_up:
             os.close(file)
@@ -352,7 +352,8 @@ def _alone(folder: Path) -> int:
     return file
 
 
-def _locked(file: int) -> bool:
+def locked(file: int) -> bool:
+    """Whether the lock of an open file is this process's now, without waiting for it."""
     if fcntl is None:
         return True
     try:

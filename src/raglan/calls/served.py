@@ -11,7 +11,6 @@ setting, and not drawn, or what a killed run was answered would be asked again. 
 from __future__ import annotations
 
 import http.client
-import importlib
 import logging
 import os
 import shutil
@@ -24,9 +23,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from urllib.parse import urlsplit
 
+from raglan.calls.journal import locked
 from raglan.errors import GeneratorError
 from raglan.recipe import ServedSettings
 
@@ -119,7 +118,7 @@ class ModelServer:
         """Raises GeneratorError: another run has it, or something answers there."""
         until = time.monotonic() + FREED
         self._lock = os.open(Path(tempfile.gettempdir()) / f"raglan-port-{self.port}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        while not _locked(self._lock):
+        while not locked(self._lock):
             if time.monotonic() > until:
                 raise GeneratorError(
                     f"another run has port {self.port} for its model", hint="wait for it, or another port: teacher.base_url"
@@ -153,16 +152,3 @@ class ModelServer:
         """The server's own last words, and where the rest is."""
         said = self.words.read_text(encoding="utf-8", errors="replace").strip()[-TOLD:]
         return f"{said or 'it said nothing'} ({self.words})"
-
-
-def _locked(file: int) -> bool:
-    """Whether the lock is this process's now; the keeper holds it, too, until the server is gone."""
-    try:
-        fcntl: Any = importlib.import_module("fcntl")
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
