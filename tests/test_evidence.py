@@ -661,6 +661,24 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
         run(recipe(folder, n=19, passages={"k": {3: 1}, "gold_absent": 0.25}))
 
 
+def test_a_second_run_at_once_is_refused_and_the_first_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(folder, n=8, path="at-once", passages={"k": {3: 1}, "gold_absent": 0})
+    show, tried = Assembler.show, []
+
+    def another_meanwhile(self: Assembler, draft: Draft) -> Sheet | Reject:
+        if not tried:
+            tried.append(True)
+            with pytest.raises(CheckpointError, match=r"another process is writing the dataset in .*at-once"):
+                run(asked)
+        return show(self, draft)
+
+    monkeypatch.setattr(Assembler, "show", another_meanwhile)
+    done = run(asked)
+    assert tried
+    assert done.told["kept"] == len((done.folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    assert not (done.folder / "made.jsonl.part").exists()
+
+
 def test_the_command_line_shows_questions(folder: Path) -> None:
     recipe(folder, n=3, path="told", passages={"k": {3: 1}, "gold_absent": 0})
     runner = CliRunner()

@@ -295,6 +295,28 @@ def test_a_pair_that_can_never_be_is_not_waited_for() -> None:
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
+def test_gold_is_absent_among_several_passages_only(folder: Path) -> None:
+    passages = {"k": {1: 4, 2: 1, 3: 2, 5: 1}, "gold_absent": 0.05, "gold_absent_from": 2}
+    alone = {"task": {"factoid": 1}, "relation": {"R1": 1}, "answer_format": "fit"}
+    plan = make_plan(recipe(folder, n=400, passages=passages, weights=alone))
+    absent = Counter(cell.k for cell in plan.cells if cell.relation == "R5")
+    assert absent.total() == 20
+    assert set(absent) == {2, 3, 5}
+    assert Counter(cell.k for cell in plan.cells) == {1: 200, 2: 50, 3: 100, 5: 50}, "K keeps its shares"
+    anywhere = make_plan(recipe(folder, n=400, passages={**passages, "gold_absent_from": 1}, weights=alone))
+    assert Counter(cell.k for cell in anywhere.cells if cell.relation == "R5")[1]
+
+
+def test_gold_absent_from_more_passages_than_there_are_is_refused(folder: Path) -> None:
+    passages = {"k": {1: 4, 3: 2}, "gold_absent": 0.05, "gold_absent_from": 4}
+    alone = {"task": {"factoid": 1}, "relation": {"R1": 1}, "answer_format": "fit"}
+    for weights in ({}, alone):
+        with pytest.raises(RecipeError, match="gold_absent_from is 4, and no K is so large"):
+            make_plan(recipe(folder, n=400, passages=passages, weights=weights))
+    none = {**passages, "gold_absent": 0}
+    assert {cell.k for cell in make_plan(recipe(folder, n=400, passages=none, weights=alone)).cells} == {1, 3}
+
+
 def test_topics_tasks_and_formats_have_their_numbers() -> None:
     factors = load_factors()
     levels = [{"/".join(leaf.split("/")[:level]) for leaf in factors["topic"].names} for level in (1, 2, 3)]

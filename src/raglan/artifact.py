@@ -18,11 +18,17 @@ from typing import Any
 import raglan
 from raglan.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: there one folder must not be written by two processes at a time
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "MANIFEST",
     "directory_fingerprint",
     "file_fingerprint",
     "fingerprint",
+    "locked",
     "point",
     "pointed",
     "publish",
@@ -33,6 +39,17 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+
+
+def locked(file: int, *, wait: bool = False) -> bool:
+    """Whether the lock of an open file is this process's now. The system lets go of that of one that was killed."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fingerprint(value: Any) -> str:

@@ -34,7 +34,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from raglan.artifact import MANIFEST, fingerprint, write_json, write_manifest
+from raglan.artifact import MANIFEST, fingerprint, locked, write_json, write_manifest
 from raglan.errors import CheckpointError
 from raglan.generator import EndpointScorer, HFGenerator, Scorer, open_generator
 from raglan.generator.trees import begins_alike
@@ -42,11 +42,6 @@ from raglan.progress import counting
 from raglan.prompt import Rendered
 from raglan.recipe import GeneratorSettings, ScorerSettings
 from raglan.records import Passage
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there a table must not be filled by two processes at a time
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Pair", "Plan", "ScoreTable", "open_scorer"]
 
@@ -394,13 +389,10 @@ class _Writer:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of one that was killed."""
+    """One process at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("another process fills %s: waiting for it", folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        if not locked(file.fileno()):
+            log.info("another process fills %s: waiting for it", folder)
+            locked(file.fileno(), wait=True)
         yield

@@ -29,18 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raglan.artifact import locked
 from raglan.calls.asks import canonical
 from raglan.calls.limits import Server
 from raglan.calls.money import Ledger
 from raglan.calls.places import Places
 from raglan.errors import CallsStopped, CheckpointError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two processes must not write one journal
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["Intent", "Journal", "locked", "read_ledger"]
+__all__ = ["Intent", "Journal", "read_ledger"]
 
 log = logging.getLogger(__name__)
 HEADER: dict[str, Any] = {"kind": "journal", "version": 1}
@@ -350,17 +346,6 @@ def _alone(folder: Path) -> int:
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
-
-
-def locked(file: int) -> bool:
-    """Whether the lock of an open file is this process's now, without waiting for it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _alive(pid: str) -> bool:

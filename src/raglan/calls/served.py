@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
-from raglan.calls.journal import locked
+from raglan.artifact import locked
 from raglan.errors import GeneratorError
 from raglan.recipe import ServedSettings
 

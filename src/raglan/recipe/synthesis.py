@@ -42,6 +42,9 @@ class PassageSettings(Settings):
         {1: 1, 3: 2, 5: 4, 8: 2, 10: 2, 20: 1}, min_length=1, description="How many passages → weight."
     )
     gold_absent: float = Field(0.2, ge=0, le=1, description="Share of examples in which no passage answers: relation R5.")
+    gold_absent_from: int = Field(
+        1, ge=1, description="Fewest passages among which gold is absent. With 2, a single passage always answers."
+    )
     order: Literal["uniform", "first", "middle", "last", "rank"] = Field(
         "uniform", description="Where evidence stands: everywhere as often; at one place; or where its rank puts it."
     )

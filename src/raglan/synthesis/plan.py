@@ -172,6 +172,10 @@ def factors_of(
     factors, unwritten, fixed = _weighted(recipe, cannot)
     factors = parted(factors, reserved_values(asked.reserve, factors, recipe.seed), part)
     needs = {value.name: value.evidence for value in factors["relation"].values}
+    needs[ABSENT] = fewest = max(needs[ABSENT], asked.passages.gold_absent_from)
+    if asked.passages.gold_absent and all(int(k.name) < fewest for k in factors["k"].values if k.weight):
+        told = f"passages.gold_absent_from is {fewest}, and no K is so large"
+        raise RecipeError(told, hint="give synthesis.passages.k a larger one, or set gold_absent=0")
     deepest = {name: frozenset(k for k in factors["k"].names if int(k) >= need) for name, need in needs.items()}
     kinds = frozenset(value.name for value in factors["noise"].values if value.gold_absent)
     rules = (*factors.rules, Rule("k", "relation", deepest, {}), Rule("noise", "relation", {ABSENT: kinds}, {}))

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_json, write_manifest
+from raglan.artifact import MANIFEST, fingerprint, locked, read_manifest, write_json, write_manifest
 from raglan.corpus import Corpus
 from raglan.decontaminate import EvaluationQuestions, Leakage, decontaminate, open_sets, registered, write_leakage
 from raglan.dedupe import Embed, dedupe
@@ -102,7 +102,7 @@ def synthesize(
     Raises:
         RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
         CorpusError: an evaluation set is missing, or none is registered.
-        CheckpointError: the folder holds a dataset of other settings.
+        CheckpointError: the folder holds a dataset of other settings, or another process writes it.
     """
     if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
@@ -118,15 +118,14 @@ def synthesize(
         _tell_what_was_not_checked(folder, sets)
         return Done(folder, there)
     folder.mkdir(parents=True, exist_ok=True)
-    write_plan(plan, folder / "plan")
-    (folder / MANIFEST).unlink(missing_ok=True)
     with _Rows(folder / "made.jsonl.part") as rows:
+        write_plan(plan, folder / "plan")
+        (folder / MANIFEST).unlink(missing_ok=True)
         apart = reserved.ties if reserved is not None else frozenset()
         desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
         run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings), apart)
         stopped = run.write()
         told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
-    (folder / "made.jsonl.part").unlink()
     write_json(folder / "cost.json", {"teacher": teacher.name, **(cost() if cost is not None else {"calls": 0})})
     head = {"requested": told["requested"], "kept": told["kept"], "complete": told["kept"] == told["requested"] and not stopped}
     content = {
@@ -473,11 +472,20 @@ class _Rows:
         self.refused: dict[Place, int] = {}
 
     def __enter__(self) -> _Rows:
-        self.file: IO[bytes] = open(self.path, "w+b")
+        self.file: IO[bytes] = open(self.path, "a+b")
+        if not locked(self.file.fileno()):
+            self.file.close()
+            raise CheckpointError(
+                f"another process is writing the dataset in {self.path.parent}",
+                hint="wait for it, or give synthesis.path another folder",
+            )
+        self.file.truncate(0)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.file.close()
+        if kind is None:
+            self.path.unlink(missing_ok=True)
 
     def add(self, place: Place, example: Example) -> None:
         self.made[place] = self._append(example_row(example))
