@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -661,22 +663,29 @@ def test_questions_get_evidence_as_any_example_does(written: tuple[Path, list[di
         run(recipe(folder, n=19, passages={"k": {3: 1}, "gold_absent": 0.25}))
 
 
-def test_a_second_run_at_once_is_refused_and_the_first_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_at_once_waits_for_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked = recipe(folder, n=8, path="at-once", passages={"k": {3: 1}, "gold_absent": 0})
-    show, tried = Assembler.show, []
+    show, shown, second = Assembler.show, [], []
 
     def another_meanwhile(self: Assembler, draft: Draft) -> Sheet | Reject:
-        if not tried:
-            tried.append(True)
-            with pytest.raises(CheckpointError, match=r"another process is writing the dataset in .*at-once"):
-                run(asked)
+        if not shown:
+            second.append(pool.submit(run, asked))
+            while "waiting for it" not in caplog.text:
+                assert not second[0].done()
+                time.sleep(0.01)
+        shown.append(draft)
         return show(self, draft)
 
     monkeypatch.setattr(Assembler, "show", another_meanwhile)
-    done = run(asked)
-    assert tried
+    with ThreadPoolExecutor() as pool:
+        done = run(asked)
+    assert second[0].result().told["funnel"] == done.told["funnel"], "it finds the dataset made"
     assert done.told["kept"] == len((done.folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    assert len(shown) == done.told["attempts"]
     assert not (done.folder / "made.jsonl.part").exists()
+    assert not done.folder.with_name("at-once.lock").exists()
 
 
 def test_the_command_line_shows_questions(folder: Path) -> None:

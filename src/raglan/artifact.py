@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ except ImportError:  # not on Windows: there one folder must not be written by t
 
 __all__ = [
     "MANIFEST",
+    "alone",
     "directory_fingerprint",
     "file_fingerprint",
     "fingerprint",
@@ -38,6 +41,7 @@ __all__ = [
     "write_manifest",
 ]
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
@@ -50,6 +54,33 @@ def locked(file: int, *, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def alone(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Whether there is still something to make in `folder`, which meanwhile no other process makes. Waits for one that does.
+
+    The lock is a file beside the folder, so that the folder may be removed or renamed; where all is done there is none.
+    """
+    if done():
+        yield False
+        return
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(folder.name + ".lock")
+    while True:
+        with open(path, "a") as file:
+            if not locked(file.fileno()):
+                log.warning("another process is writing %s: waiting for it", folder)
+                locked(file.fileno(), wait=True)
+            if fcntl is not None and not os.fstat(file.fileno()).st_nlink:
+                continue  # the one waited for has removed it, and a third may have made another
+            try:
+                yield not done()
+            finally:
+                if fcntl is not None:
+                    path.unlink(missing_ok=True)
+            return
 
 
 def fingerprint(value: Any) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raglan.answerable import ABSTENTION_TOGETHER, abstention_measures, abstention_whole, computes_nothing, kinds
-from raglan.artifact import MANIFEST, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
+from raglan.artifact import MANIFEST, alone, file_fingerprint, fingerprint, read_manifest, write_json, write_manifest
 from raglan.calls import Usage
 from raglan.calls.money import Price
 from raglan.cited import Cited
@@ -148,33 +148,38 @@ def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
     """Measure one system; a measurement with the same settings, questions and parts is not made twice."""
     folder = evaluation_folder(recipe, settings, name, parts)
-    if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        began = time.monotonic()
-        system = parts.open(recipe)
-        examples = load_examples(settings.questions, system.retriever.base.corpus, limit=settings.limit, seed=recipe.seed)
-        if isinstance(recipe.decode, ClassifyDecode):
-            check_classes(examples, recipe.decode)
-        rows = measure(system, examples, settings)
-        with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        figures = summarise(rows, settings)
-        if computes_nothing(figures):
-            log.warning(
-                "nothing can be computed of the answers to %s: no question has answers or relevant passages that the metrics "
-                "%s need; read predictions.jsonl, or name a judge (evaluate.judge)",
-                settings.questions, ", ".join(settings.metrics),
-            )  # fmt: skip
-        write_manifest(folder, KIND, {
-            "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
-            "asked": kinds(rows), "source": str(settings.questions), "k": system.k, "index": recipe.index, "seed": recipe.seed,
-            "prompt": fingerprint(system.generator.prompt.words),
-            "figures": {key: asdict(value) for key, value in figures.items()}, "spent": spent(rows),
-            "seconds": round(time.monotonic() - began, 1),
-        })  # fmt: skip
+    with alone(folder, lambda: _is_whole(folder)) as to_do:
+        if to_do:
+            _write(recipe, settings, name, parts, folder=folder)
     _note_domain(recipe, name, folder)
     return open_evaluation(folder)
+
+
+def _write(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts, *, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    system = parts.open(recipe)
+    examples = load_examples(settings.questions, system.retriever.base.corpus, limit=settings.limit, seed=recipe.seed)
+    if isinstance(recipe.decode, ClassifyDecode):
+        check_classes(examples, recipe.decode)
+    rows = measure(system, examples, settings)
+    with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    figures = summarise(rows, settings)
+    if computes_nothing(figures):
+        log.warning(
+            "nothing can be computed of the answers to %s: no question has answers or relevant passages that the metrics "
+            "%s need; read predictions.jsonl, or name a judge (evaluate.judge)",
+            settings.questions, ", ".join(settings.metrics),
+        )  # fmt: skip
+    write_manifest(folder, KIND, {
+        "system": name, "recipe": recipe.name, "knowledge": system.retriever.base.version, "questions": len(rows),
+        "asked": kinds(rows), "source": str(settings.questions), "k": system.k, "index": recipe.index, "seed": recipe.seed,
+        "prompt": fingerprint(system.generator.prompt.words),
+        "figures": {key: asdict(value) for key, value in figures.items()}, "spent": spent(rows),
+        "seconds": round(time.monotonic() - began, 1),
+    })  # fmt: skip
 
 
 def _note_domain(recipe: Recipe, name: str, folder: Path) -> None:

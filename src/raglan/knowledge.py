@@ -30,7 +30,17 @@ from typing import Any
 
 import numpy as np
 
-from raglan.artifact import fingerprint, point, pointed, publish, read_manifest, streamed_fingerprint, write_manifest
+from raglan.artifact import (
+    MANIFEST,
+    alone,
+    fingerprint,
+    point,
+    pointed,
+    publish,
+    read_manifest,
+    streamed_fingerprint,
+    write_manifest,
+)
 from raglan.chunk import Chunker
 from raglan.corpus import Corpus, write_corpus
 from raglan.documents import DocumentStream
@@ -131,7 +141,7 @@ class KnowledgeBase:
     @staticmethod
     def versions(path: Path) -> list[str]:
         """All finished versions, oldest first."""
-        found = [f for f in (Path(path) / "versions").glob("*") if (f / "manifest.json").is_file()]
+        found = [f for f in (Path(path) / "versions").glob("*") if (f / MANIFEST).is_file()]
         return [folder.name for folder in sorted(found, key=lambda folder: folder.stat().st_mtime)]
 
     @property
@@ -404,12 +414,13 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
     others = _own_encoders(settings)
     version = _version(settings, encoder, documents, others)
     final = settings.path / "versions" / version
-    if not (final / "manifest.json").is_file():
-        working = settings.path / "building" / version
-        working.mkdir(parents=True, exist_ok=True)
-        source = {"input_files": documents.files, "documents": documents.count, "skipped": documents.skipped}
-        _Build(settings, encoder, others, documents, working, source, documents.digest).run()
-        publish(working, final)
+    working = settings.path / "building" / version
+    with alone(working, (final / MANIFEST).is_file) as to_do:
+        if to_do:
+            working.mkdir(parents=True, exist_ok=True)
+            source = {"input_files": documents.files, "documents": documents.count, "skipped": documents.skipped}
+            _Build(settings, encoder, others, documents, working, source, documents.digest).run()
+            publish(working, final)
     point(settings.path / "current", version)
     with suppress(OSError):
         (settings.path / "building").rmdir()  # unless another build goes on there
@@ -428,14 +439,15 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
     others = {name: _identity(base.manifest["encoders"][name]) for name in base.settings.own_encoders}
     version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings), *_own(others)])
     final = path / "versions" / version
-    if not (final / "manifest.json").is_file():
-        working = path / "building" / version
-        shutil.rmtree(working, ignore_errors=True)
-        shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=same_file)
-        settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
-        source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
-        _Build(settings, encoder, {}, None, working, source, kept=base).run()
-        publish(working, final)
+    working = path / "building" / version
+    with alone(working, (final / MANIFEST).is_file) as to_do:
+        if to_do:
+            shutil.rmtree(working, ignore_errors=True)
+            shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=same_file)
+            settings = base.settings.model_copy(update={"path": path.absolute(), "encoder": encoder.settings, "vectors": None})
+            source = {key: base.manifest[key] for key in ("input_files", "documents", "skipped")}
+            _Build(settings, encoder, {}, None, working, source, kept=base).run()
+            publish(working, final)
     point(path / "current", version)
     return KnowledgeBase.open(path)
 

@@ -35,7 +35,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from raglan.artifact import MANIFEST, fingerprint, read_manifest, write_manifest
+from raglan.artifact import MANIFEST, alone, fingerprint, read_manifest, write_manifest
 from raglan.cited import Cited, counted
 from raglan.corpus import Corpus
 from raglan.data import choices_of, load_examples
@@ -145,11 +145,11 @@ def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
     prompts: Prompts | None = None
     for name, parts in systems:
         folder = robustness_folder(recipe, settings, name, parts)
-        if (folder / MANIFEST).is_file():
-            continue
-        if prompts is None:
-            prompts = _prompts_of(recipe, settings, systems[0][1])
-        _measure(recipe, settings, name, parts, prompts=prompts, folder=folder)
+        with alone(folder, (folder / MANIFEST).is_file) as to_do:
+            if to_do:
+                if prompts is None:
+                    prompts = _prompts_of(recipe, settings, systems[0][1])
+                _measure(recipe, settings, name, parts, prompts=prompts, folder=folder)
     return [open_robustness(robustness_folder(recipe, settings, *system)) for system in systems]
 
 

@@ -27,13 +27,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from raglan.artifact import MANIFEST, fingerprint, locked, read_manifest, write_json, write_manifest
+from raglan.artifact import MANIFEST, alone, fingerprint, read_manifest, write_json, write_manifest
 from raglan.corpus import Corpus
 from raglan.decontaminate import EvaluationQuestions, Leakage, decontaminate, open_sets, registered, write_leakage
 from raglan.dedupe import Embed, dedupe
-from raglan.documents import example_of_row, example_row
+from raglan.documents import example_row
 from raglan.errors import CallsStopped, CheckpointError, RecipeError
 from raglan.progress import counting
 from raglan.recipe import DecontaminateSettings, Recipe, SynthesisSettings
@@ -43,6 +43,7 @@ from raglan.synthesis.checked import reject_row
 from raglan.synthesis.coverage import ROUNDS, Attempt, complete, coverage, kept, refills, shown_noise
 from raglan.synthesis.desk import PIECE, Desk, Ended
 from raglan.synthesis.files import write_plan
+from raglan.synthesis.made import MadeFile, Place
 from raglan.synthesis.plan import Plan, make_plan
 from raglan.synthesis.quotas import exact
 from raglan.synthesis.recall import ClosedBook
@@ -56,7 +57,6 @@ __all__ = ["KIND", "Done", "synthesize"]
 
 log = logging.getLogger(__name__)
 KIND = "synthetic dataset"
-Place = tuple[int, int]  # cell, ordinal
 RUNNING = ("money", "path", "calls")  # settings that change no example, and of a server these:
 OF_A_SERVER = ("concurrency", "rpm", "tpm", "timeout", "attempts", "max_wait", "api_key_env", "start_seconds")
 
@@ -102,7 +102,7 @@ def synthesize(
     Raises:
         RecipeError: the recipe has no `synthesis`, or asks for what the teacher cannot write.
         CorpusError: an evaluation set is missing, or none is registered.
-        CheckpointError: the folder holds a dataset of other settings, or another process writes it.
+        CheckpointError: the folder holds a dataset of other settings.
     """
     if recipe.synthesis is None:
         raise RecipeError("the recipe has no `synthesis`", hint="see docs/concepts/synthesis.md for one")
@@ -114,27 +114,30 @@ def synthesize(
     asked, follows = _content(settings), [recipe.seed, teacher.name, {**(inputs or {})}, *kept_out]
     name = fingerprint([asked, *follows])
     folder = Path(settings.path)
-    if (there := _finished(folder, name, fingerprint([_untried(asked), *follows]))) is not None:
-        _tell_what_was_not_checked(folder, sets)
-        return Done(folder, there)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _Rows(folder / "made.jsonl.part") as rows:
-        write_plan(plan, folder / "plan")
-        (folder / MANIFEST).unlink(missing_ok=True)
-        apart = reserved.ties if reserved is not None else frozenset()
-        desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
-        run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings), apart)
-        stopped = run.write()
-        told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
-    write_json(folder / "cost.json", {"teacher": teacher.name, **(cost() if cost is not None else {"calls": 0})})
-    head = {"requested": told["requested"], "kept": told["kept"], "complete": told["kept"] == told["requested"] and not stopped}
-    content = {
-        **head, **told, "stopped": stopped, "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
-        "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
-        **({"sources": dict(sources)} if sources else {}), **({"reserved": dict(reserved.told)} if reserved else {}),
-    }  # fmt: skip
-    write_manifest(folder, KIND, content, beside=Path(settings.calls or folder / "calls"))
-    return Done(folder, content)
+    untried = fingerprint([_untried(asked), *follows])
+    with alone(folder, lambda: _finished(folder, name, untried) is not None) as to_do:
+        if not to_do:
+            _tell_what_was_not_checked(folder, sets)
+            return Done(folder, read_manifest(folder, KIND))
+        folder.mkdir(parents=True, exist_ok=True)
+        with MadeFile(folder / "made.jsonl.part") as rows:
+            write_plan(plan, folder / "plan")
+            (folder / MANIFEST).unlink(missing_ok=True)
+            apart = reserved.ties if reserved is not None else frozenset()
+            desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
+            run = _Run(plan, desk, rows, corpus, embed, embed_questions, sets, missing, near, _may_stay(settings), apart)
+            stopped = run.write()
+            told = run.keep(folder, settings, recipe.seed, ignores=ignores, ignores_in_corpus=ignores_in_corpus)
+        write_json(folder / "cost.json", {"teacher": teacher.name, **(cost() if cost is not None else {"calls": 0})})
+        content = {
+            "requested": told["requested"], "kept": told["kept"],
+            "complete": told["kept"] == told["requested"] and not stopped, **told, "stopped": stopped,
+            "teacher": teacher.name, "seed": recipe.seed, "fingerprint": name,
+            "left_out": dict(plan.left_out), "inputs": dict(inputs or {}),
+            **({"sources": dict(sources)} if sources else {}), **({"reserved": dict(reserved.told)} if reserved else {}),
+        }  # fmt: skip
+        write_manifest(folder, KIND, content, beside=Path(settings.calls or folder / "calls"))
+        return Done(folder, content)
 
 
 def _content(settings: SynthesisSettings) -> dict[str, Any]:
@@ -224,7 +227,7 @@ class _Run:
 
     plan: Plan
     desk: Desk
-    rows: _Rows
+    rows: MadeFile
     corpus: Corpus | None
     embed: Embed | None
     embed_questions: Embed | None
@@ -461,52 +464,3 @@ def _slim(example: Example) -> Example:
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-class _Rows:
-    """Examples and rejects in a file, found by cell and ordinal."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.made: dict[Place, int] = {}
-        self.refused: dict[Place, int] = {}
-
-    def __enter__(self) -> _Rows:
-        self.file: IO[bytes] = open(self.path, "a+b")
-        if not locked(self.file.fileno()):
-            self.file.close()
-            raise CheckpointError(
-                f"another process is writing the dataset in {self.path.parent}",
-                hint="wait for it, or give synthesis.path another folder",
-            )
-        self.file.truncate(0)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            self.path.unlink(missing_ok=True)
-
-    def add(self, place: Place, example: Example) -> None:
-        self.made[place] = self._append(example_row(example))
-
-    def reject(self, place: Place, row: Mapping[str, Any]) -> None:
-        self.refused[place] = self._append(row)
-
-    def read(self, places: Iterable[Place]) -> Iterator[Example]:
-        """Examples one after another, never all held."""
-        return (example_of_row(self._at(self.made[place])) for place in places)
-
-    def rejected(self, place: Place) -> dict[str, Any]:
-        return self._at(self.refused[place])
-
-    def _append(self, row: Mapping[str, Any]) -> int:
-        self.file.seek(0, 2)
-        at = self.file.tell()
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        return at
-
-    def _at(self, at: int) -> dict[str, Any]:
-        self.file.seek(at)
-        row: dict[str, Any] = json.loads(self.file.readline())
-        return row
