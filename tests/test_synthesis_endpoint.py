@@ -972,6 +972,10 @@ def test_reserved_topics_and_tasks_share_no_job_and_no_call(
     assert run("build", str(paid), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     words = ["synthesis.weights.task={factoid: 3, temporal: 1}", "synthesis.weights.topic={news: 1, games: 1, sports: 1}"]
     words += ["synthesis.reserve={task: [temporal], topic: [sports], n: 10}", "synthesis.n=20"]
+    code, out, err = run("synthesize", str(paid), *words, "--dry-run", "--json", capsys=capsys, monkeypatch=monkeypatch)
+    assert code == 0, out + err
+    told = json.loads(out)
+    assert (told["cells"], told["sampled"]) == (30, 30), "the reserved ones are among them"
     code, out, err = run("synthesize", str(paid), *words, "--yes", capsys=capsys, monkeypatch=monkeypatch)
     assert code in (0, 3), out + err
     rows = [
@@ -987,6 +991,7 @@ def test_reserved_topics_and_tasks_share_no_job_and_no_call(
     assert {task for task, _ in learned} == {"factoid"}
     assert {topic for _, topic in learned} == {"news", "games"}
     assert {(task == "temporal", topic == "sports") for task, topic in apart} == {(True, False), (False, True)}
+    assert told["low"] <= desk.server.bill <= told["high"], "of both"
     assert len({request.idem for request in desk.server.log}) == len(desk.server.log), "paid twice"
 
 

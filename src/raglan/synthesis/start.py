@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint
-from raglan.calls.estimate import SAMPLE, Estimate
+from raglan.calls.estimate import SAMPLE, Estimate, together
 from raglan.calls.journal import Journal
 from raglan.calls.served import ModelServer
 from raglan.calls.terms import host_of
@@ -139,8 +139,8 @@ def _written(
 def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     """What all calls will cost. A sample of the cells is really run, paid, checked, and kept for `run`.
 
-    Of a recipe with `reserve` these are the training examples' calls; which documents the reserved set takes from them is not
-    known yet, so of the sample some is paid again.
+    Of a recipe with `reserve` there are two samples, the reserved cells' and the others'. Which documents the reserved set
+    takes from the others is not known yet, so of theirs some is paid again.
 
     Raises:
         RecipeError: neither teacher nor checks make calls. CallsStopped: a cap, a refused key.
@@ -152,16 +152,29 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = _journal(asked, stack, _server(asked, stack))
-        opened, checks = open_teacher(recipe, base, stack, journal=journal), open_checks(recipe, journal, stack)
-        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
-        desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
-        paid = opened.teacher if isinstance(opened.teacher, EndpointTeacher) else None
-        engine = checks.engine if paid is None else paid.engine
-        assert engine is not None, "somebody has a price"
-        return desk.estimate(
-            (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
-            seed=recipe.seed,
-        )  # fmt: skip
+        found = [_forecast(recipe, base, journal, stack, sample=sample)]
+        if asked.reserve is not None:
+            plan, shelf = reserved_plan(recipe, cannot=cannot_of(asked)), own_shelf(recipe, base.corpus)
+            found.append(_forecast(reserved_recipe(recipe), base, journal, stack, sample=sample, plan=plan, shelf=shelf))
+        return together(*found)
+
+
+def _forecast(
+    recipe: Recipe, base: KnowledgeBase, journal: Journal, stack: ExitStack, *, sample: int, plan: Plan | None = None,
+    shelf: Shelf | None = None,
+) -> Estimate:  # fmt: skip
+    """What the calls of one dataset will cost; `plan` and `shelf` as in `open_teacher`."""
+    opened = open_teacher(recipe, base, stack, journal=journal, plan=plan, shelf=shelf)
+    checks = open_checks(recipe, journal, stack)
+    assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
+    desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
+    paid = opened.teacher if isinstance(opened.teacher, EndpointTeacher) else None
+    engine = checks.engine if paid is None else paid.engine
+    assert engine is not None, "somebody has a price"
+    return desk.estimate(
+        (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
+        seed=recipe.seed,
+    )  # fmt: skip
 
 
 def _server(asked: SynthesisSettings, stack: ExitStack) -> ModelServer | None:
