@@ -37,7 +37,7 @@ from raglan.calls import Ask, CallEngine, Outcome, Usage, places
 from raglan.calls.asks import canonical
 from raglan.calls.classify import Wire, classify
 from raglan.calls.endpoint import Aiohttp, Endpoint, OpenAI, open_endpoint
-from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out, together
+from raglan.calls.estimate import Cell, Step, estimate, extrapolate, share_out
 from raglan.calls.journal import NAME, Intent, Journal, read_ledger
 from raglan.calls.limits import Breaker, Bucket, Clock, Gate, Server, backoff, retry_after
 from raglan.calls.money import Ledger, Price, dollars, prompt_bound
@@ -1424,16 +1424,3 @@ def test_a_sample_touches_every_stratum() -> None:
     assert share_out({"a": 3, "b": 2}, 24) == {"a": 3, "b": 2}
     with pytest.raises(GeneratorError, match="none of 1"):
         extrapolate([Cell("a", False)], {"a": 3})
-
-
-def test_what_two_runs_take_is_added() -> None:
-    draft, answer = Step(1, 100, 10, 5.0, 0.5), Step(2, 200, 20, 7.0, 1.5)
-    first = extrapolate([Cell("a", True, {"draft": draft}), Cell("a", False, {"draft": draft})], {"a": 10}, resamples=50)
-    second = extrapolate([Cell("a", True, {"draft": draft, "answer": answer})], {"a": 30}, resamples=50)
-    both = together(first, second)
-    assert (both.cells, both.sampled, both.attempts, both.acceptance) == (40, 3, 50, 0.8)
-    assert (both.nano, both.seconds) == (100 + 360, 10 + 60)
-    assert (both.low, both.high) == (first.low + second.low, first.high + second.high)
-    assert both.steps["draft"][0] == Step(50, 5000, 500, 250, 25)
-    assert both.steps["answer"] == second.steps["answer"]
-    assert together(first) == first

@@ -15,12 +15,12 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
-from raglan.artifact import read_manifest, write_manifest
+from raglan.artifact import fingerprint, read_manifest, write_manifest
 from raglan.cli import app
 from raglan.documents import read_examples
 from raglan.errors import CallsStopped, CheckpointError, CorpusError, RecipeError
 from raglan.perturb import Slot, content_hash, garbled, gold_slots, held
-from raglan.recipe import Recipe
+from raglan.recipe import Recipe, SynthesisSettings
 from raglan.records import Example, Passage
 from raglan.splits import read_split
 from raglan.synthesis import Plan, make_plan, shown_noise
@@ -572,6 +572,14 @@ def test_half_a_character_is_a_reject(tmp_path: Path) -> None:
     assert told[3]["raw"] == r"raw \ud83d"
     assert told[0]["raw"].endswith(r"\ud83d")
     assert done.told["kept"] == 20, "the next attempts are whole"
+
+
+def test_settings_that_came_later_rename_no_dataset() -> None:
+    """Where they are as if they were not there; else every dataset made before, paid ones too, would be refused."""
+    asked = SynthesisSettings(path=Path("data"), n=10)
+    assert fingerprint(_content(asked)) == "b6ddef521a8f4e8b"
+    later = asked.model_copy(update={"passages": asked.passages.model_copy(update={"gold_absent_from": 2})})
+    assert fingerprint(_content(later)) != "b6ddef521a8f4e8b"
 
 
 def test_what_is_measured_is_kept_out_and_a_missing_set_stops_the_run(tmp_path: Path) -> None:

@@ -313,6 +313,10 @@ def test_gold_absent_from_more_passages_than_there_are_is_refused(folder: Path) 
     for weights in ({}, alone):
         with pytest.raises(RecipeError, match="gold_absent_from is 4, and no K is so large"):
             make_plan(recipe(folder, n=400, passages=passages, weights=weights))
+    passages |= {"gold_absent": 0.5, "gold_absent_from": 3}
+    with pytest.raises(RecipeError, match="k cannot be dealt to 400 cells") as refused:
+        make_plan(recipe(folder, n=400, passages=passages, weights=alone))
+    assert "synthesis.passages (k, gold_absent, gold_absent_from)" in str(refused.value.hint)
     none = {**passages, "gold_absent": 0}
     assert {cell.k for cell in make_plan(recipe(folder, n=400, passages=none, weights=alone)).cells} == {1, 3}
 

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +58,46 @@ def locked(file: int, *, wait: bool = False) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
-    """Whether there is still something to make in `folder`, which meanwhile no other process makes. Waits for one that does.
+def alone(lock: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Whether there is still something to make, which meanwhile no other process makes. Waits for one that does.
 
-    The lock is a file beside the folder, so that the folder may be removed or renamed; where all is done there is none.
+    Args:
+        lock: a file of this name is there while the work lasts, and is removed. Where all is done already, there is none.
+        done: looked up before the lock is taken, and under it.
     """
     if done():
         yield False
         return
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(folder.name + ".lock")
+    file = _taken(lock)
+    try:
+        yield not done()
+    finally:
+        if fcntl is not None:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may hold the file open
+        os.close(file)
+
+
+def _taken(path: Path) -> int:
+    """The open lock file at `path`, locked; not one that was waited for and removed."""
     while True:
-        with open(path, "a") as file:
-            if not locked(file.fileno()):
-                log.warning("another process is writing %s: waiting for it", folder)
-                locked(file.fileno(), wait=True)
-            if fcntl is not None and not os.fstat(file.fileno()).st_nlink:
-                continue  # the one waited for has removed it, and a third may have made another
-            try:
-                yield not done()
-            finally:
-                if fcntl is not None:
-                    path.unlink(missing_ok=True)
-            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the folder was removed in between
+            continue
+        try:
+            if not locked(file):
+                log.warning("another process is at work, %s: waiting for it", path)
+                locked(file, wait=True)
+        except OSError as fault:
+            log.warning("%s: nothing can be locked here (%s); let no other process make the same", path, fault.strerror)
+            return file
+        with suppress(FileNotFoundError):
+            if fcntl is None or os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)
 
 
 def fingerprint(value: Any) -> str:
@@ -116,7 +133,7 @@ def directory_fingerprint(folder: Path, patterns: tuple[str, ...] = ("*",)) -> s
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of either."""
     path = Path(path)
-    half = path.with_name(path.name + ".part")
+    half = _half(path)
     half.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     _sync(half)
     os.replace(half, path)
@@ -182,7 +199,7 @@ def publish(working: Path, final: Path) -> Path:
 
 def point(pointer: Path, name: str) -> None:
     """Make a one-line pointer file name something else, atomically."""
-    half = pointer.with_name(pointer.name + ".part")
+    half = _half(pointer)
     half.write_text(name + "\n", encoding="utf-8")
     _sync(half)
     os.replace(half, pointer)
@@ -191,6 +208,11 @@ def point(pointer: Path, name: str) -> None:
 def pointed(pointer: Path) -> str | None:
     """What a pointer file names, or None where there is none."""
     return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+
+
+def _half(path: Path) -> Path:
+    """Where this thread writes a file before it takes its place."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
 
 
 def _sync(path: Path) -> None:

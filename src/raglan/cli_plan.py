@@ -27,7 +27,7 @@ def run(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Plan the examples, and write none.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run and pay 24 examples (24 reserved ones too), keep them; tell what all cost.")
+        bool, typer.Option("--dry-run", help="Run and pay 24 examples, keep them, and tell what all of them will cost.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Paid calls may cost what they cost, without a cap.")] = False,
     as_json: AsJson = False,

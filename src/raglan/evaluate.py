@@ -148,7 +148,7 @@ def evaluation_folder(recipe: Recipe, settings: EvaluateSettings, name: str, par
 def evaluate(recipe: Recipe, settings: EvaluateSettings, name: str, parts: Parts) -> Evaluation:
     """Measure one system; a measurement with the same settings, questions and parts is not made twice."""
     folder = evaluation_folder(recipe, settings, name, parts)
-    with alone(folder, lambda: _is_whole(folder)) as to_do:
+    with alone(folder.with_name(f".{folder.name}.lock"), lambda: _is_whole(folder)) as to_do:
         if to_do:
             _write(recipe, settings, name, parts, folder=folder)
     _note_domain(recipe, name, folder)

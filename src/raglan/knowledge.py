@@ -415,7 +415,7 @@ def build_knowledge(settings: KnowledgeSettings) -> KnowledgeBase:
     version = _version(settings, encoder, documents, others)
     final = settings.path / "versions" / version
     working = settings.path / "building" / version
-    with alone(working, (final / MANIFEST).is_file) as to_do:
+    with alone(settings.path / f".{version}.lock", (final / MANIFEST).is_file) as to_do:
         if to_do:
             working.mkdir(parents=True, exist_ok=True)
             source = {"input_files": documents.files, "documents": documents.count, "skipped": documents.skipped}
@@ -440,7 +440,7 @@ def reencoded(base: KnowledgeBase, encoder: Encoder, path: Path) -> KnowledgeBas
     version = fingerprint([base.manifest["corpus"], encoder.identity, indexes, *_terms(base.settings), *_own(others)])
     final = path / "versions" / version
     working = path / "building" / version
-    with alone(working, (final / MANIFEST).is_file) as to_do:
+    with alone(path / f".{version}.lock", (final / MANIFEST).is_file) as to_do:
         if to_do:
             shutil.rmtree(working, ignore_errors=True)
             shutil.copytree(base.folder / "corpus", working / "corpus", copy_function=same_file)

@@ -145,7 +145,7 @@ def evaluate_robustness(recipe: Recipe) -> list[Robustness]:
     prompts: Prompts | None = None
     for name, parts in systems:
         folder = robustness_folder(recipe, settings, name, parts)
-        with alone(folder, (folder / MANIFEST).is_file) as to_do:
+        with alone(folder.with_name(f".{folder.name}.lock"), (folder / MANIFEST).is_file) as to_do:
             if to_do:
                 if prompts is None:
                     prompts = _prompts_of(recipe, settings, systems[0][1])

@@ -23,7 +23,7 @@ from raglan.calls.asks import Ask, Outcome, Usage
 from raglan.calls.engine import CallEngine
 from raglan.errors import GeneratorError
 
-__all__ = ["Cell", "Estimate", "Step", "draw_sample", "estimate", "extrapolate", "reckon", "share_out", "together"]
+__all__ = ["Cell", "Estimate", "Step", "draw_sample", "estimate", "extrapolate", "reckon", "share_out"]
 
 SAMPLE, RESAMPLES, Z = 24, 10_000, 1.96
 T = TypeVar("T")
@@ -164,24 +164,6 @@ def extrapolate(cells: Sequence[Cell], planned: Mapping[str, int], *, seed: int 
         total, len(cells), float(kept.sum() / weights.sum()), math.ceil(factor * weights.sum() - 1e-9),
         {name: (steps[name], low[i], high[i]) for i, name in enumerate(names)},
         float(by_step.sum()), low[-1], high[-1], sum(step.seconds for step in steps.values()),
-    )  # fmt: skip
-
-
-def together(first: Estimate, *others: Estimate) -> Estimate:
-    """What several runs take one after another. Their intervals' ends are added, which holds at least as often as each."""
-    if not others:
-        return first
-    every = (first, *others)
-    steps: dict[str, tuple[Step, float, float]] = {}
-    for one in every:
-        for name, (step, low, high) in one.steps.items():
-            whole, below, above = steps.get(name, (Step(), 0.0, 0.0))
-            whole.add(step)
-            steps[name] = whole, below + low, above + high
-    cells, attempts = sum(one.cells for one in every), sum(one.attempts for one in every)
-    return Estimate(
-        cells, sum(one.sampled for one in every), cells / attempts, attempts, steps, sum(one.nano for one in every),
-        sum(one.low for one in every), sum(one.high for one in every), sum(one.seconds for one in every),
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class PassageSettings(Settings):
     )
     gold_absent: float = Field(0.2, ge=0, le=1, description="Share of examples in which no passage answers: relation R5.")
     gold_absent_from: int = Field(
-        1, ge=1, description="Fewest passages among which gold is absent. With 2, a single passage always answers."
+        1, ge=1, description="Fewest planned passages among which gold is absent. With 2, one that is planned alone answers."
     )
     order: Literal["uniform", "first", "middle", "last", "rank"] = Field(
         "uniform", description="Where evidence stands: everywhere as often; at one place; or where its rank puts it."

@@ -111,13 +111,14 @@ class Desk:
             CallsStopped: as `ends`. GeneratorError: nothing of the sample was accepted.
         """
 
-        def run(drawn: list[Job]) -> list[Told]:
-            book = self._note()
-            good = {ended.job.id: ended.accepted for ended in self.ends(drawn)}
-            self._note(stop=True)
-            return [(good[job.id], book(job)) for job in drawn]
+        return reckon(engine, jobs, self.told, stratum=stratum, sample=sample, seed=seed)
 
-        return reckon(engine, jobs, run, stratum=stratum, sample=sample, seed=seed)
+    def told(self, drawn: list[Job]) -> list[Told]:
+        """Run some jobs; of each whether it was accepted, and its calls, for `reckon`. Raises CallsStopped: as `ends`."""
+        book = self._note()
+        good = {ended.job.id: ended.accepted for ended in self.ends(drawn)}
+        self._note(stop=True)
+        return [(good[job.id], book(job)) for job in drawn]
 
     def _note(self, *, stop: bool = False) -> Callable[[Job], dict[str, tuple[str, int]]]:
         """Have the calls of each job noted; the function tells them."""

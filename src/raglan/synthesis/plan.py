@@ -324,6 +324,8 @@ class _Deal:
         except RecipeError as fault:
             fit = f"set synthesis.weights.{name}=fit, " if name != "relation" else ""  # its share of R5 is another setting's
             hint = f"change synthesis.weights of one of these, {fit}or plan more examples"
+            if name == "k":
+                hint = "change synthesis.passages (k, gold_absent, gold_absent_from) or weights.relation, or plan more examples"
             raise RecipeError(f"{name} cannot be dealt to {self.n} cells: {fault.message}", hint=hint) from None
 
     def _assigned(self, name: str, of_cell: Codes, table: Codes, cells: Codes) -> Codes:

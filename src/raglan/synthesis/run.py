@@ -115,13 +115,12 @@ def synthesize(
     name = fingerprint([asked, *follows])
     folder = Path(settings.path)
     untried = fingerprint([_untried(asked), *follows])
-    with alone(folder, lambda: _finished(folder, name, untried) is not None) as to_do:
+    with alone(folder / "lock.part", lambda: _finished(folder, name, untried) is not None) as to_do:
         if not to_do:
             _tell_what_was_not_checked(folder, sets)
             return Done(folder, read_manifest(folder, KIND))
-        folder.mkdir(parents=True, exist_ok=True)
+        write_plan(plan, folder / "plan")
         with MadeFile(folder / "made.jsonl.part") as rows:
-            write_plan(plan, folder / "plan")
             (folder / MANIFEST).unlink(missing_ok=True)
             apart = reserved.ties if reserved is not None else frozenset()
             desk = Desk(teacher, show, verifier, recall=recall, piece=piece)
@@ -153,6 +152,8 @@ def _content(settings: SynthesisSettings) -> dict[str, Any]:
         owner.pop("give_up", None)
     if told["reserve"] is None:
         del told["reserve"]
+    if told["passages"]["gold_absent_from"] == 1:
+        del told["passages"]["gold_absent_from"]  # datasets that are older have the same name
     return told if verify["round_trip"] else _untried(told)
 
 

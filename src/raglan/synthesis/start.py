@@ -11,7 +11,7 @@ The knowledge base must be built; evidence comes from its indexes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from raglan.artifact import MANIFEST, file_fingerprint, fingerprint
-from raglan.calls.estimate import SAMPLE, Estimate, together
+from raglan.calls.engine import CallEngine
+from raglan.calls.estimate import SAMPLE, Estimate, Told, reckon
 from raglan.calls.journal import Journal
 from raglan.calls.served import ModelServer
 from raglan.calls.terms import host_of
@@ -139,8 +140,8 @@ def _written(
 def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     """What all calls will cost. A sample of the cells is really run, paid, checked, and kept for `run`.
 
-    Of a recipe with `reserve` there are two samples, the reserved cells' and the others'. Which documents the reserved set
-    takes from the others is not known yet, so of theirs some is paid again.
+    Reserved cells are among them. Which documents these take from the others is not known yet, so of the others' some is paid
+    again.
 
     Raises:
         RecipeError: neither teacher nor checks make calls. CallsStopped: a cap, a refused key.
@@ -152,29 +153,45 @@ def forecast(recipe: Recipe, *, sample: int = SAMPLE) -> Estimate:
     base = KnowledgeBase.of(recipe.knowledge)
     with ExitStack() as stack:
         journal = _journal(asked, stack, _server(asked, stack))
-        found = [_forecast(recipe, base, journal, stack, sample=sample)]
+        sets = [_Counted.open(recipe, base, journal, stack)]
         if asked.reserve is not None:
             plan, shelf = reserved_plan(recipe, cannot=cannot_of(asked)), own_shelf(recipe, base.corpus)
-            found.append(_forecast(reserved_recipe(recipe), base, journal, stack, sample=sample, plan=plan, shelf=shelf))
-        return together(*found)
+            sets.insert(0, _Counted.open(reserved_recipe(recipe), base, journal, stack, plan=plan, shelf=shelf))
+        jobs = ((place, Job(cell)) for place, one in enumerate(sets) for cell in one.plan.cells)
+
+        def told(drawn: list[tuple[int, Job]]) -> list[Told]:
+            found = [iter(one.desk.told([job for of, job in drawn if of == place])) for place, one in enumerate(sets)]
+            return [next(found[of]) for of, _ in drawn]
+
+        return reckon(
+            sets[-1].engine, jobs, told, stratum=lambda item: f"{item[0]} {sets[item[0]].stratum(item[1])}", sample=sample,
+            seed=recipe.seed,
+        )  # fmt: skip
 
 
-def _forecast(
-    recipe: Recipe, base: KnowledgeBase, journal: Journal, stack: ExitStack, *, sample: int, plan: Plan | None = None,
-    shelf: Shelf | None = None,
-) -> Estimate:  # fmt: skip
-    """What the calls of one dataset will cost; `plan` and `shelf` as in `open_teacher`."""
-    opened = open_teacher(recipe, base, stack, journal=journal, plan=plan, shelf=shelf)
-    checks = open_checks(recipe, journal, stack)
-    assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
-    desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
-    paid = opened.teacher if isinstance(opened.teacher, EndpointTeacher) else None
-    engine = checks.engine if paid is None else paid.engine
-    assert engine is not None, "somebody has a price"
-    return desk.estimate(
-        (Job(cell) for cell in opened.plan.cells), engine, stratum=_task if paid is None else paid.stratum, sample=sample,
-        seed=recipe.seed,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Counted:
+    """A dataset whose calls are counted before it is written."""
+
+    plan: Plan
+    desk: Desk
+    engine: CallEngine
+    stratum: Callable[[Job], str]
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, base: KnowledgeBase, journal: Journal, stack: ExitStack, *, plan: Plan | None = None,
+        shelf: Shelf | None = None,
+    ) -> _Counted:  # fmt: skip
+        """`plan` and `shelf` as in `open_teacher`."""
+        opened = open_teacher(recipe, base, stack, journal=journal, plan=plan, shelf=shelf)
+        checks = open_checks(recipe, journal, stack)
+        assembler = Assembler.open(recipe, evidence=opened.evidence, answers=opened.answers, judge=checks.guard)
+        desk = Desk(opened.teacher, assembler.show, checks.verifier, recall=checks.recall, piece=checks.piece)
+        paid = opened.teacher if isinstance(opened.teacher, EndpointTeacher) else None
+        engine = checks.engine if paid is None else paid.engine
+        assert engine is not None, "somebody has a price"
+        return cls(opened.plan, desk, engine, _task if paid is None else paid.stratum)
 
 
 def _server(asked: SynthesisSettings, stack: ExitStack) -> ModelServer | None:
