@@ -6,9 +6,10 @@
     python benchmarks/rag_tuning.py --synthetic build/mix   (mixtures with another synthetic dataset; --only mixtures)
 
 Both arms start from one reader, which has seen single gold paragraphs only (bench-squad's stage `read`), learn the same SQuAD
-questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads K = 1, 2, 3 or 5 passages
-from dealt retrievers with the palette of noise, gold at every place as often, and in a tenth of the examples no gold, where it
-learns to say so. What differs is the evidence. Neither has learned from the articles that are measured.
+questions and make the same number of steps. `gold` reads the gold paragraph alone. `noise` reads it alone in half of the
+examples, and in the others K = 2, 3 or 5 passages from dealt retrievers with the palette of noise, gold at every place as
+often; in a twentieth of the examples there is no gold among several, and the answer says so. What differs is the evidence.
+Neither has learned from the articles that are measured.
 
 Measured by `evaluate` and its robustness: gold alone and with 2 and 4 distractors of each kind of noise, whose mean is what
 noise costs (neighbours, which SQuAD's paragraphs have not, on the example corpus); K = 5 with all of the other passages
