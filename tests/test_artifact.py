@@ -103,6 +103,14 @@ def test_the_folder_of_the_lock_may_go_while_somebody_waits(tmp_path: Path, capl
         assert waits.result(timeout=30)
 
 
+def test_a_folder_that_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
+    for place, fault in (("file", NotADirectoryError), ("link", FileNotFoundError)):
+        with pytest.raises(fault, match=place), alone(tmp_path / place / "lock", lambda: False):
+            pass
+
+
 def test_where_nothing_can_be_locked_it_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

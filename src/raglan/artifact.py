@@ -44,6 +44,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+TRIES = 100  # to make a folder that another process removes
 
 
 def locked(file: int, *, wait: bool = False) -> bool:
@@ -81,11 +82,16 @@ def alone(lock: Path, done: Callable[[], bool]) -> Iterator[bool]:
 
 def _taken(path: Path) -> int:
     """The open lock file at `path`, locked; not one that was waited for and removed."""
+    tries = 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file in its place is refused below, by its name
+            path.parent.mkdir(parents=True)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the folder was removed in between
+        except FileNotFoundError:  # the folder was removed in between; or is a link to nowhere
+            tries += 1
+            if tries == TRIES:
+                raise
             continue
         try:
             if not locked(file):
